@@ -1,0 +1,3 @@
+"""The full virtual machine, in Python."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Ground floor: errors, layouts, guest RAM. Imports nothing of vmonty above it."""

@@ -1,0 +1,77 @@
+"""The host's system calls that Python's own modules cannot make safely: ioctl with any argument, and the kick.
+
+Fenced: `ioctl` hands addresses to the kernel. It is safe because a buffer argument is held (its address
+cannot move) for the time of the call and must be at least as large as the request number says.
+"""
+
+from __future__ import annotations
+
+import signal
+
+import cython
+
+# The signal that gets a thread out of KVM_RUN. Its handler does nothing: the EINTR is the effect.
+KICK_SIGNAL: int = int(signal.SIGRTMIN) + 4
+
+
+def ioctl(fd: int, request: int, argument=None, writable: bool = True) -> int:
+    """Make one ioctl(2) without the GIL; return its result, or minus errno when it failed.
+
+    *argument* is an integer passed as it is (a number or an address), or a contiguous buffer whose address is
+    passed. It is not retried on EINTR: the caller decides. A buffer that is shorter than the size encoded
+    in *request* gives -EFAULT, as memory that ends too early would. A read-only buffer is accepted only when
+    *writable* is false.
+    """
+    c_fd: cython.int = fd
+    c_request: cython.ulong = request
+    value: cython.ulong = 0
+    result: cython.int
+    size: cython.Py_ssize_t = (request >> 16) & 0x3FFF
+    if argument is None or isinstance(argument, int):
+        value = (argument or 0) & 0xFFFFFFFFFFFFFFFF
+        with cython.nogil:
+            result = _call(c_fd, c_request, value)
+        return result
+    buffer: Py_buffer
+    PyObject_GetBuffer(argument, cython.address(buffer), PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
+    try:
+        if buffer.len < size:
+            return -EFAULT
+        value = cython.cast(cython.ulong, buffer.buf)
+        with cython.nogil:
+            result = _call(c_fd, c_request, value)
+        return result
+    finally:
+        PyBuffer_Release(cython.address(buffer))
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _call(fd: cython.int, request: cython.ulong, value: cython.ulong) -> cython.int:
+    result: cython.int = sys_ioctl(fd, request, value)
+    return -errno if result < 0 else result
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _on_kick(number: cython.int) -> cython.void:
+    return
+
+
+def install_kick() -> None:
+    """Install the empty handler of KICK_SIGNAL (from any thread, unlike signal.signal; no SA_RESTART)."""
+    action: sigaction_t
+    memset(cython.address(action), 0, cython.sizeof(sigaction_t))
+    action.sa_handler = _on_kick
+    sigaction(KICK_SIGNAL, cython.address(action), cython.NULL)
+
+
+def address_of(buffer, writable: bool = True) -> int:
+    """The address of *buffer*'s first byte. The caller keeps the buffer alive while the address is in use."""
+    view: Py_buffer
+    PyObject_GetBuffer(buffer, cython.address(view), PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
+    address = cython.cast(cython.ulong, view.buf)
+    PyBuffer_Release(cython.address(view))
+    return address

@@ -1,0 +1,1 @@
+"""What tests of guests need: an assembler, fakes, tiny guests. Ships with the package."""

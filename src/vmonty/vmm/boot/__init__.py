@@ -1,0 +1,1 @@
+"""Loaders that put a guest into memory and say where it starts."""

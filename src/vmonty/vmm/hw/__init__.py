@@ -1,0 +1,1 @@
+"""Devices. They know offsets, never addresses: board code places them."""
