@@ -1,0 +1,5 @@
+"""``python -m vmonty`` is the command ``vmonty``."""
+
+from vmonty.cli.main import main
+
+main()

@@ -1,0 +1,169 @@
+"""``vmonty run``: boot a guest with its serial console on this terminal."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from vmonty.base.errors import BootImageError, UsageError
+from vmonty.cli.progress import terminal_progress
+from vmonty.cli.sizes import Size
+from vmonty.cli.terminal import Console
+from vmonty.guests import busybox
+from vmonty.vmm import accel
+from vmonty.vmm.machine import Config, Machine
+from vmonty.vmm.outcome import Ending, Outcome
+
+STATUS_TIMEOUT, STATUS_TERMINATED = 124, 143
+STATUS = {
+    Ending.POWER_OFF: 0, Ending.RESET: 0, Ending.STOPPED: 0, Ending.SHUTDOWN: 1, Ending.HALTED: 1, Ending.ERROR: 1,
+}  # fmt: skip
+
+
+def read_image(path: Path, what: str) -> bytes:
+    """The file's bytes. Raises BootImageError, naming *what* it was to be, when it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BootImageError(f"the {what} {path} cannot be read: {error.strerror}") from error
+    if not data:
+        raise BootImageError(f"the {what} {path} is empty")
+    return data
+
+
+@click.command(
+    epilog="Example:  vmonty run --kernel vmlinuz --initrd initrd.img --append 'console=ttyS0 quiet' --memory 1G"
+)
+@click.argument("name", required=False)
+@click.option("--kernel", type=click.Path(path_type=Path), help="A Linux bzImage.")
+@click.option("--initrd", type=click.Path(path_type=Path), help="Its initial RAM disk.")
+@click.option("--append", "command_line", metavar="LINE", help="Its command line.  [default: console=ttyS0]")
+@click.option("--memory", "-m", type=Size(), default="512M", show_default=True, help="Guest RAM, such as 512M or 2G.")
+@click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="Number of vCPUs.")
+@click.option(
+    "--accel", "accelerator", default="auto", show_default=True,
+    help="What runs the vCPUs: kvm, auto, or several in order, such as kvm:auto.",
+)  # fmt: skip
+@click.option("--no-reboot", is_flag=True, help="End when the guest reboots.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="End after this time, with status 124.")
+def run(
+    name: str | None,
+    kernel: Path | None,
+    initrd: Path | None,
+    command_line: str | None,
+    memory: int,
+    cpus: int,
+    accelerator: str,
+    no_reboot: bool,
+    timeout: float | None,
+) -> int:
+    """Boot a guest; its serial console is this terminal.
+
+    NAME is a guest that `vmonty guest build` knows (busybox, which is also the default); or give --kernel.
+    Leave with Ctrl-A x. The status is 0 after a power-off, 1 when the guest or KVM failed, 2 for bad
+    arguments, 124 after --timeout.
+    """
+    if name not in (None, "busybox"):
+        raise UsageError(f"unknown guest {name!r}; there is: busybox")
+    if initrd is not None and kernel is None:
+        raise UsageError("--initrd needs --kernel")
+    if kernel is not None and name is not None:
+        raise UsageError("give either NAME or --kernel")
+    if timeout is not None and timeout <= 0:
+        raise UsageError("--timeout needs a positive number of seconds")
+    # Bad input first: it is cheaper to refuse than to open an accelerator.
+    images: tuple[bytes, bytes | None] | None = None
+    if kernel is not None:
+        images = read_image(kernel, "kernel"), read_image(initrd, "initrd") if initrd else None
+    choice = accel.choose(accelerator)
+    with choice.system:
+        if images is None:
+            with terminal_progress() as progress:
+                guest = busybox.build(progress=progress)
+            images = read_image(guest.kernel, "kernel"), read_image(guest.initrd, "initrd")
+            command_line = command_line if command_line is not None else "console=ttyS0 quiet"
+        config = Config(
+            kernel=images[0],
+            initrd=images[1],
+            command_line=command_line if command_line is not None else "console=ttyS0",
+            memory=memory,
+            cpus=cpus,
+        )
+        click.echo(f"vmonty: {choice.reason}", err=True)
+        session = Session(choice, config, no_reboot)
+        outcome = session.run(timeout)
+    if outcome.ending not in (Ending.POWER_OFF, Ending.STOPPED, Ending.RESET):
+        click.echo(f"vmonty: {outcome.detail}", err=True)
+        if dump := outcome.register_dump():
+            click.echo(dump, err=True)
+    return session.status if session.status is not None else STATUS[outcome.ending]
+
+
+class Session:
+    """Runs one machine after another (a reset makes a new one) until something other than a reset ends it."""
+
+    def __init__(self, choice: accel.Choice, config: Config, no_reboot: bool) -> None:
+        self._choice = choice
+        self._config = config
+        self._no_reboot = no_reboot
+        self._machine: Machine | None = None
+        self._stopping = threading.Event()
+        self.status: int | None = None
+
+    def stop(self, status: int | None = None) -> None:
+        """End the session from any thread; *status* is the exit status, None for that of the outcome."""
+        if not self._stopping.is_set():
+            self.status = status
+            self._stopping.set()
+        if machine := self._machine:
+            machine.stop()
+
+    def _receive(self, data: bytes) -> None:
+        if machine := self._machine:
+            machine.serial.receive(data)
+
+    def run(self, timeout: float | None) -> Outcome:
+        """Boot and wait for the end."""
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self.stop(128 + number)
+
+        console = Console(self._receive, self.stop)
+        # Built before the terminal changes: what it refuses is told on a terminal in order.
+        self._machine = Machine(self._choice.system, self._config, console.write)
+        previous = {
+            number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        }
+        clock = threading.Timer(timeout, self.stop, (STATUS_TIMEOUT,)) if timeout else None
+        try:
+            if console.interactive:
+                click.echo("vmonty: booting; leave with Ctrl-A x, help with Ctrl-A h", err=True)
+            if clock:
+                clock.start()
+            with console:
+                return self._loop(console)
+        finally:
+            if clock:
+                clock.cancel()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            sys.stdout.flush()
+
+    def _loop(self, console: Console) -> Outcome:
+        while True:
+            assert self._machine is not None
+            with self._machine as machine:
+                machine.start()
+                if self._stopping.is_set():
+                    machine.stop()
+                # A wait with a time limit lets Python run signal handlers between two.
+                while (outcome := machine.wait(0.2)) is None:
+                    continue
+            if outcome.ending is not Ending.RESET or self._no_reboot or self._stopping.is_set():
+                return outcome
+            self._machine = Machine(self._choice.system, self._config, console.write)

@@ -1,0 +1,156 @@
+"""A minimal PC: RAM, in-kernel interrupt chips and PIT, a serial console, clock, keyboard controller, ACPI power.
+
+The whole build order is in ``Machine.__init__``; devices do not know where they stand.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from vmonty.base.errors import UsageError
+from vmonty.kvm.api import System, Vcpu, Vm
+from vmonty.kvm.uapi import Cap
+from vmonty.kvm.uapi.flags import KVM_PIT_SPEAKER_DUMMY
+from vmonty.vmm.boot import acpi, linux
+from vmonty.vmm.bus import Bus
+from vmonty.vmm.hw.acpi_pm import SIZE as PM_SIZE
+from vmonty.vmm.hw.acpi_pm import AcpiPm
+from vmonty.vmm.hw.cmos import Cmos
+from vmonty.vmm.hw.i8042 import I8042
+from vmonty.vmm.hw.serial import Serial
+from vmonty.vmm.memory import GuestMemory
+from vmonty.vmm.outcome import Ending, Outcome
+from vmonty.vmm.vcpu import VcpuThread, cpuid_for
+
+COM1, COM1_IRQ = 0x3F8, 4
+I8042_DATA = 0x60
+RTC = 0x70
+PM_BASE, SCI_IRQ = 0x600, 9
+
+# Three pages for kvm-intel's real mode and one for its identity map, out of any RAM's way.
+TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFFFB_D000, 0xFFFB_C000
+
+MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRINGS = 0x1A0, 1
+APIC_LVT_LINT0, APIC_LVT_LINT1 = 0x350, 0x360
+DELIVERY_NMI, DELIVERY_EXTINT = 4 << 8, 7 << 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a machine is made of; sizes in bytes."""
+
+    kernel: bytes
+    initrd: bytes | None = None
+    command_line: str = "console=ttyS0"
+    memory: int = 512 << 20
+    cpus: int = 1
+
+
+class Machine:
+    """A virtual machine on *system*, ready to start. Use it with ``with``.
+
+    *console* takes the serial output, on a vCPU's thread. Raises UsageError and its kin for a bad
+    configuration, KvmError when KVM refuses something.
+    """
+
+    def __init__(self, system: System, config: Config, console: Callable[[bytes], None]) -> None:
+        limit = system.check_extension(Cap.MAX_VCPUS) or system.check_extension(Cap.NR_VCPUS)
+        if not 1 <= config.cpus <= limit:
+            raise UsageError(f"{config.cpus} vCPUs: this KVM takes 1 to {limit}")
+        self.memory = GuestMemory(config.memory)
+        platform = acpi.Platform(cpus=config.cpus, pm_base=PM_BASE, sci=SCI_IRQ)
+        entry = linux.load(self.memory, config.kernel, config.initrd, config.command_line, platform)
+
+        self._done = threading.Event()
+        self._outcome: Outcome | None = None
+        self._outcome_lock = threading.Lock()
+        self.vcpus: list[VcpuThread] = []
+        self.vm = system.create_vm()
+        try:
+            self._create_chips(self.vm)
+            self.memory.attach(self.vm)
+            self.ports = Bus("the port space", 0x1_0000)
+            self.mmio = Bus("the memory space", 1 << 52)
+            self.serial = Serial(self._line(COM1_IRQ), console)
+            self.acpi_pm = AcpiPm(self._power_off, self._line(SCI_IRQ))
+            self.ports.place(COM1, 8, self.serial, "serial")
+            self.ports.place(I8042_DATA, 5, I8042(self._reset), "i8042")
+            self.ports.place(RTC, 2, Cmos(), "cmos")
+            self.ports.place(PM_BASE, PM_SIZE, self.acpi_pm, "acpi-pm")
+            for index in range(config.cpus):
+                vcpu = self._create_vcpu(system, index)
+                self.vcpus.append(VcpuThread(vcpu, self.ports, self.mmio, self._end))
+            linux.enter(self.vcpus[0].vcpu, entry)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _create_chips(vm: Vm) -> None:
+        vm.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
+        vm.set_tss_addr(TSS_ADDRESS)
+        vm.create_irqchip()
+        # Without port 0x61 in KVM a guest that calibrates by the PIT exits for each poll.
+        vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+
+    def _create_vcpu(self, system: System, index: int) -> Vcpu:
+        vcpu = self.vm.create_vcpu(index)
+        vcpu.set_cpuid2(cpuid_for(system, index))
+        vcpu.set_msrs({MSR_MISC_ENABLE: MISC_ENABLE_FAST_STRINGS})
+        # As firmware leaves it: the PIC on LINT0, NMI on LINT1.
+        lapic = vcpu.get_lapic()
+        registers = memoryview(lapic.regs).cast("B")
+        for offset, mode in ((APIC_LVT_LINT0, DELIVERY_EXTINT), (APIC_LVT_LINT1, DELIVERY_NMI)):
+            registers[offset : offset + 4] = mode.to_bytes(4, "little")
+        vcpu.set_lapic(lapic)
+        return vcpu
+
+    def _line(self, gsi: int) -> Callable[[int], None]:
+        return lambda level: self.vm.irq_line(gsi, level)
+
+    def _power_off(self) -> None:
+        self._end(Outcome(Ending.POWER_OFF, "the guest powered off"))
+
+    def _reset(self) -> None:
+        self._end(Outcome(Ending.RESET, "the guest asked for a reset"))
+
+    def _end(self, outcome: Outcome) -> None:
+        with self._outcome_lock:
+            if self._outcome is not None:
+                return
+            self._outcome = outcome
+        for thread in self.vcpus:
+            thread.stop()
+        self._done.set()
+
+    def start(self) -> None:
+        """Start all vCPUs."""
+        for thread in self.vcpus:
+            thread.start()
+
+    def stop(self, detail: str = "stopped") -> None:
+        """End the run with Ending.STOPPED, unless it has ended. From any thread."""
+        self._end(Outcome(Ending.STOPPED, detail))
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """Wait *timeout* seconds for the end; None when it has not come."""
+        return self._outcome if self._done.wait(timeout) else None
+
+    def close(self) -> None:
+        """Stop and join the vCPUs, and close everything. A second call does nothing."""
+        self.stop()
+        for thread in self.vcpus:
+            thread.join()
+            thread.vcpu.close()
+        self.vm.close()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,77 @@
+"""Guest-physical memory: RAM below and above the hole for devices under 4 GiB."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from vmonty.base.errors import GuestMemoryError, UsageError
+from vmonty.base.ram import PAGE_SIZE, Ram
+from vmonty.kvm.api import Vm
+
+# Where a pc's RAM below 4 GiB ends at the latest: PCI, the I/O APIC and local APICs lie above.
+LOW_RAM_LIMIT = 0xC000_0000
+HIGH_RAM_BASE = 0x1_0000_0000
+
+
+def host_memory() -> int:
+    """The host's memory in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Block:
+    """*size* bytes of RAM at guest-physical *base*, which are those from *offset* of the machine's Ram."""
+
+    base: int
+    size: int
+    offset: int
+
+
+class GuestMemory:
+    """The RAM of a machine, addressed by guest-physical address.
+
+    Raises UsageError for a size of 0, one that is no multiple of 4 KiB, or more than the host has.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size <= 0 or size % PAGE_SIZE:
+            raise UsageError(f"memory of {size} bytes: it must be a positive multiple of 4 KiB, such as 512M")
+        if size > host_memory():
+            raise UsageError(
+                f"memory of {size >> 20} MiB is more than this host has ({host_memory() >> 20} MiB); give less"
+            )
+        self.size = size
+        self.ram = Ram(size)
+        low = min(size, LOW_RAM_LIMIT)
+        self.blocks = [Block(0, low, 0)]
+        if size > low:
+            self.blocks.append(Block(HIGH_RAM_BASE, size - low, low))
+
+    @property
+    def low_end(self) -> int:
+        """The first address behind the RAM below 4 GiB."""
+        return self.blocks[0].size
+
+    def attach(self, vm: Vm) -> None:
+        """Give each block its memory slot in *vm*."""
+        for slot, block in enumerate(self.blocks):
+            vm.set_user_memory_region(slot, block.base, self.ram, block.offset, block.size)
+
+    def _locate(self, address: int, size: int) -> int:
+        for block in self.blocks:
+            if block.base <= address and address + size <= block.base + block.size:
+                return address - block.base + block.offset
+        raise GuestMemoryError(address, size, f"the guest's {self.size >> 20} MiB of RAM")
+
+    def read(self, address: int, size: int) -> bytes:
+        """A copy of guest RAM. Raises GuestMemoryError outside of it."""
+        return self.ram.read(self._locate(address, size), size)
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy *data* into guest RAM. Raises GuestMemoryError outside of it."""
+        self.ram.write(self._locate(address, len(data)), data)
+
+    def view(self, address: int, size: int) -> memoryview:
+        """A writable zero-copy view of guest RAM. Raises GuestMemoryError outside of it."""
+        return self.ram.view(self._locate(address, size), size)

@@ -1,0 +1,31 @@
+"""How a machine's run ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Ending(Enum):
+    """What ended it."""
+
+    POWER_OFF = "power-off"
+    RESET = "reset"
+    SHUTDOWN = "shutdown"
+    HALTED = "halted"
+    ERROR = "error"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An ending, one line about it, and the registers of the vCPU that met it, where they matter."""
+
+    ending: Ending
+    detail: str
+    registers: dict[str, int] = field(default_factory=dict)
+
+    def register_dump(self) -> str:
+        """The registers, four to a line; empty when there are none."""
+        cells = [f"{name:>7} {value:016x}" for name, value in self.registers.items()]
+        return "\n".join("  ".join(cells[at : at + 4]) for at in range(0, len(cells), 4))

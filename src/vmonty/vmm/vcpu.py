@@ -1,0 +1,146 @@
+"""One vCPU of a machine: its thread and its exits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from vmonty.base.errors import HandleClosed, KvmError
+from vmonty.kvm.api import CpuidEntry, System, Vcpu
+from vmonty.kvm.uapi import Exit
+from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN
+from vmonty.kvm.uapi.flags import KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET
+from vmonty.vmm.bus import Bus
+from vmonty.vmm.outcome import Ending, Outcome
+
+LEAF_FEATURES, LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2 = 1, 0xB, 0x1F
+FEATURE_TSC_DEADLINE, FEATURE_HYPERVISOR = 1 << 24, 1 << 31
+
+
+def cpuid_for(system: System, index: int) -> list[CpuidEntry]:
+    """What KVM supports, with this vCPU's APIC ID, the hypervisor bit and the TSC deadline timer.
+
+    KVM leaves the last two to user space (api.rst, KVM_GET_SUPPORTED_CPUID); without them a guest
+    may wait for ever while it calibrates its timers.
+    """
+    entries = []
+    for entry in system.supported_cpuid():
+        if entry.function == LEAF_FEATURES:
+            entry = replace(
+                entry,
+                ebx=entry.ebx & 0x00FF_FFFF | index << 24,
+                ecx=entry.ecx | FEATURE_HYPERVISOR | FEATURE_TSC_DEADLINE,
+            )
+        elif entry.function in (LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2):
+            entry = replace(entry, edx=index)
+        entries.append(entry)
+    return entries
+
+
+class VcpuThread:
+    """Runs *vcpu* on a thread named ``CPU n/KVM`` and sends its accesses to the buses.
+
+    *ended* is called once, on that thread, when the guest stopped by itself or could not go on.
+    """
+
+    def __init__(self, vcpu: Vcpu, ports: Bus, mmio: Bus, ended: Callable[[Outcome], None]) -> None:
+        self.vcpu = vcpu
+        self._ports = ports
+        self._mmio = mmio
+        self._ended = ended
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._main, name=f"CPU {vcpu.id}/KVM", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; call it once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the thread to leave; returns at once. From any thread."""
+        self._stop.set()
+        if not self.vcpu.closed:
+            self.vcpu.kick()
+
+    def join(self) -> None:
+        """Wait for the thread's end, unless called on it."""
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _main(self) -> None:
+        try:
+            while not self._stop.is_set():
+                outcome = self._handle(self.vcpu.run())
+                if outcome is not None:
+                    self._ended(outcome)
+                    return
+        except HandleClosed:
+            return
+        except KvmError as error:
+            self._ended(Outcome(Ending.ERROR, str(error), self._registers()))
+
+    def _handle(self, reason: Exit | int) -> Outcome | None:
+        match reason:
+            case Exit.IO:
+                self._io()
+            case Exit.MMIO:
+                self._memory_access()
+            case Exit.INTR | Exit.IRQ_WINDOW_OPEN:
+                pass
+            case Exit.SHUTDOWN:
+                return Outcome(Ending.SHUTDOWN, "the guest ended in a triple fault", self._registers())
+            case Exit.SYSTEM_EVENT:
+                return self._system_event()
+            case Exit.HLT:
+                return Outcome(Ending.HALTED, "the guest halted with nothing that could wake it", self._registers())
+            case Exit.FAIL_ENTRY:
+                failure = self.vcpu.kvm_run.u.fail_entry.hardware_entry_failure_reason
+                return Outcome(
+                    Ending.ERROR, f"KVM could not enter the guest (hardware reason {failure:#x})", self._registers()
+                )
+            case Exit.INTERNAL_ERROR:
+                internal = self.vcpu.kvm_run.u.internal
+                data = " ".join(f"{word:#x}" for word in internal.data[: min(internal.ndata, 16)])
+                return Outcome(
+                    Ending.ERROR, f"KVM's internal error {internal.suberror} (data: {data})", self._registers()
+                )
+            case _:
+                return Outcome(
+                    Ending.ERROR, f"KVM left with exit reason {reason!r}, which is unexpected", self._registers()
+                )
+        return None
+
+    def _io(self) -> None:
+        io = self.vcpu.kvm_run.u.io
+        port, size, data = io.port, io.size, self.vcpu.io_data()
+        if io.direction == KVM_EXIT_IO_IN:
+            for at in range(0, len(data), size):
+                data[at : at + size] = self._ports.read(port, size).to_bytes(size, "little")
+        else:
+            for at in range(0, len(data), size):
+                self._ports.write(port, size, int.from_bytes(data[at : at + size], "little"))
+
+    def _memory_access(self) -> None:
+        mmio = self.vcpu.kvm_run.u.mmio
+        size = min(mmio.len, 8)
+        if mmio.is_write:
+            self._mmio.write(mmio.phys_addr, size, int.from_bytes(bytes(mmio.data[:size]), "little"))
+        else:
+            mmio.data[:size] = list(self._mmio.read(mmio.phys_addr, size).to_bytes(size, "little"))
+
+    def _system_event(self) -> Outcome:
+        kind = self.vcpu.kvm_run.u.system_event.type
+        if kind == KVM_SYSTEM_EVENT_RESET:
+            return Outcome(Ending.RESET, "the guest asked for a reset")
+        if kind == KVM_SYSTEM_EVENT_CRASH:
+            return Outcome(Ending.SHUTDOWN, "the guest reported a crash", self._registers())
+        return Outcome(Ending.POWER_OFF, "the guest powered off")
+
+    def _registers(self) -> dict[str, int]:
+        try:
+            regs, sregs = self.vcpu.get_regs(), self.vcpu.get_sregs()
+        except (KvmError, HandleClosed):
+            return {}
+        shown = {name: getattr(regs, name) for name, *_ in regs._fields_}
+        shown |= {name: getattr(sregs, name) for name in ("cr0", "cr2", "cr3", "cr4", "efer")}
+        return shown | {"cs": sregs.cs.selector, "cs.base": sregs.cs.base}
