@@ -17,6 +17,7 @@ from vmonty.cli.terminal import Console
 from vmonty.guests import busybox
 from vmonty.vmm import accel
 from vmonty.vmm.machine import Config, Machine
+from vmonty.vmm.memory import check_size
 from vmonty.vmm.outcome import Ending, Outcome
 
 STATUS_TIMEOUT, STATUS_TERMINATED = 124, 143
@@ -77,23 +78,16 @@ def run(
     if timeout is not None and timeout <= 0:
         raise UsageError("--timeout needs a positive number of seconds")
     # Bad input first: it is cheaper to refuse than to open an accelerator.
-    images: tuple[bytes, bytes | None] | None = None
+    check_size(memory)
+    config = None
     if kernel is not None:
-        images = read_image(kernel, "kernel"), read_image(initrd, "initrd") if initrd else None
+        image, disk = read_image(kernel, "kernel"), read_image(initrd, "initrd") if initrd else None
+        line = command_line if command_line is not None else "console=ttyS0"
+        config = Config(image, disk, line, memory, cpus)
     choice = accel.choose(accelerator)
     with choice.system:
-        if images is None:
-            with terminal_progress() as progress:
-                guest = busybox.build(progress=progress)
-            images = read_image(guest.kernel, "kernel"), read_image(guest.initrd, "initrd")
-            command_line = command_line if command_line is not None else "console=ttyS0 quiet"
-        config = Config(
-            kernel=images[0],
-            initrd=images[1],
-            command_line=command_line if command_line is not None else "console=ttyS0",
-            memory=memory,
-            cpus=cpus,
-        )
+        if config is None:
+            config = default_guest(command_line, memory, cpus)
         click.echo(f"vmonty: {choice.reason}", err=True)
         session = Session(choice, config, no_reboot)
         outcome = session.run(timeout)
@@ -102,6 +96,14 @@ def run(
         if dump := outcome.register_dump():
             click.echo(dump, err=True)
     return session.status if session.status is not None else STATUS[outcome.ending]
+
+
+def default_guest(command_line: str | None, memory: int, cpus: int) -> Config:
+    """The busybox guest, fetched and built when it is not in the cache."""
+    with terminal_progress() as progress:
+        guest = busybox.build(progress=progress)
+    line = command_line if command_line is not None else "console=ttyS0 quiet"
+    return Config(read_image(guest.kernel, "kernel"), read_image(guest.initrd, "initrd"), line, memory, cpus)
 
 
 class Session:

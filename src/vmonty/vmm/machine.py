@@ -21,7 +21,7 @@ from vmonty.vmm.hw.acpi_pm import AcpiPm
 from vmonty.vmm.hw.cmos import Cmos
 from vmonty.vmm.hw.i8042 import I8042
 from vmonty.vmm.hw.serial import Serial
-from vmonty.vmm.memory import GuestMemory
+from vmonty.vmm.memory import GuestMemory, check_size
 from vmonty.vmm.outcome import Ending, Outcome
 from vmonty.vmm.vcpu import VcpuThread, cpuid_for
 
@@ -40,13 +40,17 @@ DELIVERY_NMI, DELIVERY_EXTINT = 4 << 8, 7 << 8
 
 @dataclass(frozen=True)
 class Config:
-    """What a machine is made of; sizes in bytes."""
+    """What a machine is made of; sizes in bytes. Raises UsageError and its kin for what no machine can have."""
 
     kernel: bytes
     initrd: bytes | None = None
     command_line: str = "console=ttyS0"
     memory: int = 512 << 20
     cpus: int = 1
+
+    def __post_init__(self) -> None:
+        check_size(self.memory)
+        linux.parse(self.kernel)
 
 
 class Machine:

@@ -28,6 +28,16 @@ class Block:
     offset: int
 
 
+def check_size(size: int) -> None:
+    """Raise UsageError for a guest memory of *size* bytes that no machine here can have."""
+    if size <= 0 or size % PAGE_SIZE:
+        raise UsageError(f"memory of {size} bytes: it must be a positive multiple of 4 KiB, such as 512M")
+    if size > host_memory():
+        raise UsageError(
+            f"memory of {size >> 20} MiB is more than this host has ({host_memory() >> 20} MiB); give less"
+        )
+
+
 class GuestMemory:
     """The RAM of a machine, addressed by guest-physical address.
 
@@ -35,12 +45,7 @@ class GuestMemory:
     """
 
     def __init__(self, size: int) -> None:
-        if size <= 0 or size % PAGE_SIZE:
-            raise UsageError(f"memory of {size} bytes: it must be a positive multiple of 4 KiB, such as 512M")
-        if size > host_memory():
-            raise UsageError(
-                f"memory of {size >> 20} MiB is more than this host has ({host_memory() >> 20} MiB); give less"
-            )
+        check_size(size)
         self.size = size
         self.ram = Ram(size)
         low = min(size, LOW_RAM_LIMIT)

@@ -143,7 +143,11 @@ class Serial:
                     self._transmit_interrupt = True
                 self._ier = value & 0xF
             case 2:
-                if (value ^ self._fcr) & FCR_ENABLE or value & FCR_CLEAR_RECEIVE:
+                if value & FCR_CLEAR_RECEIVE:
+                    self._fifo.clear()
+                elif (value ^ self._fcr) & FCR_ENABLE:
+                    # The switch empties the FIFO. A real line loses what it held; ours can wait a moment more.
+                    self._waiting.extendleft(reversed(self._fifo))
                     self._fifo.clear()
                 self._fcr = value
             case 3:
