@@ -1,0 +1,41 @@
+# Two commands do all the set-up: `make run` and `make test`. Both may be repeated; finished steps are skipped.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := $(shell find src -name '*.py' -o -name '*.pxd') setup.py pyproject.toml
+
+.PHONY: run test check rig packages clean
+
+run: $(VENV)/built
+	@$(PY) -m vmonty run
+
+test: packages $(VENV)/built check
+	@echo "==> the test suite"
+	@$(PY) -m pytest
+
+check: $(VENV)/built
+	@echo "==> ruff, cython-lint, mypy"
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/cython-lint src
+	@$(PY) -m mypy
+
+rig: packages $(VENV)/built
+	@$(PY) -m tests.rig --npt both
+
+packages:
+	@sh tools/packages.sh
+
+$(VENV)/dependencies: pyproject.toml tools/venv.sh
+	@PYTHON="$(PYTHON)" sh tools/venv.sh $(VENV)
+	@touch $@
+
+$(VENV)/built: $(VENV)/dependencies $(SOURCES)
+	@echo "==> compiling the hot modules"
+	@$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build
+	find src -name '*.so' -delete
