@@ -63,15 +63,16 @@ def examine() -> Report:
     rows = [processor(), virtualization(), nested_paging()]
     device = kvm_device()
     rows.append(device)
-    speed: Row | None = None
+    needed: list[Row] = []
     if device.verdict is Verdict.OK:
         rows.append(kvm_module())
         with kvm.open("linux") as system:
-            rows += [capabilities(system), limits(system)]
-            speed = kernel_speed(system)
-            rows.append(speed)
+            needed = [capabilities(system), kernel_speed(system)]
+            rows += [needed[0], limits(system), needed[1]]
     rows += [tun(), vhost(), huge_pages(), memory(), disk()]
-    return Report(rows, "kvm" if speed is not None and speed.verdict is Verdict.OK else None)
+    # Capabilities may be worse than wished for, but kernel code must run at speed.
+    usable = bool(needed) and needed[0].verdict is not Verdict.MISSING and needed[1].verdict is Verdict.OK
+    return Report(rows, "kvm" if usable else None)
 
 
 def processor() -> Row:

@@ -1,7 +1,24 @@
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from libc.errno cimport EFAULT, errno
 from libc.string cimport memset
 from posix.signal cimport sigaction, sigaction_t
+from posix.unistd cimport getpid
 
 cdef extern from "sys/ioctl.h" nogil:
     int sys_ioctl "ioctl" (int fd, unsigned long request, unsigned long argument)
+
+cdef extern from "sys/uio.h" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+
+    ssize_t process_vm_readv(int pid, iovec *local, unsigned long count, iovec *remote, unsigned long remotes,
+                             unsigned long flags)
+    ssize_t process_vm_writev(int pid, iovec *local, unsigned long count, iovec *remote, unsigned long remotes,
+                              unsigned long flags)
+
+cdef int _transfer(unsigned long address, char *data, size_t size, bint to_memory) except -1
+
+cdef extern from *:
+    unsigned long long rdtsc "__builtin_ia32_rdtsc" () noexcept nogil

@@ -6,6 +6,7 @@ import json
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from vmonty import host
@@ -43,9 +44,9 @@ def _show(report: host.Report) -> None:
         table.add_column(column, overflow="fold")
     for row in report.rows:
         colour = COLOURS[row.verdict]
-        table.add_row(f"[{colour}]{row.verdict.value}[/]", row.name, row.text)
+        table.add_row(f"[{colour}]{row.verdict.value}[/]", row.name, escape(row.text))
         if row.remedy:
-            table.add_row("", "", f"[dim]→ {row.remedy}[/]")
+            table.add_row("", "", f"[dim]→ {escape(row.remedy)}[/]")
     console.print(table)
     if report.usable:
         console.print(f"A VM can run here: --accel auto takes {report.accelerator}.")

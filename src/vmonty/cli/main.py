@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -51,5 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         click.echo(f"vmonty: {error}", err=True)
         sys.exit(1)
     except BrokenPipeError:
+        # What is still buffered has nobody to go to; without this the interpreter would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import signal
-import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -13,14 +13,15 @@ import click
 from vmonty.base.errors import BootImageError, UsageError
 from vmonty.cli.progress import terminal_progress
 from vmonty.cli.sizes import Size
-from vmonty.cli.terminal import Console
+from vmonty.cli.terminal import MOST_BACKLOG, Console
 from vmonty.guests import busybox
 from vmonty.vmm import accel
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.outcome import Ending, Outcome
 
-STATUS_TIMEOUT, STATUS_TERMINATED = 124, 143
+STATUS_TIMEOUT, STATUS_FAILED = 124, 1
+MOST_SECONDS = 10**9  # Python's timers end somewhat above
 STATUS = {
     Ending.POWER_OFF: 0, Ending.RESET: 0, Ending.STOPPED: 0, Ending.SHUTDOWN: 1, Ending.HALTED: 1, Ending.ERROR: 1,
 }  # fmt: skip
@@ -75,8 +76,8 @@ def run(
         raise UsageError("--initrd needs --kernel")
     if kernel is not None and name is not None:
         raise UsageError("give either NAME or --kernel")
-    if timeout is not None and timeout <= 0:
-        raise UsageError("--timeout needs a positive number of seconds")
+    if timeout is not None and not 0 < timeout <= MOST_SECONDS:
+        raise UsageError(f"--timeout needs a number of seconds above 0, {MOST_SECONDS} at most")
     # Bad input first: it is cheaper to refuse than to open an accelerator.
     check_size(memory)
     config = None
@@ -91,6 +92,9 @@ def run(
         click.echo(f"vmonty: {choice.reason}", err=True)
         session = Session(choice, config, no_reboot)
         outcome = session.run(timeout)
+    if session.failure is not None:
+        click.echo(f"vmonty: {session.failure}", err=True)
+        return STATUS_FAILED
     if outcome.ending not in (Ending.POWER_OFF, Ending.STOPPED, Ending.RESET):
         click.echo(f"vmonty: {outcome.detail}", err=True)
         if dump := outcome.register_dump():
@@ -115,13 +119,18 @@ class Session:
         self._no_reboot = no_reboot
         self._machine: Machine | None = None
         self._stopping = threading.Event()
+        self._console: Console | None = None
         self.status: int | None = None
+        self.failure: str | None = None
 
     def stop(self, status: int | None = None) -> None:
         """End the session from any thread; *status* is the exit status, None for that of the outcome."""
         if not self._stopping.is_set():
             self.status = status
             self._stopping.set()
+        if console := self._console:
+            # A vCPU that waits for a reader of its output could not end otherwise.
+            console.release()
         if machine := self._machine:
             machine.stop()
 
@@ -129,13 +138,17 @@ class Session:
         if machine := self._machine:
             machine.serial.receive(data)
 
+    def _backlog(self) -> int:
+        # Between two machines input stays where it is.
+        return machine.serial.backlog() if (machine := self._machine) else MOST_BACKLOG
+
     def run(self, timeout: float | None) -> Outcome:
         """Boot and wait for the end."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             self.stop(128 + number)
 
-        console = Console(self._receive, self.stop)
+        console = Console(self._receive, self.stop, self._backlog)
         # Built before the terminal changes: what it refuses is told on a terminal in order.
         self._machine = Machine(self._choice.system, self._config, console.write)
         previous = {
@@ -145,16 +158,22 @@ class Session:
         try:
             if console.interactive:
                 click.echo("vmonty: booting; leave with Ctrl-A x, help with Ctrl-A h", err=True)
-            if clock:
-                clock.start()
             with console:
-                return self._loop(console)
+                self._console = console
+                if clock:
+                    clock.start()
+                try:
+                    return self._loop(console)
+                finally:
+                    # Nobody may release a console that is closing.
+                    if clock:
+                        clock.cancel()
+                        clock.join()
+                    self._console = None
         finally:
-            if clock:
-                clock.cancel()
+            self.failure = console.failure
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            sys.stdout.flush()
 
     def _loop(self, console: Console) -> Outcome:
         while True:
@@ -168,4 +187,8 @@ class Session:
                     continue
             if outcome.ending is not Ending.RESET or self._no_reboot or self._stopping.is_set():
                 return outcome
+            # A machine refers to itself through its devices: without this its RAM would stay beside the next one's.
+            self._machine = None
+            del machine
+            gc.collect()
             self._machine = Machine(self._choice.system, self._config, console.write)

@@ -9,7 +9,7 @@ import click
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class Size(click.ParamType[int]):
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
     """A size in bytes, or with K, M, G or T for powers of 1024."""
 
     name = "SIZE"

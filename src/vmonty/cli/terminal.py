@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import sys
@@ -10,36 +11,55 @@ import threading
 import tty
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 ESCAPE = 0x01  # Ctrl-A
 
 HELP = b"\r\nCtrl-A h   this help\r\nCtrl-A x   end the virtual machine\r\nCtrl-A Ctrl-A   send Ctrl-A\r\n"
+
+# A stream may be endless and the guest slow: this many bytes may wait for it before reading pauses.
+MOST_BACKLOG = 1 << 16
+PAUSE_SECONDS = 0.02
+
+
+def _descriptor(stream: TextIO | None) -> int | None:
+    """The stream's fd; None when this process was started with it closed."""
+    return stream.fileno() if stream is not None else None
 
 
 class Console:
     """Reads standard input on its own thread and writes guest output to standard output. Use it with ``with``.
 
     On a terminal: raw mode while it is open, restored on the way out whatever happens; Ctrl-A x calls *quit*.
-    Otherwise bytes go through as they are, and the end of input is not the end of the guest.
+    Otherwise bytes go through as they are, and the end of input is not the end of the guest. The loss of
+    standard output also calls *quit*; ``failure`` then says why, unless the reader only went away.
+    *backlog* tells how many bytes the guest has yet to take.
     """
 
-    def __init__(self, receive: Callable[[bytes], None], quit: Callable[[], None]) -> None:  # noqa: A002
+    def __init__(
+        self,
+        receive: Callable[[bytes], None],
+        quit: Callable[[], None],  # noqa: A002
+        backlog: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.receive = receive
+        self.failure: str | None = None
         self._quit = quit
-        self._input, self._output = sys.stdin.fileno(), sys.stdout.fileno()
+        self._backlog = backlog
+        self._input, self._output = _descriptor(sys.stdin), _descriptor(sys.stdout)
         self._saved: Any = None
         self._wake_read, self._wake_write = os.pipe()
+        self._release_read, self._release_write = os.pipe()
         self._escaped = False
         self._thread = threading.Thread(target=self._read_loop, name="console", daemon=True)
 
     @property
     def interactive(self) -> bool:
         """Whether standard input is a terminal."""
-        return os.isatty(self._input)
+        return self._input is not None and os.isatty(self._input)
 
     def __enter__(self) -> Console:
-        if self.interactive:
+        if self._input is not None and self.interactive:
             self._saved = termios.tcgetattr(self._input)
             tty.setraw(self._input)
         self._thread.start()
@@ -50,29 +70,48 @@ class Console:
     ) -> None:
         os.write(self._wake_write, b"x")
         self._thread.join()
-        if self._saved is not None:
-            termios.tcsetattr(self._input, termios.TCSADRAIN, self._saved)
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        if self._input is not None and self._saved is not None:
+            with contextlib.suppress(termios.error):  # it may have hung up
+                termios.tcsetattr(self._input, termios.TCSADRAIN, self._saved)
+        for fd in (self._wake_read, self._wake_write, self._release_read, self._release_write):
+            os.close(fd)
+
+    def release(self) -> None:
+        """From now on drop what standard output does not take at once. From any thread, also in a signal handler."""
+        os.write(self._release_write, b"x")
 
     def write(self, data: bytes) -> None:
-        """Show what the guest sent. A reader that went away is no reason to stop the guest."""
+        """Show what the guest sent; waits for a slow reader until ``release()``. Without standard output: nothing."""
         view = memoryview(data)
-        while view:
+        while view and self._output is not None:
+            _, ready, _ = select.select([self._release_read], [self._output], [])
+            if not ready:
+                return
             try:
                 view = view[os.write(self._output, view) :]
             except BlockingIOError:
-                select.select([], [self._output], [])
-            except BrokenPipeError:
+                continue
+            except OSError as error:
+                if not isinstance(error, BrokenPipeError) and self.failure is None:
+                    self.failure = f"standard output cannot be written: {error.strerror}"
+                self._output = None
                 self._quit()
-                return
 
     def _read_loop(self) -> None:
-        while True:
-            ready, _, _ = select.select([self._input, self._wake_read], [], [])
+        while self._input is not None:
+            full = self._saved is None and self._backlog() >= MOST_BACKLOG
+            watched = [self._wake_read] if full else [self._input, self._wake_read]
+            ready, _, _ = select.select(watched, [], [], PAUSE_SECONDS if full else None)
             if self._wake_read in ready:
                 return
-            data = os.read(self._input, 4096)
+            if not ready:
+                continue
+            try:
+                data = os.read(self._input, 4096)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return  # the terminal hung up, or this is no stream to read from
             if not data:
                 return
             if self._saved is not None:
@@ -93,7 +132,7 @@ class Console:
                 case 0x78 | 0x58:  # x
                     self._quit()
                 case 0x68 | 0x48 | 0x3F:  # h ?
-                    os.write(self._output, HELP)
+                    self.write(HELP)
                 case 0x01:
                     passed.append(ESCAPE)
                 case _:

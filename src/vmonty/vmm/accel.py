@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from dataclasses import dataclass
 
 from vmonty import kvm
 from vmonty.base.errors import KvmError, KvmUnavailable, UsageError
 from vmonty.kvm.api import System
+from vmonty.kvm.uapi import Exit
 from vmonty.vmm.boot import longmode
 from vmonty.vmm.memory import GuestMemory
 
@@ -37,14 +39,24 @@ def measure_cpl0(system: System, seconds: float = MEASURE_SECONDS) -> float:
             regs = vcpu.get_regs()
             regs.rip, regs.rflags, regs.rcx = _CODE, 2, 0
             vcpu.set_regs(regs)
-            timer = threading.Timer(seconds, vcpu.kick)
+            over = threading.Event()
+
+            def end() -> None:
+                over.set()
+                vcpu.kick()
+
+            timer = threading.Timer(seconds, end)
+            begin = time.perf_counter()
             timer.start()
             try:
-                vcpu.run()
+                while not over.is_set():
+                    if (reason := vcpu.run()) is not Exit.INTR:
+                        raise KvmUnavailable(errno.EIO, "KVM_RUN", f"a plain loop at CPL 0 ended with {reason!r}")
+                elapsed = time.perf_counter() - begin
             finally:
                 timer.cancel()
                 timer.join()
-            return vcpu.get_regs().rcx * _LOOP_INSTRUCTIONS / seconds / 1e6
+            return vcpu.get_regs().rcx * _LOOP_INSTRUCTIONS / elapsed / 1e6
 
 
 @dataclass(frozen=True)
@@ -86,9 +98,12 @@ def _open(name: str, measured: bool) -> Choice:
         return Choice(name, system, f"using {name}, as asked")
     try:
         mips = measure_cpl0(system)
-    except KvmError:
+    except KvmUnavailable:
         system.close()
         raise
+    except KvmError as error:
+        system.close()
+        raise KvmUnavailable(error.errno or 0, error.call, error.remedy) from error
     if mips < LEAST_MIPS:
         system.close()
         raise KvmTooSlow(name, mips)

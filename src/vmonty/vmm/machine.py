@@ -5,12 +5,13 @@ The whole build order is in ``Machine.__init__``; devices do not know where they
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
-from vmonty.base.errors import UsageError
+from vmonty.base.errors import HandleClosed, UsageError
 from vmonty.kvm.api import System, Vcpu, Vm
 from vmonty.kvm.uapi import Cap
 from vmonty.kvm.uapi.flags import KVM_PIT_SPEAKER_DUMMY
@@ -29,6 +30,9 @@ COM1, COM1_IRQ = 0x3F8, 4
 I8042_DATA = 0x60
 RTC = 0x70
 PM_BASE, SCI_IRQ = 0x600, 9
+
+# An xAPIC's ID is a byte, and 0xFF is everybody.
+MOST_VCPUS = 255
 
 # Three pages for kvm-intel's real mode and one for its identity map, out of any RAM's way.
 TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFFFB_D000, 0xFFFB_C000
@@ -61,7 +65,7 @@ class Machine:
     """
 
     def __init__(self, system: System, config: Config, console: Callable[[bytes], None]) -> None:
-        limit = system.check_extension(Cap.MAX_VCPUS) or system.check_extension(Cap.NR_VCPUS)
+        limit = min(system.check_extension(Cap.MAX_VCPUS) or system.check_extension(Cap.NR_VCPUS), MOST_VCPUS)
         if not 1 <= config.cpus <= limit:
             raise UsageError(f"{config.cpus} vCPUs: this KVM takes 1 to {limit}")
         self.memory = GuestMemory(config.memory)
@@ -102,6 +106,15 @@ class Machine:
 
     def _create_vcpu(self, system: System, index: int) -> Vcpu:
         vcpu = self.vm.create_vcpu(index)
+        try:
+            self._configure(vcpu, system, index)
+        except BaseException:
+            vcpu.close()
+            raise
+        return vcpu
+
+    @staticmethod
+    def _configure(vcpu: Vcpu, system: System, index: int) -> None:
         vcpu.set_cpuid2(cpuid_for(system, index))
         vcpu.set_msrs({MSR_MISC_ENABLE: MISC_ENABLE_FAST_STRINGS})
         # As firmware leaves it: the PIC on LINT0, NMI on LINT1.
@@ -110,10 +123,14 @@ class Machine:
         for offset, mode in ((APIC_LVT_LINT0, DELIVERY_EXTINT), (APIC_LVT_LINT1, DELIVERY_NMI)):
             registers[offset : offset + 4] = mode.to_bytes(4, "little")
         vcpu.set_lapic(lapic)
-        return vcpu
 
     def _line(self, gsi: int) -> Callable[[int], None]:
-        return lambda level: self.vm.irq_line(gsi, level)
+        def drive(level: int) -> None:
+            # Input may still arrive while the machine is being closed.
+            with contextlib.suppress(HandleClosed):
+                self.vm.irq_line(gsi, level)
+
+        return drive
 
     def _power_off(self) -> None:
         self._end(Outcome(Ending.POWER_OFF, "the guest powered off"))

@@ -78,6 +78,9 @@ class VcpuThread:
             return
         except KvmError as error:
             self._ended(Outcome(Ending.ERROR, str(error), self._registers()))
+        except Exception as error:  # whatever it is, the machine must end: nobody else would notice this thread's death
+            detail = f"internal error on {self._thread.name}: {type(error).__name__}: {error}"
+            self._ended(Outcome(Ending.ERROR, detail, self._registers()))
 
     def _handle(self, reason: Exit | int) -> Outcome | None:
         match reason:

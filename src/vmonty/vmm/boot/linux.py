@@ -96,7 +96,8 @@ def load(memory: GuestMemory, kernel: bytes, initrd: bytes | None, command_line:
     Raises BootImageError when the kernel is none, or when something does not fit.
     """
     header = parse(kernel)
-    text = command_line.encode()
+    # What came from a command line may hold bytes that are no UTF-8: they go through as they are.
+    text = command_line.encode(errors="surrogateescape")
     if len(text) >= min(header.cmdline_size + 1, COMMAND_LINE_ROOM):
         raise BootImageError(f"the kernel command line is {len(text)} bytes; this kernel takes {header.cmdline_size}")
     if memory.low_end <= HIGH_MEMORY:

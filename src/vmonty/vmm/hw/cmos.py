@@ -10,6 +10,7 @@ REGISTER_A, REGISTER_B, REGISTER_C, REGISTER_D = 10, 11, 12, 13
 RATE_32KHZ_1024HZ = 0x26
 MODE_24_HOURS, MODE_BINARY = 2, 4
 VALID_RAM = 0x80
+HOURS, PM = 4, 0x80
 CENTURY = 0x32
 
 
@@ -37,14 +38,15 @@ class Cmos:
     def _register(self, index: int) -> int:
         now = self._now()
         clock = {
-            0: now.second, 2: now.minute, 4: now.hour, 6: now.isoweekday() % 7 + 1, 7: now.day, 8: now.month,
+            0: now.second, 2: now.minute, HOURS: now.hour, 6: now.isoweekday() % 7 + 1, 7: now.day, 8: now.month,
             9: now.year % 100, CENTURY: now.year // 100,
         }  # fmt: skip
         if (value := clock.get(index)) is None:
             return self._memory[index]
-        if self._memory[REGISTER_B] & MODE_BINARY:
-            return value
-        return value // 10 << 4 | value % 10
+        mode, afternoon = self._memory[REGISTER_B], 0
+        if index == HOURS and not mode & MODE_24_HOURS:
+            value, afternoon = value % 12 or 12, PM if value >= 12 else 0
+        return (value if mode & MODE_BINARY else value // 10 << 4 | value % 10) | afternoon
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Select a register (bit 7, the NMI mask, is ignored), or write it."""

@@ -17,6 +17,9 @@ READ_OUTPUT_PORT, WRITE_OUTPUT_PORT, WRITE_KEYBOARD_BUFFER = 0xD0, 0xD1, 0xD2
 SELF_TEST_PASSED, LINE_STUCK_LOW = 0x55, 1
 OUTPUT_PORT_NOT_RESET, OUTPUT_PORT_A20 = 1, 2
 
+# A guest that asks and never reads loses the oldest replies.
+REPLIES = 16
+
 
 class I8042:
     """Data port at offset 0, status and command port at offset 4. *reset* is called when the guest pulses the line."""
@@ -24,7 +27,7 @@ class I8042:
     def __init__(self, reset: Callable[[], None]) -> None:
         self._reset = reset
         self._lock = threading.Lock()
-        self._replies: deque[int] = deque()
+        self._replies: deque[int] = deque(maxlen=REPLIES)
         self._command_byte = STATUS_SYSTEM
         self._output_port = OUTPUT_PORT_NOT_RESET | OUTPUT_PORT_A20
         self._parameter_of: int | None = None

@@ -52,9 +52,15 @@ class Serial:
     def _listening(self) -> bool:
         return bool(self._ier & IER_RECEIVED and self._mcr & MCR_OUT2 and not self._mcr & MCR_LOOP)
 
+    def backlog(self) -> int:
+        """How many bytes wait for the guest to take them. From any thread."""
+        return len(self._waiting)
+
+    def _depth(self) -> int:
+        return FIFO_SIZE if self._fcr & FCR_ENABLE else 1
+
     def _refill(self) -> None:
-        depth = FIFO_SIZE if self._fcr & FCR_ENABLE else 1
-        while self._waiting and len(self._fifo) < depth and self._listening():
+        while self._waiting and len(self._fifo) < self._depth() and self._listening():
             self._fifo.append(self._waiting.popleft())
 
     def _pending(self) -> int:
@@ -120,6 +126,11 @@ class Serial:
     def write(self, offset: int, size: int, value: int) -> None:
         """A register write; accesses wider than a byte write the low byte."""
         with self._lock:
+            transmits = offset == RBR_THR and not self._lcr & LCR_DIVISOR_LATCH and not self._mcr & MCR_LOOP
+        if transmits:
+            # Without the lock: who takes the output may block, and input must still get in.
+            self._output(bytes((value & 0xFF,)))
+        with self._lock:
             self._write(offset, value & 0xFF)
             self._refill()
             self._update()
@@ -130,13 +141,12 @@ class Serial:
                 shift = 8 * offset
                 self._divisor = self._divisor & ~(0xFF << shift) | value << shift
             case 0 if self._mcr & MCR_LOOP:
-                if len(self._fifo) < FIFO_SIZE:
+                if len(self._fifo) < self._depth():
                     self._fifo.append(value)
                 else:
                     self._overrun = LSR_OVERRUN
                 self._transmit_interrupt = True
             case 0:
-                self._output(bytes((value,)))
                 self._transmit_interrupt = True
             case 1:
                 if value & ~self._ier & IER_TRANSMIT_EMPTY:
