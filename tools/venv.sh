@@ -19,5 +19,8 @@ command -v "$python" > /dev/null || {
     }
 }
 echo "==> installing Python packages into $venv, and building"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check 'setuptools>=77' 'Cython>=3.1'
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[test]'
+# pip's own progress on a terminal; a log stays short.
+quiet=--quiet
+if [ -t 1 ]; then quiet=; fi
+"$venv/bin/python" -m pip install $quiet --disable-pip-version-check 'setuptools>=77' 'Cython>=3.1'
+"$venv/bin/python" -m pip install $quiet --disable-pip-version-check --no-build-isolation -e '.[test]'

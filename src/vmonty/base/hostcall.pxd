@@ -3,6 +3,7 @@ from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from libc.errno cimport EFAULT, errno
 from libc.string cimport memset
 from posix.signal cimport sigaction, sigaction_t
+from posix.mman cimport MAP_FAILED, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
 from posix.unistd cimport getpid
 
 cdef extern from "sys/ioctl.h" nogil:
@@ -18,7 +19,7 @@ cdef extern from "sys/uio.h" nogil:
     ssize_t process_vm_writev(int pid, iovec *local, unsigned long count, iovec *remote, unsigned long remotes,
                               unsigned long flags)
 
-cdef int _transfer(unsigned long address, char *data, size_t size, bint to_memory) except -1
+cdef int _transfer(unsigned long address, char *data, Py_ssize_t size, bint to_memory) except -1
 
 cdef extern from *:
     unsigned long long rdtsc "__builtin_ia32_rdtsc" () noexcept nogil

@@ -109,3 +109,16 @@ def _transfer(address, data, size, to_memory):  # type: ignore[no-untyped-def]  
 def read_tsc() -> int:
     """The host's time-stamp counter."""
     return rdtsc()
+
+
+def map_over(address: int, fd: int, size: int) -> None:
+    """Replace *size* bytes of a mapping of ours at *address* by the first bytes of *fd*, shared and writable.
+
+    Raises OSError. The caller owns the mapping at *address*, and nothing uses that part yet.
+    """
+    result = mmap(
+        cython.cast(cython.p_void, cython.cast(cython.ulong, address)), size, PROT_READ | PROT_WRITE,
+        MAP_SHARED | MAP_FIXED, fd, 0,
+    )  # fmt: skip
+    if result == MAP_FAILED:
+        raise OSError(errno, "mmap failed")

@@ -44,7 +44,7 @@ def _show(report: host.Report) -> None:
         table.add_column(column, overflow="fold")
     for row in report.rows:
         colour = COLOURS[row.verdict]
-        table.add_row(f"[{colour}]{row.verdict.value}[/]", row.name, escape(row.text))
+        table.add_row(f"[{colour}]{row.verdict.value}[/]", escape(row.name), escape(row.text))
         if row.remedy:
             table.add_row("", "", f"[dim]→ {escape(row.remedy)}[/]")
     console.print(table)

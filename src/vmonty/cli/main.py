@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import click
@@ -30,7 +29,10 @@ cli.add_command(guest)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; end the process: 0 success, 1 failure, 2 bad usage, 130 interrupted."""
+    """Run the command line; end the process: 0 success, 1 failure, 2 bad usage, 130 interrupted.
+
+    A reader of standard output that went away is a silent 1: click sees to that.
+    """
     try:
         status = cli.main(arguments, prog_name="vmonty", standalone_mode=False)
     except click.exceptions.Abort:
@@ -50,9 +52,5 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except VmontyError as error:
         click.echo(f"vmonty: {error}", err=True)
-        sys.exit(1)
-    except BrokenPipeError:
-        # What is still buffered has nobody to go to; without this the interpreter would complain at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)

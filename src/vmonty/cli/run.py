@@ -89,7 +89,6 @@ def run(
     with choice.system:
         if config is None:
             config = default_guest(command_line, memory, cpus)
-        click.echo(f"vmonty: {choice.reason}", err=True)
         session = Session(choice, config, no_reboot)
         outcome = session.run(timeout)
     if session.failure is not None:
@@ -106,7 +105,7 @@ def default_guest(command_line: str | None, memory: int, cpus: int) -> Config:
     """The busybox guest, fetched and built when it is not in the cache."""
     with terminal_progress() as progress:
         guest = busybox.build(progress=progress)
-    line = command_line if command_line is not None else "console=ttyS0 quiet"
+    line = command_line if command_line is not None else "console=ttyS0 quiet cryptomgr.notests=1"
     return Config(read_image(guest.kernel, "kernel"), read_image(guest.initrd, "initrd"), line, memory, cpus)
 
 
@@ -151,6 +150,7 @@ class Session:
         console = Console(self._receive, self.stop, self._backlog)
         # Built before the terminal changes: what it refuses is told on a terminal in order.
         self._machine = Machine(self._choice.system, self._config, console.write)
+        click.echo(f"vmonty: {self._choice.reason}", err=True)
         previous = {
             number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         }

@@ -13,7 +13,7 @@ from vmonty.kvm.api import Provider, System
 __all__ = ["PROVIDERS", "open", "provider"]
 
 # Name → where its class is.
-PROVIDERS = {"linux": ("vmonty.kvm.linux", "LinuxKvm")}
+PROVIDERS = {"linux": ("vmonty.kvm.linux", "LinuxKvm"), "soft": ("vmonty.kvm.soft.provider", "SoftKvm")}
 
 
 def provider(name: str) -> Provider:

@@ -7,11 +7,13 @@ import mmap
 import os
 import signal
 from pathlib import Path
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING
 
 from vmonty.base import hostcall
 from vmonty.base.errors import KvmUnavailable
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 DEVICE = "/dev/kvm"
 

@@ -15,7 +15,7 @@ from vmonty.vmm.boot import longmode
 from vmonty.vmm.memory import GuestMemory
 
 # Accelerator, as QEMU calls it → provider of KVM.
-ACCELERATORS = {"kvm": "linux"}
+ACCELERATORS = {"kvm": "linux", "soft": "soft"}
 
 # Below this a KVM emulates CPL 0 code instruction by instruction, and Linux would boot for minutes.
 # Hardware makes thousands of millions; the emulator of kvm-pvm about one.

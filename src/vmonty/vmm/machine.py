@@ -13,8 +13,8 @@ from types import TracebackType
 
 from vmonty.base.errors import HandleClosed, UsageError
 from vmonty.kvm.api import System, Vcpu, Vm
-from vmonty.kvm.uapi import Cap
-from vmonty.kvm.uapi.flags import KVM_PIT_SPEAKER_DUMMY
+from vmonty.kvm.uapi import Cap, flags
+from vmonty.kvm.uapi.irq import kvm_irq_routing_entry
 from vmonty.vmm.boot import acpi, linux
 from vmonty.vmm.bus import Bus
 from vmonty.vmm.hw.acpi_pm import SIZE as PM_SIZE
@@ -22,7 +22,7 @@ from vmonty.vmm.hw.acpi_pm import AcpiPm
 from vmonty.vmm.hw.cmos import Cmos
 from vmonty.vmm.hw.i8042 import I8042
 from vmonty.vmm.hw.serial import Serial
-from vmonty.vmm.memory import GuestMemory, check_size
+from vmonty.vmm.memory import LOW_RAM_LIMIT, GuestMemory, check_size
 from vmonty.vmm.outcome import Ending, Outcome
 from vmonty.vmm.vcpu import VcpuThread, cpuid_for
 
@@ -42,6 +42,23 @@ APIC_LVT_LINT0, APIC_LVT_LINT1 = 0x350, 0x360
 DELIVERY_NMI, DELIVERY_EXTINT = 4 << 8, 7 << 8
 
 
+def pc_routing() -> list[kvm_irq_routing_entry]:
+    """GSI → pins of a PC: 0 to 15 reach the PICs and the I/O APIC, 16 to 23 the I/O APIC; 0 is its pin 2."""
+
+    def entry(gsi: int, chip: int, pin: int) -> kvm_irq_routing_entry:
+        made = kvm_irq_routing_entry(gsi=gsi, type=flags.KVM_IRQ_ROUTING_IRQCHIP)
+        made.u.irqchip.irqchip, made.u.irqchip.pin = chip, pin
+        return made
+
+    pics = [
+        entry(gsi, flags.KVM_IRQCHIP_PIC_MASTER if gsi < 8 else flags.KVM_IRQCHIP_PIC_SLAVE, gsi % 8)
+        for gsi in range(16)
+        if gsi != 2  # the cascade
+    ]
+    pins = [entry(gsi, flags.KVM_IRQCHIP_IOAPIC, 2 if gsi == 0 else gsi) for gsi in range(24) if gsi != 2]
+    return pics + pins
+
+
 @dataclass(frozen=True)
 class Config:
     """What a machine is made of; sizes in bytes. Raises UsageError and its kin for what no machine can have."""
@@ -54,7 +71,9 @@ class Config:
 
     def __post_init__(self) -> None:
         check_size(self.memory)
-        linux.parse(self.kernel)
+        if not 1 <= self.cpus <= MOST_VCPUS:
+            raise UsageError(f"{self.cpus} vCPUs: a machine has 1 to {MOST_VCPUS}")
+        linux.place(self.kernel, self.initrd, self.command_line, min(self.memory, LOW_RAM_LIMIT))
 
 
 class Machine:
@@ -65,8 +84,8 @@ class Machine:
     """
 
     def __init__(self, system: System, config: Config, console: Callable[[bytes], None]) -> None:
-        limit = min(system.check_extension(Cap.MAX_VCPUS) or system.check_extension(Cap.NR_VCPUS), MOST_VCPUS)
-        if not 1 <= config.cpus <= limit:
+        limit = system.check_extension(Cap.MAX_VCPUS) or system.check_extension(Cap.NR_VCPUS)
+        if config.cpus > limit:
             raise UsageError(f"{config.cpus} vCPUs: this KVM takes 1 to {limit}")
         self.memory = GuestMemory(config.memory)
         platform = acpi.Platform(cpus=config.cpus, pm_base=PM_BASE, sci=SCI_IRQ)
@@ -101,8 +120,10 @@ class Machine:
         vm.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
         vm.set_tss_addr(TSS_ADDRESS)
         vm.create_irqchip()
+        # As a PC wires them: the PIT's line, GSI 0, is pin 2 of the I/O APIC.
+        vm.set_gsi_routing(pc_routing())
         # Without port 0x61 in KVM a guest that calibrates by the PIT exits for each poll.
-        vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+        vm.create_pit2(flags.KVM_PIT_SPEAKER_DUMMY)
 
     def _create_vcpu(self, system: System, index: int) -> Vcpu:
         vcpu = self.vm.create_vcpu(index)

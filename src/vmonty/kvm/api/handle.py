@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import threading
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmonty.base.errors import HandleClosed, KvmError, KvmUnsupported
-from vmonty.kvm.api.provider import Buffer, Provider
+from vmonty.kvm.api.provider import Provider
 from vmonty.kvm.uapi import Ioctl, Requests
 from vmonty.kvm.uapi.ioctls import name_of
 from vmonty.kvm.uapi.vm import kvm_enable_cap
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 H = TypeVar("H", bound="Handle")
 T = TypeVar("T")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from typing_extensions import Buffer
+if TYPE_CHECKING:
+    # Only a type checker has it for certain; from Python 3.12 on it is collections.abc.Buffer.
+    from typing_extensions import Buffer
 
-__all__ = ["Buffer", "Provider"]
+__all__ = ["Provider"]
 
 
 @runtime_checkable

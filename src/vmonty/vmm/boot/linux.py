@@ -90,8 +90,18 @@ def e820(memory: GuestMemory) -> list[tuple[int, int, int]]:
     return entries
 
 
-def load(memory: GuestMemory, kernel: bytes, initrd: bytes | None, command_line: str, platform: acpi.Platform) -> int:
-    """Put kernel, initrd, command line, zero page, tables and ACPI into *memory*; return the entry's address.
+@dataclass(frozen=True)
+class Placement:
+    """Where a kernel and its initrd go, in bytes; *initrd* is 0 when there is none."""
+
+    header: SetupHeader
+    kernel: int
+    initrd: int
+    command_line: bytes
+
+
+def place(kernel: bytes, initrd: bytes | None, command_line: str, low_end: int) -> Placement:
+    """Find room in the RAM that ends at *low_end*, below 4 GiB.
 
     Raises BootImageError when the kernel is none, or when something does not fit.
     """
@@ -100,35 +110,42 @@ def load(memory: GuestMemory, kernel: bytes, initrd: bytes | None, command_line:
     text = command_line.encode(errors="surrogateescape")
     if len(text) >= min(header.cmdline_size + 1, COMMAND_LINE_ROOM):
         raise BootImageError(f"the kernel command line is {len(text)} bytes; this kernel takes {header.cmdline_size}")
-    if memory.low_end <= HIGH_MEMORY:
-        raise BootImageError(f"memory of {memory.size >> 20} MiB is too small for Linux; give at least 64M")
+    if low_end <= HIGH_MEMORY:
+        raise BootImageError(f"memory of {low_end >> 20} MiB is too small for Linux; give at least 64M")
     start = -(-max(header.pref_address, HIGH_MEMORY) // header.alignment) * header.alignment
-    body = memoryview(kernel)[header.setup_size :]
-    end = start + max(header.init_size, len(body))
-    if end > memory.low_end:
+    end = start + max(header.init_size, len(kernel) - header.setup_size)
+    if end > low_end:
         raise BootImageError(
-            f"the kernel needs {end >> 20} MiB and the guest has {memory.low_end >> 20} MiB; give it more memory"
+            f"the kernel needs {end >> 20} MiB and the guest has {low_end >> 20} MiB; give it more memory"
         )
-    memory.write(start, body)
-    initrd_start = _place_initrd(memory, header, initrd, end) if initrd else 0
-    memory.write(COMMAND_LINE, text + b"\0")
+    return Placement(header, start, _room_for(len(initrd), header, end, low_end) if initrd else 0, text)
+
+
+def _room_for(initrd_size: int, header: SetupHeader, kernel_end: int, low_end: int) -> int:
+    start = (min(low_end, header.initrd_addr_max + 1) - initrd_size) & -PAGE
+    if start < kernel_end:
+        raise BootImageError(
+            f"the initrd of {initrd_size >> 20} MiB does not fit beside the kernel"
+            f" into {low_end >> 20} MiB; give the guest more memory"
+        )
+    return start
+
+
+def load(memory: GuestMemory, kernel: bytes, initrd: bytes | None, command_line: str, platform: acpi.Platform) -> int:
+    """Put kernel, initrd, command line, zero page, tables and ACPI into *memory*; return the entry's address.
+
+    Raises BootImageError as place() does.
+    """
+    placed = place(kernel, initrd, command_line, memory.low_end)
+    memory.write(placed.kernel, memoryview(kernel)[placed.header.setup_size :])
+    if initrd:
+        memory.write(placed.initrd, initrd)
+    memory.write(COMMAND_LINE, placed.command_line + b"\0")
     tables, rsdp = acpi.build(platform, ACPI_TABLES)
     memory.write(ACPI_TABLES, tables)
     longmode.write_tables(memory, TABLES)
-    _write_zero_page(memory, header, initrd_start, len(initrd or b""), rsdp)
-    return start + ENTRY_64
-
-
-def _place_initrd(memory: GuestMemory, header: SetupHeader, initrd: bytes, kernel_end: int) -> int:
-    top = min(memory.low_end, header.initrd_addr_max + 1)
-    start = (top - len(initrd)) & -PAGE
-    if start < kernel_end:
-        raise BootImageError(
-            f"the initrd of {len(initrd) >> 20} MiB does not fit beside the kernel"
-            f" into {memory.low_end >> 20} MiB; give the guest more memory"
-        )
-    memory.write(start, initrd)
-    return start
+    _write_zero_page(memory, placed.header, placed.initrd, len(initrd or b""), rsdp)
+    return placed.kernel + ENTRY_64
 
 
 def _write_zero_page(memory: GuestMemory, header: SetupHeader, initrd: int, initrd_size: int, rsdp: int) -> None:

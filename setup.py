@@ -1,0 +1,145 @@
+"""Compile the hot modules of vmonty with Cython; every other piece of metadata is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# The one list of modules that are compiled: pure-Python mode, a .py with a sibling .pxd.
+COMPILED = [
+    "vmonty.base.hostcall",
+    "vmonty.base.ram",
+    "vmonty.cpu.state",
+    "vmonty.cpu.decode",
+    "vmonty.cpu.assembler",
+    "vmonty.cpu.codecache",
+    "vmonty.cpu.paging",
+    "vmonty.cpu.vmx_exit",
+    "vmonty.cpu.tlb",
+    "vmonty.cpu.liveness",
+    "vmonty.cpu.grouping",
+    "vmonty.cpu.operands",
+    "vmonty.cpu.translate",
+    "vmonty.cpu.segmentation",
+    "vmonty.cpu.strings",
+    "vmonty.cpu.hosttraps",
+    "vmonty.cpu.fpu",
+    "vmonty.cpu.system",
+    "vmonty.cpu.dispatch",
+    "vmonty.cpu.core",
+    "vmonty.cpu.vmx_capabilities",
+    "vmonty.cpu.cpuid",
+    "vmonty.cpu.msr",
+    "vmonty.cpu.control",
+    "vmonty.cpu.segments",
+    "vmonty.cpu.syscalls",
+    "vmonty.cpu.tasks",
+    "vmonty.cpu.events",
+    "vmonty.cpu.transfers",
+    "vmonty.cpu.ports",
+    "vmonty.cpu.vmx_entry",
+    "vmonty.cpu.vmx_checks",
+    "vmonty.cpu.legacy",
+    "vmonty.cpu.vmx",
+]
+
+# Called while the guest's vector state is live in the host's registers: no vector register, and no loop
+# turned into a call of libc's memset or memcpy.
+GENERAL_REGS_ONLY = {
+    "vmonty.cpu.segmentation",
+    "vmonty.cpu.decode",
+    "vmonty.cpu.assembler",
+    "vmonty.cpu.codecache",
+    "vmonty.cpu.liveness",
+    "vmonty.cpu.grouping",
+    "vmonty.cpu.operands",
+    "vmonty.cpu.translate",
+    "vmonty.cpu.state",
+    "vmonty.cpu.tlb",
+    "vmonty.cpu.paging",
+    "vmonty.cpu.dispatch",
+    "vmonty.cpu.system",
+    "vmonty.cpu.segments",
+    "vmonty.cpu.events",
+    "vmonty.cpu.msr",
+    "vmonty.cpu.cpuid",
+    "vmonty.cpu.strings",
+    "vmonty.cpu.fpu",
+    "vmonty.cpu.hosttraps",
+    "vmonty.cpu.vmx_exit",
+    "vmonty.cpu.vmx_entry",
+    "vmonty.cpu.control",
+    "vmonty.cpu.syscalls",
+    "vmonty.cpu.transfers",
+    "vmonty.cpu.tasks",
+    "vmonty.cpu.ports",
+    "vmonty.cpu.svm",
+    "vmonty.cpu.vmx_capabilities",
+    "vmonty.cpu.vmx_checks",
+    "vmonty.cpu.legacy",
+}
+GENERAL_REGS_ARGS = ["-mgeneral-regs-only", "-fno-tree-loop-distribute-patterns"]
+
+# -z now: translated guest code may call compiled functions, and a lazily bound call would go through
+# the dynamic linker, which uses vector registers that belong to the guest.
+LINK_ARGS = ["-Wl,-z,now"]
+COMPILE_ARGS = ["-O2", "-fno-strict-aliasing", "-Wno-unused-function"]
+
+
+def missing_tools() -> list[str]:
+    """Name what a compile needs and this host lacks, with the package that brings it."""
+    compiler = os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0]
+    missing = []
+    if shutil.which(compiler) is None and shutil.which("gcc") is None:
+        missing.append(f"a C compiler ({compiler!r} not found; on Debian or Ubuntu: apt-get install gcc libc6-dev)")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        missing.append(f"the Python headers ({header} not found; on Debian or Ubuntu: apt-get install python3-dev)")
+    try:
+        import Cython  # noqa: F401
+    except ImportError:
+        missing.append("Cython (pip install 'Cython>=3.1')")
+    return missing
+
+
+class BuildExt(build_ext):
+    """Fail early and say what is missing: there is no silent fall-back to slow code."""
+
+    def run(self) -> None:
+        if missing := missing_tools():
+            raise SystemExit("vmonty cannot be built; it needs " + " and ".join(missing))
+        from Cython.Build import cythonize
+
+        self.extensions = cythonize(
+            self.extensions,
+            build_dir="build/cython",
+            nthreads=os.cpu_count() or 1,
+            include_path=["src"],
+            compiler_directives={
+                "language_level": 3,
+                "embedsignature": True,
+                "freethreading_compatible": False,
+                "annotation_typing": True,
+            },
+        )
+        for extension in self.extensions:
+            extension._needs_stub = False
+        self.parallel = os.cpu_count()
+        super().run()
+
+
+def extension(name: str) -> Extension:
+    return Extension(
+        name,
+        [f"src/{name.replace('.', '/')}.py"],
+        extra_compile_args=COMPILE_ARGS + (GENERAL_REGS_ARGS if name in GENERAL_REGS_ONLY else []),
+        extra_link_args=LINK_ARGS,
+    )
+
+
+setup(ext_modules=[extension(name) for name in COMPILED], cmdclass={"build_ext": BuildExt})

@@ -1,0 +1,1 @@
+"""The silicon: an x86-64 CPU in software, by same-ISA binary translation."""

@@ -1,0 +1,227 @@
+"""An emitter of x86-64 machine code: exactly what the translator and its stubs need.
+
+Register arguments are hardware numbers (0 rax … 15 r15); ``NONE`` means no base or index. ``opcode`` carries its map
+in bits 8 and 9: 0x8B, 0x1AF for 0F AF, 0x2F0 for 0F 38 F0. The caller guarantees room between ``at`` and ``limit``.
+SDM, "Instruction Format".
+"""
+
+
+import cython
+
+
+def put8(a, value):
+    """Append one byte."""
+    a.at[0] = value & 0xFF
+    a.at += 1
+
+
+def put16(a, value):
+    """Append two bytes, little-endian."""
+    put8(a, value)
+    put8(a, value >> 8)
+
+
+def put32(a, value):
+    """Append four bytes, little-endian."""
+    put8(a, value)
+    put8(a, value >> 8)
+    put8(a, value >> 16)
+    put8(a, value >> 24)
+
+
+def put64(a, value):
+    """Append eight bytes, little-endian."""
+    put32(a, cython.cast(uint32_t, value))
+    put32(a, value >> 32)
+
+
+def here(a):
+    """Give the address at which the next byte will execute."""
+    return cython.cast(uint64_t, a.at) + a.delta
+
+
+def memory(a, reg, base, index, scale, disp):
+    """Append modrm, SIB and displacement of [base + index << scale + disp]; base may be NONE (then disp32)."""
+    field: cython.int = (reg & 7) << 3
+    if base < 0:
+        put8(a, field | 4)
+        put8(a, (scale << 6) | (((index & 7) << 3) if index >= 0 else 0x20) | 5)
+        put32(a, disp)
+        return
+    mod: cython.int
+    if disp == 0 and (base & 7) != 5:
+        mod = 0
+    elif -128 <= disp <= 127:
+        mod = 0x40
+    else:
+        mod = 0x80
+    if index >= 0 or (base & 7) == 4:
+        put8(a, mod | field | 4)
+        put8(a, (scale << 6) | (((index & 7) << 3) if index >= 0 else 0x20) | (base & 7))
+    else:
+        put8(a, mod | field | (base & 7))
+    if mod == 0x40:
+        put8(a, disp)
+    elif mod == 0x80:
+        put32(a, disp)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _opcode(a: cython.pointer(Assembler), prefix: cython.int, rex: cython.int, opcode: cython.int) -> cython.void:
+    """Append prefix, REX and opcode; opcodes of the 0F map have 0x100 set, 0F38 0x200, 0F3A 0x300."""
+    if prefix:
+        put8(a, prefix)
+    if rex:
+        put8(a, rex | 0x40)
+    if opcode >= 0x100:
+        put8(a, 0x0F)
+        if opcode >= 0x300:
+            put8(a, 0x3A)
+        elif opcode >= 0x200:
+            put8(a, 0x38)
+    put8(a, opcode)
+
+
+def op_reg(a, prefix, w, opcode, reg, rm):
+    """Append a register-register instruction (modrm.mod = 3). ``w`` 2 forces a bare REX for byte registers."""
+    rex: cython.int = ((reg & 8) >> 1) | ((rm & 8) >> 3)
+    if w == 1:
+        rex |= 8
+    if w == 2:
+        rex |= 0x40
+    _opcode(a, prefix, rex, opcode)
+    put8(a, 0xC0 | ((reg & 7) << 3) | (rm & 7))
+
+
+def op_mem(a, prefix, w, opcode, reg, base, index, scale, disp):
+    """Append an instruction with a memory operand."""
+    rex: cython.int = (reg & 8) >> 1
+    if w == 1:
+        rex |= 8
+    if w == 2:
+        rex |= 0x40
+    if base >= 8:
+        rex |= 1
+    if index >= 8:
+        rex |= 2
+    _opcode(a, prefix, rex, opcode)
+    memory(a, reg, base, index, scale, disp)
+
+
+def mov_rr(a, to, source):
+    """``mov to, source`` (64 bits)."""
+    if to != source:
+        op_reg(a, 0, 1, 0x8B, to, source)
+
+
+def mov_rr32(a, to, source):
+    """``mov to, source`` (32 bits, zero-extends)."""
+    op_reg(a, 0, 0, 0x8B, to, source)
+
+
+def load(a, reg, base, disp):
+    """``mov reg, [base + disp]`` (64 bits)."""
+    op_mem(a, 0, 1, 0x8B, reg, base, NONE, 0, disp)
+
+
+def load32(a, reg, base, disp):
+    """``mov reg, [base + disp]`` (32 bits)."""
+    op_mem(a, 0, 0, 0x8B, reg, base, NONE, 0, disp)
+
+
+def store(a, reg, base, disp):
+    """``mov [base + disp], reg`` (64 bits)."""
+    op_mem(a, 0, 1, 0x89, reg, base, NONE, 0, disp)
+
+
+def store32(a, reg, base, disp):
+    """``mov [base + disp], reg`` (32 bits)."""
+    op_mem(a, 0, 0, 0x89, reg, base, NONE, 0, disp)
+
+
+def lea(a, reg, base, index, scale, disp):
+    """``lea reg, [base + index << scale + disp]`` (64 bits)."""
+    op_mem(a, 0, 1, 0x8D, reg, base, index, scale, disp)
+
+
+def mov_imm(a, reg, value):
+    """Load a constant in the shortest form that leaves the flags alone."""
+    if not value >> 32:
+        if reg >= 8:
+            put8(a, 0x41)
+        put8(a, 0xB8 | (reg & 7))
+        put32(a, value)
+    elif cython.cast(int64_t, value)  >> 31 == -1:
+        put8(a, 0x49 if reg >= 8 else 0x48)
+        put8(a, 0xC7)
+        put8(a, 0xC0 | (reg & 7))
+        put32(a, cython.cast(uint32_t, value))
+    else:
+        put8(a, 0x49 if reg >= 8 else 0x48)
+        put8(a, 0xB8 | (reg & 7))
+        put64(a, value)
+
+
+def store_imm32(a, base, disp, value):
+    """``mov dword [base + disp], value``."""
+    op_mem(a, 0, 0, 0xC7, 0, base, NONE, 0, disp)
+    put32(a, value)
+
+
+def alu_imm(a, w, digit, reg, value):
+    """``add/or/adc/sbb/and/sub/xor/cmp reg, value`` by /digit."""
+    if -128 <= value <= 127:
+        op_reg(a, 0, w, 0x83, digit, reg)
+        put8(a, value)
+    else:
+        op_reg(a, 0, w, 0x81, digit, reg)
+        put32(a, value)
+
+
+def vex3(a, map, pp, w, l, vvvv, r, x, b):  # noqa: A002, E741
+    """Append a three-byte VEX prefix; ``r x b`` are the high register bits as they are (not inverted)."""
+    put8(a, 0xC4)
+    put8(a, (0 if r else 0x80) | (0 if x else 0x40) | (0 if b else 0x20) | map)
+    put8(a, (w << 7) | (((~vvvv) & 15) << 3) | (l << 2) | pp)
+
+
+def rorx(a, w, to, source, count):
+    """``rorx to, source, count``: a rotate that leaves the flags alone (BMI2)."""
+    vex3(a, 3, 3, w, 0, 0, to >> 3, 0, source >> 3)
+    put8(a, 0xF0)
+    put8(a, 0xC0 | ((to & 7) << 3) | (source & 7))
+    put8(a, count)
+
+
+def pext_mem(a, to, source, base, disp):
+    """``pext to, source, [base + disp]`` (64 bits, BMI2)."""
+    vex3(a, 2, 2, 1, 0, source, to >> 3, 0, base >> 3)
+    put8(a, 0xF5)
+    memory(a, to, base, NONE, 0, disp)
+
+
+def jmp_to(a, target):
+    """``jmp rel32``."""
+    put8(a, 0xE9)
+    put32(a, cython.cast(uint32_t, target - (here(a) + 4)))
+
+
+def call_to(a, target):
+    """``call rel32``."""
+    put8(a, 0xE8)
+    put32(a, cython.cast(uint32_t, target - (here(a) + 4)))
+
+
+def jcc_to(a, cc, target):
+    """``jcc rel32``."""
+    put8(a, 0x0F)
+    put8(a, 0x80 | cc)
+    put32(a, cython.cast(uint32_t, target - (here(a) + 4)))
+
+
+def push_imm32(a, value):
+    """``push imm32``."""
+    put8(a, 0x68)
+    put32(a, value)

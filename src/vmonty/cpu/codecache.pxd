@@ -1,0 +1,129 @@
+"""The code cache of one processor: translated blocks, their links, and the stubs that all of them share."""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from vmonty.cpu.assembler cimport Assembler
+from vmonty.cpu.decode cimport Insn
+from vmonty.cpu.state cimport CpuState
+
+cdef enum:
+    MAX_BLOCKS = 49152
+    MAX_LINKS = 131072
+    MAX_OFFSETS = 1048576
+    MAX_SIDE = 32768
+    BLOCK_BUCKETS = 16384
+    PAGE_BUCKETS = 4096
+    MAX_PAGES = 16384
+
+# What leaves translated code (CpuState.leave_code), besides LEAVE_* of helpers.
+cdef enum:
+    OUT_LINK = 16            # leave_argument: index of the link to resolve
+    OUT_INDIRECT = 17        # rip: where to go on
+    OUT_POLL = 18            # rip: the instruction at which the run flag was seen 0
+    OUT_SYSTEM = 19          # leave_argument: index of the side instruction to execute
+    OUT_NEXT = 20            # rip: where to go on, after a single-instruction block
+    OUT_TRAP = 21            # a host trap: trap_rip, trap_signal, trap_code
+    OUT_FAULT = 22           # leave_argument: index of a side instruction whose fetch or decode failed
+
+
+cdef struct Block:
+    uint64_t rip
+    uint64_t host_page       # host address of the first page that its code lies in
+    uint64_t host_page2      # second page, or 0
+    uint32_t key
+    uint32_t entry           # offset of the code in the mapping
+    uint32_t size
+    uint32_t body_size       # without out-of-line stubs
+    uint16_t length          # guest bytes
+    uint16_t count           # guest instructions
+    uint32_t offsets         # index into offsets: host offset, guest offset pairs
+    uint32_t valid
+    uint32_t next            # hash chain, index + 1
+    uint32_t page_next       # chains of blocks of one host page
+    uint32_t page_next2
+    uint32_t incoming        # first link that jumps here, index + 1
+    uint32_t is_global
+
+
+cdef struct Link:
+    uint64_t target          # guest rip
+    uint32_t patch           # offset of the rel32
+    uint32_t stub            # offset of the stub it goes to while unlinked
+    uint32_t block           # index of the block that it leaves
+    uint32_t destination     # index + 1 of the block that it goes to now, 0 none
+    uint32_t next_incoming
+    uint32_t cross_page
+
+
+cdef struct CodePage:
+    uint64_t host_page
+    uint32_t first           # first block, index + 1
+    uint32_t next
+
+
+cdef struct CodeCache:
+    uint8_t *writable
+    uint8_t *executable
+    uint64_t size
+    Assembler a
+    uint32_t first           # offset after the stubs
+    uint32_t blocks_used
+    uint32_t links_used
+    uint32_t offsets_used
+    uint32_t side_used
+    uint32_t pages_used
+    Block *blocks
+    Link *links
+    uint16_t *offsets
+    Insn *side
+    CodePage *pages
+    uint32_t *buckets
+    uint32_t *page_buckets
+    uint64_t flushes
+    void *state
+    # ---- stubs -------------------------------------------------------------------------------------
+    uint64_t enter           # int enter(CpuState *, void *code)
+    uint64_t load_vectors    # void load_vectors(CpuState *)
+    uint64_t save_vectors
+    uint64_t leave           # saves everything, returns leave_code
+    uint64_t leave_link
+    uint64_t leave_indirect
+    uint64_t leave_poll
+    uint64_t leave_system
+    uint64_t leave_next
+    uint64_t leave_fault
+    uint64_t trap
+    uint64_t memory_slow
+    uint64_t careful_access
+    uint64_t careful_commit
+    uint64_t call_helper
+    uint64_t lookup[3]       # r15 = guest rip: jump through the jump cache of a TLB set
+    uint64_t copy[4]         # void copy(to, from, count): rep movs by log2 size
+    uint64_t fill[4]         # void fill(to, count, value): rep stos
+    uint64_t fpu[12]         # void f(buffer, mask): fxsave fxrstor xsave xrstor, then stenv ldenv save rstor
+    uint64_t return_miss     # bottom of the shadow stack
+
+
+ctypedef int (*enter_function)(CpuState *, void *) noexcept nogil
+ctypedef void (*vector_function)(CpuState *) noexcept nogil
+ctypedef void (*string_function)(uint64_t, uint64_t, uint64_t) noexcept nogil
+
+cdef extern from "<sys/mman.h>" nogil:
+    int memfd_create(const char *name, unsigned int flags)
+
+cdef int32_t displacement(CpuState *s, void *field) noexcept nogil
+cdef CodeCache *cache_new(CpuState *s, uint64_t size, void *memory_slow, void *careful_access, void *careful_commit,
+                          void *call_helper) noexcept nogil
+cdef void cache_free(CpuState *s) noexcept nogil
+cdef void cache_flush(CpuState *s) noexcept nogil
+cdef Block *block_find(CodeCache *c, uint64_t rip, uint64_t host_page, uint32_t key) noexcept nogil
+cdef void block_register(CodeCache *c, Block *b) noexcept nogil
+cdef void block_invalidate(CpuState *s, Block *b) noexcept nogil
+cdef int is_code_page(CpuState *s, uint64_t host_page) noexcept nogil
+cdef int code_written(CpuState *s, uint64_t host_page) noexcept nogil
+cdef void link_to(CodeCache *c, uint32_t link, Block *b) noexcept nogil
+cdef void unlink_cross_page(CpuState *s) noexcept nogil
+cdef Block *block_at_host(CodeCache *c, uint64_t host_rip) noexcept nogil
+cdef void shadow_reset(CpuState *s) noexcept nogil
+cdef void jump_cache_clear(CpuState *s) noexcept nogil
+cdef void jump_cache_clear_local(CpuState *s) noexcept nogil

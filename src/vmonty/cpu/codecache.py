@@ -1,0 +1,663 @@
+"""The code cache of one processor: translated blocks, their links, and the stubs that all of them share.
+
+W^X: one memfd, mapped twice; the emitter writes through one mapping, the processor executes the other. When any
+arena is full the whole cache is dropped (``cache_flush``), which only the dispatcher does.
+
+Registers inside translated code (see DESIGN, "What the prototype taught"): guest rax rdx rbx rsi rdi r8-r11 in
+themselves, guest rsp in r13, guest rcx in r14, the other guest registers in the state; rcx r12 r15 scratch; rbp =
+state + 128; rsp = the shadow stack of return predictions.
+"""
+
+import cython
+from cython.cimports.posix.mman import (
+    MAP_ANONYMOUS,
+    MAP_FAILED,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PROT_EXEC,
+    PROT_NONE,
+    PROT_READ,
+    PROT_WRITE,
+    mmap,
+    mprotect,
+    munmap,
+)
+from cython.cimports.posix.unistd import close, ftruncate
+from cython.cimports.vmonty.cpu.assembler import (
+    NONE,
+    alu_imm,
+    call_to,
+    here,
+    jmp_to,
+    lea,
+    load,
+    load32,
+    mov_imm,
+    mov_rr,
+    mov_rr32,
+    op_mem,
+    op_reg,
+    pext_mem,
+    put8,
+    put32,
+    store,
+    store32,
+    store_imm32,
+)
+from cython.cimports.vmonty.cpu.state import ARITHMETIC_FLAGS, JUMP_CACHE_ENTRIES, SHADOW_STACK, TLB_ENTRIES, TLB_SETS
+
+def displacement(s, field):
+    """Give the displacement from rbp of a field of the state."""
+    return cython.cast(int64_t, cython.cast(uint64_t, field) - cython.cast(uint64_t, s)) - 128
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _map(size: uint64_t) -> cython.p_void:
+    memory: cython.p_void = mmap(
+        cython.NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0
+    )
+    return cython.NULL if memory == MAP_FAILED else memory
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _kept(g: cython.int) -> cython.int:
+    """Give the host register that holds guest register ``g``, or NONE."""
+    if g == 1:
+        return 14
+    if g == 4:
+        return 13
+    if g == 5 or g >= 12:
+        return NONE
+    return g
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _save_all(a: cython.pointer(Assembler), s: cython.pointer(CpuState)) -> cython.void:
+    """Store every guest register and merge the flags into rflags; clobbers rax rcx rdx."""
+    g: cython.int
+    for g in range(16):
+        if _kept(g) >= 0:
+            store(a, _kept(g), 5, displacement(s, cython.address(s.gpr[g])))
+    put8(a, 0x9F)  # lahf
+    put8(a, 0x0F)  # seto al
+    put8(a, 0x90)
+    put8(a, 0xC0)
+    load32(a, 1, 5, displacement(s, cython.address(s.rflags)))
+    alu_imm(a, 0, 4, 1, ~ARITHMETIC_FLAGS)
+    put8(a, 0x0F)  # movzx edx, ah
+    put8(a, 0xB6)
+    put8(a, 0xD4)
+    alu_imm(a, 0, 4, 2, 0xD5)
+    op_reg(a, 0, 0, 0x0B, 1, 2)
+    put8(a, 0x0F)  # movzx edx, al
+    put8(a, 0xB6)
+    put8(a, 0xD0)
+    put8(a, 0xC1)  # shl edx, 11
+    put8(a, 0xE2)
+    put8(a, 11)
+    op_reg(a, 0, 0, 0x0B, 1, 2)
+    store32(a, 1, 5, displacement(s, cython.address(s.rflags)))
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _load_all(a: cython.pointer(Assembler), s: cython.pointer(CpuState)) -> cython.void:
+    """Load the flags and every guest register that lives in the host's; rcx, r12, r15 are left alone."""
+    g: cython.int
+    load32(a, 0, 5, displacement(s, cython.address(s.rflags)))
+    mov_rr32(a, 2, 0)
+    put8(a, 0xC1)  # shr edx, 11
+    put8(a, 0xEA)
+    put8(a, 11)
+    alu_imm(a, 0, 4, 2, 1)
+    put8(a, 0x88)  # mov ah, al
+    put8(a, 0xC4)
+    put8(a, 0x88)  # mov al, dl
+    put8(a, 0xD0)
+    put8(a, 0x04)  # add al, 127: sets OF when al was 1
+    put8(a, 0x7F)
+    put8(a, 0x9E)  # sahf
+    for g in range(16):
+        if _kept(g) >= 0:
+            load(a, _kept(g), 5, displacement(s, cython.address(s.gpr[g])))
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _enter_leave(c: cython.pointer(CodeCache), s: cython.pointer(CpuState)) -> cython.void:
+    a: cython.pointer(Assembler) = cython.address(c.a)
+    code: uint64_t
+    k: cython.int
+    c.enter = here(a)
+    put8(a, 0x53)  # push rbx, rbp, r12-r15
+    put8(a, 0x55)
+    for k in range(4):
+        put8(a, 0x41)
+        put8(a, 0x54 + k)
+    alu_imm(a, 1, 5, 4, 8)  # sub rsp, 8: calls from here find the stack aligned
+    lea(a, 5, 7, NONE, 0, 128)
+    store(a, 4, 5, displacement(s, cython.address(s.host_rsp)))
+    mov_rr(a, 12, 6)
+    load(a, 4, 5, displacement(s, cython.address(s.shadow_top)))
+    _load_all(a, s)
+    put8(a, 0x41)  # jmp r12
+    put8(a, 0xFF)
+    put8(a, 0xE4)
+    c.leave = here(a)
+    _save_all(a, s)
+    code = here(a)  # everything saved already
+    store(a, 4, 5, displacement(s, cython.address(s.shadow_top)))
+    load(a, 4, 5, displacement(s, cython.address(s.host_rsp)))
+    put8(a, 0xFC)  # cld
+    load32(a, 0, 5, displacement(s, cython.address(s.leave_code)))
+    alu_imm(a, 1, 0, 4, 8)
+    for k in range(4):
+        put8(a, 0x41)
+        put8(a, 0x5F - k)
+    put8(a, 0x5D)
+    put8(a, 0x5B)
+    put8(a, 0xC3)
+    _memory_stubs(c, s, code)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _leave_with(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), code: cython.int,
+                field: cython.p_void) -> uint64_t:  # fmt: skip
+    """Emit a stub that stores r15 into ``field`` and leaves with ``code``."""
+    a: cython.pointer(Assembler) = cython.address(c.a)
+    address: uint64_t = here(a)
+    store(a, 15, 5, displacement(s, field))
+    store_imm32(a, 5, displacement(s, cython.address(s.leave_code)), code)
+    jmp_to(a, c.leave)
+    return address
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _call_c(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), function: cython.p_void,
+            arguments: cython.int, leave_saved: uint64_t, wants_address: cython.int) -> uint64_t:  # fmt: skip
+    """Emit a stub that calls a compiled function with the guest's state saved.
+
+    ``arguments`` 2: (state, rcx, immediate pushed before the call, return address), popped on return;
+    1: (state, r15, return address); 0: (state). The result 0 leaves the block when ``wants_address``, else a
+    result that is not 0 does; leave_code is then the function's business.
+    """
+    a: cython.pointer(Assembler) = cython.address(c.a)
+    address: uint64_t = here(a)
+    at: cython.p_uchar
+    if arguments == 2:
+        store(a, 1, 5, displacement(s, cython.address(s.temp[0])))
+    _save_all(a, s)
+    lea(a, 7, 5, NONE, 0, -128)
+    if arguments == 2:
+        load(a, 6, 5, displacement(s, cython.address(s.temp[0])))
+        op_mem(a, 0, 0, 0x8B, 2, 4, NONE, 0, 8)
+        load(a, 1, 4, 0)
+    elif arguments == 1:
+        mov_rr(a, 6, 15)
+        load(a, 2, 4, 0)
+    store(a, 4, 5, displacement(s, cython.address(s.shadow_top)))
+    load(a, 4, 5, displacement(s, cython.address(s.host_rsp)))
+    put8(a, 0xFC)
+    mov_imm(a, 0, cython.cast(uint64_t, function))
+    put8(a, 0xFF)  # call rax
+    put8(a, 0xD0)
+    load(a, 4, 5, displacement(s, cython.address(s.shadow_top)))
+    op_reg(a, 0, 1 if wants_address else 0, 0x85, 0, 0)  # test rax, rax
+    put8(a, 0x75 if wants_address else 0x74)  # over the way out
+    at = a.at
+    put8(a, 0)
+    lea(a, 4, 4, NONE, 0, 16 if arguments == 2 else 8)
+    if not wants_address:
+        store32(a, 0, 5, displacement(s, cython.address(s.leave_code)))
+    jmp_to(a, leave_saved)
+    at[0] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, at) - 1
+    if wants_address:
+        mov_rr(a, 1, 0)
+    _load_all(a, s)
+    if arguments == 2:
+        put8(a, 0xC2)  # ret 8
+        put8(a, 8)
+        put8(a, 0)
+    else:
+        put8(a, 0xC3)
+    return address
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _fpu_stubs(c: cython.pointer(CodeCache)) -> cython.void:
+    """Emit void f(buffer, mask) for each state instruction; see fpu for the numbering."""
+    a: cython.pointer(Assembler) = cython.address(c.a)
+    n: cython.int
+    digit: cython.int
+    for n in range(12):
+        c.fpu[n] = here(a)
+        mov_rr(a, 0, 6)
+        mov_rr(a, 2, 6)
+        op_reg(a, 0, 1, 0xC1, 5, 2)  # shr rdx, 32
+        put8(a, 32)
+        if n < 4:
+            digit = 0 if n == 0 else (1 if n == 1 else (4 if n == 2 else 5))
+            op_mem(a, 0, 1, 0x1AE, digit, 7, NONE, 0, 0)
+        else:  # 4 fnstenv 5 its 16-bit form 6 fldenv 7 its 16-bit form, 8 fnsave … 10 frstor …
+            op_mem(a, 0x66 if n & 1 else 0, 0, 0xDD if n >= 8 else 0xD9, 4 if n & 2 else 6, 7, NONE, 0, 0)
+        put8(a, 0xC3)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _memory_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), saved: uint64_t) -> cython.void:
+    a: cython.pointer(Assembler) = cython.address(c.a)
+    at: cython.p_uchar
+    c.leave_link = _leave_with(c, s, OUT_LINK, cython.address(s.leave_argument))
+    c.leave_indirect = _leave_with(c, s, OUT_INDIRECT, cython.address(s.rip))
+    c.leave_poll = _leave_with(c, s, OUT_POLL, cython.address(s.rip))
+    c.leave_system = _leave_with(c, s, OUT_SYSTEM, cython.address(s.leave_argument))
+    c.leave_fault = _leave_with(c, s, OUT_FAULT, cython.address(s.leave_argument))
+    c.leave_next = _leave_with(c, s, OUT_NEXT, cython.address(s.rip))
+    c.trap = here(a)
+    store_imm32(a, 5, displacement(s, cython.address(s.leave_code)), OUT_TRAP)
+    jmp_to(a, c.leave)
+    # The functions' addresses are in host_xsave while the stubs are made.
+    functions: cython.pointer(cython.p_void) = cython.cast(cython.pointer(cython.p_void), s.host_xsave)
+    c.memory_slow = _call_c(c, s, functions[0], 2, saved, 1)
+    c.careful_access = _call_c(c, s, functions[1], 2, saved, 1)
+    c.careful_commit = _call_c(c, s, functions[2], 0, saved, 0)
+    c.call_helper = _call_c(c, s, functions[3], 1, saved, 0)
+    k: cython.int
+    for k in range(TLB_SETS):
+        c.lookup[k] = here(a)
+        pext_mem(a, 12, 15, 5, displacement(s, cython.address(s.jump_mask)))
+        op_mem(a, 0, 1, 0x8B, 1, 5, 12, 3, displacement(s, cython.address(s.jump_negated[k][0])))
+        lea(a, 1, 1, 15, 0, 0)
+        put8(a, 0xE3)  # jrcxz hit
+        put8(a, 5)
+        jmp_to(a, c.leave_indirect)
+        load32(a, 1, 5, displacement(s, cython.address(s.run)))
+        put8(a, 0xE3)  # jrcxz: run is 0
+        put8(a, 0)
+        at = a.at
+        op_mem(a, 0, 0, 0xFF, 4, 5, 12, 3, displacement(s, cython.address(s.jump_code[k][0])))
+        at[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, at)
+        jmp_to(a, c.leave_poll)
+    c.return_miss = here(a)
+    lea(a, 4, 4, NONE, 0, -8)
+    op_mem(a, 0, 0, 0xFF, 4, 5, NONE, 0, displacement(s, cython.address(s.lookup_now)))
+    for k in range(4):
+        c.copy[k] = here(a)
+        mov_rr(a, 1, 2)
+        if k == 1:
+            put8(a, 0x66)
+        put8(a, 0xF3)
+        if k == 3:
+            put8(a, 0x48)
+        put8(a, 0xA4 if k == 0 else 0xA5)
+        put8(a, 0xC3)
+        c.fill[k] = here(a)
+        mov_rr(a, 1, 6)
+        mov_rr(a, 0, 2)
+        if k == 1:
+            put8(a, 0x66)
+        put8(a, 0xF3)
+        if k == 3:
+            put8(a, 0x48)
+        put8(a, 0xAA if k == 0 else 0xAB)
+        put8(a, 0xC3)
+    _fpu_stubs(c)
+    # void load_vectors(CpuState *): the caller's control words are kept, the guest's state comes in
+    c.load_vectors = here(a)
+    mov_rr(a, 1, 7)
+    op_mem(a, 0, 0, 0x1AE, 3, 1, NONE, 0, displacement(s, cython.address(s.host_mxcsr)) + 128)
+    op_mem(a, 0, 0, 0xD9, 7, 1, NONE, 0, displacement(s, cython.address(s.host_fcw)) + 128)
+    mov_imm(a, 0, 7)
+    op_reg(a, 0, 0, 0x33, 2, 2)
+    op_mem(a, 0, 1, 0x1AE, 5, 1, NONE, 0, displacement(s, cython.address(s.xsave)) + 128)
+    put8(a, 0xC3)
+    c.save_vectors = here(a)
+    mov_rr(a, 1, 7)
+    mov_imm(a, 0, 7)
+    op_reg(a, 0, 0, 0x33, 2, 2)
+    op_mem(a, 0, 1, 0x1AE, 4, 1, NONE, 0, displacement(s, cython.address(s.xsave)) + 128)
+    put8(a, 0xDB)  # fninit
+    put8(a, 0xE3)
+    op_mem(a, 0, 0, 0x1AE, 2, 1, NONE, 0, displacement(s, cython.address(s.host_mxcsr)) + 128)
+    op_mem(a, 0, 0, 0xD9, 5, 1, NONE, 0, displacement(s, cython.address(s.host_fcw)) + 128)
+    put8(a, 0xC5)  # vzeroupper
+    put8(a, 0xF8)
+    put8(a, 0x77)
+    put8(a, 0xC3)
+
+
+def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper):
+    """Make the cache and its stubs; NULL when the host gives no memory. ``size`` in bytes."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), _map(cython.sizeof(CodeCache)))
+    if c == cython.NULL:
+        return cython.NULL
+    fd: cython.int = memfd_create(b"vmonty-code", 1)
+    if fd < 0 or ftruncate(fd, size) < 0:
+        return cython.NULL
+    c.size = size
+    c.state = s
+    c.writable = cython.cast(cython.p_uchar, mmap(cython.NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0))
+    c.executable = cython.cast(cython.p_uchar, mmap(cython.NULL, size, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0))
+    close(fd)
+    c.blocks = cython.cast(cython.pointer(Block), _map(MAX_BLOCKS * cython.sizeof(Block)))
+    c.links = cython.cast(cython.pointer(Link), _map(MAX_LINKS * cython.sizeof(Link)))
+    c.offsets = cython.cast(cython.pointer(uint16_t), _map(MAX_OFFSETS * 2))
+    c.side = cython.cast(cython.pointer(Insn), _map(MAX_SIDE * cython.sizeof(Insn)))
+    c.pages = cython.cast(cython.pointer(CodePage), _map(MAX_PAGES * cython.sizeof(CodePage)))
+    c.buckets = cython.cast(cython.pointer(uint32_t), _map(BLOCK_BUCKETS * 4))
+    c.page_buckets = cython.cast(cython.pointer(uint32_t), _map(PAGE_BUCKETS * 4))
+    shadow: cython.p_void = _map(SHADOW_STACK + 8192)
+    if (
+        cython.cast(cython.p_void, c.writable) == MAP_FAILED
+        or cython.cast(cython.p_void, c.executable) == MAP_FAILED
+        or c.blocks == cython.NULL
+        or c.links == cython.NULL
+        or c.offsets == cython.NULL
+        or c.side == cython.NULL
+        or c.pages == cython.NULL
+        or c.buckets == cython.NULL
+        or c.page_buckets == cython.NULL
+        or shadow == cython.NULL
+    ):
+        return cython.NULL
+    mprotect(shadow, 4096, PROT_NONE)  # a push that meets it is a full shadow stack: hosttraps resets it
+    c.a.at = c.writable
+    c.a.limit = c.writable + size
+    c.a.delta = cython.cast(int64_t, cython.cast(uint64_t, c.executable) - cython.cast(uint64_t, c.writable))
+    functions: cython.pointer(cython.p_void) = cython.cast(cython.pointer(cython.p_void), s.host_xsave)
+    functions[0] = memory_slow
+    functions[1] = careful_access
+    functions[2] = careful_commit
+    functions[3] = call_helper
+    _enter_leave(c, s)
+    c.first = c.a.at - c.writable
+    s.translator = c
+    s.code_low = cython.cast(uint64_t, c.executable)
+    s.code_high = s.code_low + size
+    s.trap_exit = c.trap
+    s.shadow_base = cython.cast(uint64_t, shadow)
+    shadow_reset(s)
+    jump_cache_clear(s)
+    return c
+
+
+def cache_free(s):
+    """Unmap everything; the processor must be idle."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    if c == cython.NULL:
+        return
+    munmap(c.writable, c.size)
+    munmap(c.executable, c.size)
+    munmap(c.blocks, MAX_BLOCKS * cython.sizeof(Block))
+    munmap(c.links, MAX_LINKS * cython.sizeof(Link))
+    munmap(c.offsets, MAX_OFFSETS * 2)
+    munmap(c.side, MAX_SIDE * cython.sizeof(Insn))
+    munmap(c.pages, MAX_PAGES * cython.sizeof(CodePage))
+    munmap(c.buckets, BLOCK_BUCKETS * 4)
+    munmap(c.page_buckets, PAGE_BUCKETS * 4)
+    munmap(cython.cast(cython.p_void, s.shadow_base), SHADOW_STACK + 8192)
+    munmap(c, cython.sizeof(CodeCache))
+    s.translator = cython.NULL
+
+
+def shadow_reset(s):
+    """Forget all return predictions: the next return looks its target up."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    s.shadow_top = s.shadow_base + SHADOW_STACK
+    cython.cast(cython.pointer(uint64_t), s.shadow_top)[0] = c.return_miss
+
+
+def jump_cache_clear(s):
+    """Forget all indirect targets."""
+    k: cython.int
+    n: cython.int
+    for n in range(TLB_SETS):
+        for k in range(JUMP_CACHE_ENTRIES):
+            s.jump_negated[n][k] = cython.cast(uint64_t, 1) << 62  # minus a non-canonical address
+        s.jump_local[n] = 0
+
+
+def jump_cache_clear_local(s):
+    """Forget the indirect targets in pages that are not global."""
+    k: cython.int
+    n: cython.int
+    for n in range(TLB_SETS):
+        if s.jump_local[n]:
+            for k in range(JUMP_CACHE_ENTRIES):
+                s.jump_negated[n][k] = cython.cast(uint64_t, 1) << 62
+            s.jump_local[n] = 0
+
+
+def cache_flush(s):
+    """Drop every translation."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    k: cython.int
+    c.a.at = c.writable + c.first
+    c.blocks_used = 0
+    c.links_used = 0
+    c.offsets_used = 0
+    c.side_used = 0
+    c.pages_used = 0
+    for k in range(BLOCK_BUCKETS):
+        c.buckets[k] = 0
+    for k in range(PAGE_BUCKETS):
+        c.page_buckets[k] = 0
+    c.flushes += 1
+    shadow_reset(s)
+    jump_cache_clear(s)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _bucket(rip: uint64_t, host_page: uint64_t) -> uint32_t:
+    h: uint64_t = (rip ^ (host_page >> 7)) * cython.cast(uint64_t, 0x9E3779B97F4A7C15)
+    return cython.cast(uint32_t, h >> 40) & (BLOCK_BUCKETS - 1)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _page_bucket(host_page: uint64_t) -> uint32_t:
+    h: uint64_t = (host_page >> 12) * cython.cast(uint64_t, 0x9E3779B97F4A7C15)
+    return cython.cast(uint32_t, h >> 40) & (PAGE_BUCKETS - 1)
+
+
+def block_find(c, rip, host_page, key):
+    """Give the valid translation of ``rip`` (code in ``host_page``) under ``key``, or NULL."""
+    n: uint32_t = c.buckets[_bucket(rip, host_page)]
+    b: cython.pointer(Block)
+    while n:
+        b = cython.address(c.blocks[n - 1])
+        if b.rip == rip and b.host_page == host_page and b.key == key and b.valid:
+            return b
+        n = b.next
+    return cython.NULL
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _page_find(c: cython.pointer(CodeCache), host_page: uint64_t) -> cython.pointer(CodePage):
+    n: uint32_t = c.page_buckets[_page_bucket(host_page)]
+    while n:
+        if c.pages[n - 1].host_page == host_page:
+            return cython.address(c.pages[n - 1])
+        n = c.pages[n - 1].next
+    return cython.NULL
+
+
+def is_code_page(s, host_page):
+    """Tell whether translations of that page exist: then it may not be in a write TLB."""
+    p: cython.pointer(CodePage) = _page_find(
+        cython.cast(cython.pointer(CodeCache), s.translator), host_page & ~cython.cast(uint64_t, 0xFFF)
+    )
+    return p != cython.NULL and p.first != 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _page_add(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), host_page: uint64_t) -> cython.pointer(CodePage):
+    p: cython.pointer(CodePage) = _page_find(c, host_page)
+    h: uint32_t
+    k: cython.int
+    t: cython.int
+    if p == cython.NULL:
+        h = _page_bucket(host_page)
+        p = cython.address(c.pages[c.pages_used])
+        c.pages_used += 1
+        p.host_page = host_page
+        p.first = 0
+        p.next = c.page_buckets[h]
+        c.page_buckets[h] = c.pages_used
+    if p.first == 0:
+        for t in range(TLB_SETS):
+            for k in range(TLB_ENTRIES):
+                if s.tlb_write[t][k].host == host_page:
+                    s.tlb_write[t][k].negated_tag = cython.cast(uint64_t, 1) << 62
+    return p
+
+
+def block_register(c, b):
+    """Make a finished block findable and protect its pages from unnoticed writes."""
+    s: cython.pointer(CpuState) = cython.cast(cython.pointer(CpuState), c.state)
+    number: uint32_t = (b - c.blocks) + 1
+    h: uint32_t = _bucket(b.rip, b.host_page)
+    p: cython.pointer(CodePage)
+    b.next = c.buckets[h]
+    c.buckets[h] = number
+    p = _page_add(c, s, b.host_page)
+    b.page_next = p.first
+    p.first = number
+    if b.host_page2 and b.host_page2 != b.host_page:
+        p = _page_add(c, s, b.host_page2)
+        b.page_next2 = p.first
+        p.first = number
+    b.valid = 1
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _patch(c: cython.pointer(CodeCache), at: uint32_t, target: uint32_t) -> cython.void:
+    cython.cast(cython.pointer(uint32_t), c.writable + at)[0] = target - (at + 4)
+
+
+def link_to(c, link, b):
+    """Send a direct exit straight to a block."""
+    e: cython.pointer(Link) = cython.address(c.links[link])
+    _patch(c, e.patch, b.entry)
+    e.destination = (b - c.blocks) + 1
+    e.next_incoming = b.incoming
+    b.incoming = link + 1
+
+
+def block_invalidate(s, b):
+    """Take a block out of every index and unlink the exits that go to it. Its code is not reused before a flush."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    e: cython.pointer(Link)
+    n: uint32_t = b.incoming
+    number: uint32_t = (b - c.blocks) + 1
+    h: cython.int
+    k: cython.int
+    b.valid = 0
+    while n:
+        e = cython.address(c.links[n - 1])
+        n = e.next_incoming
+        if e.destination == number:
+            _patch(c, e.patch, e.stub)
+            e.destination = 0
+    b.incoming = 0
+    code: uint64_t = cython.cast(uint64_t, c.executable) + b.entry
+    h = (b.rip >> 2) & (JUMP_CACHE_ENTRIES - 1)
+    for k in range(TLB_SETS):
+        if s.jump_code[k][h] == code:
+            s.jump_negated[k][h] = cython.cast(uint64_t, 1) << 62
+    # out of its hash chain
+    at: cython.pointer(uint32_t) = cython.address(c.buckets[_bucket(b.rip, b.host_page)])
+    while at[0]:
+        if at[0] == number:
+            at[0] = b.next
+            break
+        at = cython.address(c.blocks[at[0] - 1].next)
+
+
+def code_written(s, host_page):
+    """Drop the translations of a page that is about to be written; tells how many. Dispatcher or careful code only."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    host_page &= ~cython.cast(uint64_t, 0xFFF)
+    p: cython.pointer(CodePage) = _page_find(c, host_page)
+    b: cython.pointer(Block)
+    n: uint32_t
+    count: cython.int = 0
+    if p == cython.NULL:
+        return 0
+    n = p.first
+    p.first = 0
+    while n:
+        b = cython.address(c.blocks[n - 1])
+        n = b.page_next if b.host_page == host_page else b.page_next2
+        if b.valid:
+            block_invalidate(s, b)
+            count += 1
+    if count:
+        s.code_page_written = 1
+    return count
+
+
+def unlink_cross_page(s):
+    """Undo every direct link between pages: a mapping that they relied on may be gone."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    e: cython.pointer(Link)
+    k: uint32_t
+    for k in range(c.blocks_used):
+        c.blocks[k].incoming = 0
+    for k in range(c.links_used):
+        e = cython.address(c.links[k])
+        if e.destination == 0:
+            continue
+        if e.cross_page:
+            _patch(c, e.patch, e.stub)
+            e.destination = 0
+        else:
+            e.next_incoming = c.blocks[e.destination - 1].incoming
+            c.blocks[e.destination - 1].incoming = k + 1
+    shadow_reset(s)
+    jump_cache_clear(s)
+
+
+def block_at_host(c, host_rip):
+    """Give the block whose code holds a host address, or NULL. Blocks lie in the order they were made."""
+    offset: uint64_t = host_rip - cython.cast(uint64_t, c.executable)
+    low: cython.long = 0
+    high: cython.long = c.blocks_used
+    middle: cython.long
+    if offset >= c.size:
+        return cython.NULL
+    while low < high:
+        middle = (low + high) >> 1
+        if c.blocks[middle].entry + c.blocks[middle].size <= offset:
+            low = middle + 1
+        else:
+            high = middle
+    if low < c.blocks_used and c.blocks[low].entry <= offset:
+        return cython.address(c.blocks[low])
+    return cython.NULL

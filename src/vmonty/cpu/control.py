@@ -1,0 +1,696 @@
+"""Control and debug registers, and the other privileged instructions that change or show the processor.
+
+Each function asks first whether the guest's hypervisor intercepts the instruction. SDM, "Instructions That Cause VM Exits".
+"""
+
+import cython
+from cython.cimports.vmonty.cpu.cpuid import cr4_allowed, lookup, xcr0_allowed
+from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
+from cython.cimports.vmonty.cpu.paging import NESTED_READ, Translation, nested_host, record_fault
+from cython.cimports.vmonty.cpu.state import (
+    AR_L,
+    CR0_CD,
+    CR0_EM,
+    CR0_ET,
+    CR0_MP,
+    CR0_NE,
+    CR0_NW,
+    CR0_PE,
+    CR0_TS,
+    CR0_WP,
+    CR4_DE,
+    CR4_LA57,
+    CR4_OSXSAVE,
+    CR4_PAE,
+    CR4_PCE,
+    CR4_PCIDE,
+    CR4_PGE,
+    CR4_PSE,
+    CR4_SMAP,
+    CR4_SMEP,
+    CR4_TSD,
+    CR4_UMIP,
+    CR4_VMXE,
+    CS,
+    EFER_LMA,
+    EFER_LME,
+    GO_ON,
+    LEAVE_EVENT,
+    LEAVE_NEXT,
+    MODE_LONG64,
+    RAX,
+    RBX,
+    RCX,
+    RDX,
+    paging_enabled,
+    raise_error,
+    raise_exception,
+)
+from cython.cimports.vmonty.cpu.tlb import flush_all, flush_non_global, flush_page, mode_changed, read_value
+from cython.cimports.vmonty.cpu.vmcs import GUEST_LINEAR_ADDRESS, put
+from cython.cimports.vmonty.cpu.vmx_exit import (
+    GUEST_VMX,
+    PROC_CR3_LOAD,
+    PROC_CR3_STORE,
+    PROC_CR8_LOAD,
+    PROC_CR8_STORE,
+    PROC_INVLPG,
+    PROC_MONITOR,
+    PROC_MOV_DR,
+    PROC_MSR_BITMAPS,
+    PROC_MWAIT,
+    PROC_PAUSE,
+    PROC_RDPMC,
+    PROC_RDTSC,
+    PROC_TPR_SHADOW,
+    REASON_CPUID,
+    REASON_CR_ACCESS,
+    REASON_DR_ACCESS,
+    REASON_INVD,
+    REASON_INVLPG,
+    REASON_INVPCID,
+    REASON_MONITOR,
+    REASON_MWAIT,
+    REASON_PAUSE,
+    REASON_RDMSR,
+    REASON_RDPMC,
+    REASON_RDTSC,
+    REASON_RDTSCP,
+    REASON_TPR_BELOW_THRESHOLD,
+    REASON_VMCALL,
+    REASON_WBINVD,
+    REASON_WRMSR,
+    REASON_XSETBV,
+    SECOND_INVPCID,
+    SECOND_RDTSCP,
+    SECOND_UNRESTRICTED,
+    SECOND_WBINVD,
+    VmxState,
+    vm_exit,
+    vm_exit_information,
+    vmx_lacks,
+    vmx_of,
+    vmx_second,
+    vmx_wants,
+)
+
+
+def tsc(s):
+    """The time-stamp counter as software on this processor reads it."""
+    return host_tsc() + s.tsc_offset
+
+
+def _privileged(s):
+    """CPL 0? Real mode counts as 0; virtual-8086 mode as 3."""
+    return s.cpl == 0
+
+
+def _operand(s, register):
+    """The value of a register operand that is 64 bits wide in 64-bit mode and 32 bits elsewhere."""
+    if s.mode == MODE_LONG64:
+        return s.gpr[register]
+    return s.gpr[register] & cython.cast(uint64_t, 0xFFFFFFFF)
+
+
+def _result(s, register, value):
+    s.gpr[register] = value if s.mode == MODE_LONG64 else value & cython.cast(uint64_t, 0xFFFFFFFF)
+
+
+# ---- control registers -------------------------------------------------------------------------------------------
+
+
+def _cr_exit(s, cr, kind, register, length):
+    """SDM, "Exit Qualification for Control-Register Accesses"."""
+    return vm_exit(s, REASON_CR_ACCESS, cr | (kind << 4) | (register << 8), length)
+
+
+def check_cr0(s, value):
+    """GO_ON, or #GP(0) recorded. SDM, "MOV—Move to/from Control Registers"."""
+    bad: cython.bint = (value >> 32) != 0
+    fixed: uint64_t = 0
+    if (value >> 31) & 1:
+        bad = bad or (value & CR0_PE) == 0
+        if not paging_enabled(s) and (s.efer & EFER_LME):
+            bad = bad or (s.cr4 & CR4_PAE) == 0 or (s.segs[CS].access_rights & AR_L) != 0
+    elif paging_enabled(s):
+        bad = bad or (s.mode == MODE_LONG64) or (s.cr4 & CR4_PCIDE) != 0
+    bad = bad or ((value & CR0_NW) != 0 and (value & CR0_CD) == 0)
+    if s.vmx != cython.NULL and vmx_of(s).on:
+        # SDM, "Restrictions on VMX Operation"
+        fixed = CR0_NE | cython.cast(uint64_t, 0x80000001)
+        if vmx_second(s, SECOND_UNRESTRICTED):
+            fixed = CR0_NE
+        bad = bad or (value & fixed) != fixed
+    if bad:
+        return raise_error(s, 13, 0)
+    return GO_ON
+
+
+def _pdpte_fault(s):
+    """#GP(0) for bad PDPTEs."""
+    return raise_error(s, 13, 0)
+
+
+def load_pdptes(s, cr0, cr3, cr4):
+    """Load the PDPTE registers when PAE paging will be in force. SDM, "PDPTE Registers"."""
+    t: Translation
+    size: uint64_t
+    granted: uint32_t
+    host: uint64_t
+    values: uint64_t[4]
+    i: uint32_t
+    reserved: uint64_t
+    if (cr0 >> 31) == 0 or (cr4 & CR4_PAE) == 0 or (s.efer & EFER_LME):
+        return GO_ON
+    t.fault = 0
+    t.linear = 0
+    host = nested_host(s, cr3 & cython.cast(uint64_t, 0xFFFFFFE0), NESTED_READ, cython.address(t), cython.address(size), cython.address(granted))
+    if host == 0:
+        if t.fault:
+            return record_fault(s, cython.address(t))
+        return _pdpte_fault(s)
+    reserved = ~((cython.cast(uint64_t, 1) << s.physical_bits) - 1) | 0x1E6
+    if s.direct and s.nested == 0:
+        reserved = 0x1E6
+    for i in range(4):
+        values[i] = cython.cast(cython.pointer(uint64_t), host)[i]
+        if (values[i] & 1) and (values[i] & reserved):
+            return _pdpte_fault(s)
+    for i in range(4):
+        s.pdpte[i] = values[i]
+    return GO_ON
+
+
+def apply_cr0(s, value):
+    """Write CR0 after all checks: paging on and off, TLB, mode."""
+    changed: uint64_t = (value ^ s.cr0) | 0
+    value |= CR0_ET
+    s.cr0 = value
+    if (changed >> 31) & 1:
+        if (value >> 31) & 1:
+            if s.efer & EFER_LME:
+                s.efer |= EFER_LMA
+        else:
+            s.efer &= ~cython.cast(uint64_t, EFER_LMA)
+    if changed & (cython.cast(uint64_t, 0x80000000) | CR0_WP | CR0_PE):
+        flush_all(s)
+    mode_changed(s)
+    return LEAVE_NEXT
+
+
+def set_cr0(s, value):
+    """Write CR0 with checks and effects, no intercepts. SDM, "Control Registers"."""
+    r: cython.int
+    value = (value & cython.cast(uint64_t, 0xE005003F)) | CR0_ET | (value & ~cython.cast(uint64_t, 0xFFFFFFFF))
+    r = check_cr0(s, value)
+    if r != GO_ON:
+        return r
+    if (value ^ s.cr0) & (cython.cast(uint64_t, 0x80000000) | CR0_CD | CR0_NW):
+        r = load_pdptes(s, value, s.cr3, s.cr4)
+        if r != GO_ON:
+            return r
+    return apply_cr0(s, value)
+
+
+def check_cr4(s, value):
+    """GO_ON, or #GP(0) recorded."""
+    changed: uint64_t = value ^ s.cr4
+    bad: cython.bint = (value & ~cr4_allowed(s)) != 0
+    if s.efer & EFER_LMA:
+        bad = bad or (value & CR4_PAE) == 0 or (changed & CR4_LA57) != 0
+    if (changed & value) & CR4_PCIDE:
+        bad = bad or (s.efer & EFER_LMA) == 0 or (s.cr3 & 0xFFF) != 0
+    if s.vmx != cython.NULL and vmx_of(s).on:
+        bad = bad or (value & CR4_VMXE) == 0
+    if bad:
+        return raise_error(s, 13, 0)
+    return GO_ON
+
+
+def apply_cr4(s, value):
+    """Write CR4 after all checks."""
+    changed: uint64_t = value ^ s.cr4
+    s.cr4 = value
+    if changed & (CR4_PSE | CR4_PAE | CR4_PGE | CR4_PCIDE | CR4_SMEP | CR4_SMAP | CR4_LA57):
+        flush_all(s)
+    mode_changed(s)
+    return LEAVE_NEXT
+
+
+def set_cr4(s, value):
+    """Write CR4 with checks and effects, no intercepts."""
+    r: cython.int = check_cr4(s, value)
+    if r != GO_ON:
+        return r
+    if (value ^ s.cr4) & (CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP):
+        r = load_pdptes(s, s.cr0, s.cr3, value)
+        if r != GO_ON:
+            return r
+    return apply_cr4(s, value)
+
+
+def set_cr3(s, value):
+    """Write CR3. The TLB has no PCID tags: a load with bit 63 still forgets what isn't global."""
+    r: cython.int
+    keep: uint64_t = value >> 63
+    if s.mode == MODE_LONG64:
+        if s.cr4 & CR4_PCIDE:
+            value &= cython.cast(uint64_t, 0x7FFFFFFFFFFFFFFF)
+        if value >> (52 if s.direct and s.nested == 0 else s.physical_bits):
+            return raise_error(s, 13, 0)
+    else:
+        r = load_pdptes(s, s.cr0, value, s.cr4)
+        if r != GO_ON:
+            return r
+    if keep and (s.cr4 & CR4_PCIDE) and value == s.cr3:
+        return LEAVE_NEXT
+    s.cr3 = value
+    flush_non_global(s)
+    return LEAVE_NEXT
+
+
+def _guest_cr0(s, value):
+    """A write that no intercept caught: bits owned by the host keep their values."""
+    mask: uint64_t = 0
+    if s.guest_mode == GUEST_VMX:
+        mask = vmx_of(s).cr0_mask
+    return set_cr0(s, (s.cr0 & mask) | (value & ~mask))
+
+
+def _write_cr8(s, value, length):
+    v: cython.pointer(VmxState) = vmx_of(s)
+    if value >> 4:
+        return raise_error(s, 13, 0)
+    if vmx_wants(s, PROC_TPR_SHADOW):
+        # SDM, "TPR Virtualization"
+        cython.cast(cython.pointer(uint32_t), v.virtual_apic + 0x80)[0] = cython.cast(uint32_t, value << 4)
+        if value < (v.tpr_threshold & 15):
+            s.rip += length
+            return vm_exit(s, REASON_TPR_BELOW_THRESHOLD, 0, length)
+        return GO_ON
+    s.cr8 = value
+    return LEAVE_NEXT
+
+
+def mov_to_cr(s, cr, register, length):
+    """MOV CRn, reg."""
+    v: cython.pointer(VmxState) = vmx_of(s)
+    value: uint64_t = _operand(s, register)
+    guest: cython.bint = s.guest_mode == GUEST_VMX
+    i: uint32_t
+    if cr != 0 and cr != 2 and cr != 3 and cr != 4 and cr != 8:
+        return raise_exception(s, 6)
+    if not _privileged(s):
+        return raise_error(s, 13, 0)
+    if cr == 0:
+        if guest and ((value ^ v.cr0_shadow) & v.cr0_mask):
+            return _cr_exit(s, 0, 0, register, length)
+        return _guest_cr0(s, value)
+    if cr == 2:
+        s.cr2 = value
+        return GO_ON
+    if cr == 3:
+        if guest and (v.processor & PROC_CR3_LOAD):
+            for i in range(v.cr3_targets):
+                if value == v.cr3_target[i]:
+                    return set_cr3(s, value)
+            return _cr_exit(s, 3, 0, register, length)
+        return set_cr3(s, value)
+    if cr == 4:
+        if guest:
+            if (value ^ v.cr4_shadow) & v.cr4_mask:
+                return _cr_exit(s, 4, 0, register, length)
+            value = (s.cr4 & v.cr4_mask) | (value & ~v.cr4_mask)
+        return set_cr4(s, value)
+    if guest and (v.processor & PROC_CR8_LOAD):
+        return _cr_exit(s, 8, 0, register, length)
+    return _write_cr8(s, value, length)
+
+
+def mov_from_cr(s, cr, register, length):
+    """MOV reg, CRn. SDM, "Changes to Instruction Behavior in VMX Non-Root Operation"."""
+    v: cython.pointer(VmxState) = vmx_of(s)
+    guest: cython.bint = s.guest_mode == GUEST_VMX
+    value: uint64_t
+    if cr != 0 and cr != 2 and cr != 3 and cr != 4 and cr != 8:
+        return raise_exception(s, 6)
+    if not _privileged(s):
+        return raise_error(s, 13, 0)
+    if cr == 0:
+        smsw(s, cython.address(value))
+    elif cr == 2:
+        value = s.cr2
+    elif cr == 3:
+        if guest and (v.processor & PROC_CR3_STORE):
+            return _cr_exit(s, 3, 1, register, length)
+        value = s.cr3
+    elif cr == 4:
+        value = s.cr4
+        if guest:
+            value = (s.cr4 & ~v.cr4_mask) | (v.cr4_shadow & v.cr4_mask)
+    elif guest and (v.processor & PROC_CR8_STORE):
+        return _cr_exit(s, 8, 1, register, length)
+    elif guest and (v.processor & PROC_TPR_SHADOW):
+        value = (v.virtual_apic[0x80] >> 4) & 15
+    else:
+        value = s.cr8
+    _result(s, register, value)
+    return GO_ON
+
+
+def clts(s, length):
+    """CLTS. SDM, "CLTS—Clear Task-Switched Flag in CR0"."""
+    v: cython.pointer(VmxState) = vmx_of(s)
+    if not _privileged(s):
+        return raise_error(s, 13, 0)
+    if s.guest_mode == GUEST_VMX and (v.cr0_mask & CR0_TS):
+        if v.cr0_shadow & CR0_TS:
+            return _cr_exit(s, 0, 2, 0, length)
+        return GO_ON
+    return apply_cr0(s, s.cr0 & ~cython.cast(uint64_t, CR0_TS))
+
+
+def lmsw(s, value, is_memory, linear, length):
+    """LMSW: bits 3..0 of CR0; PE can only be set."""
+    v: cython.pointer(VmxState) = vmx_of(s)
+    relevant: uint64_t = CR0_MP | CR0_EM | CR0_TS
+    if not _privileged(s):
+        return raise_error(s, 13, 0)
+    if s.guest_mode == GUEST_VMX:
+        if value & CR0_PE:
+            relevant |= CR0_PE
+        if (value ^ v.cr0_shadow) & v.cr0_mask & relevant:
+            if is_memory:
+                put(v.vmcs, GUEST_LINEAR_ADDRESS, linear)
+            return vm_exit(
+                s,
+                REASON_CR_ACCESS,
+                (3 << 4) | (cython.cast(uint64_t, is_memory) << 6) | (cython.cast(uint64_t, value & 0xFFFF) << 16),
+                length,
+            )
+        relevant &= ~v.cr0_mask
+    else:
+        relevant |= value & CR0_PE
+    return set_cr0(s, (s.cr0 & ~relevant) | (value & relevant))
+
+
+def smsw(s, value):
+    """CR0 as the guest may see it."""
+    if (s.cr4 & CR4_UMIP) and s.cpl > 0:
+        return raise_error(s, 13, 0)
+    value[0] = s.cr0
+    if s.guest_mode == GUEST_VMX:
+        value[0] = (s.cr0 & ~vmx_of(s).cr0_mask) | (vmx_of(s).cr0_shadow & vmx_of(s).cr0_mask)
+    return GO_ON
+
+
+def xgetbv(s):
+    """XGETBV: XCR0 into EDX:EAX."""
+    if (s.cr4 & CR4_OSXSAVE) == 0:
+        return raise_exception(s, 6)
+    if s.gpr[RCX] & cython.cast(uint64_t, 0xFFFFFFFF):
+        return raise_error(s, 13, 0)
+    s.gpr[RAX] = s.xcr0 & cython.cast(uint64_t, 0xFFFFFFFF)
+    s.gpr[RDX] = s.xcr0 >> 32
+    return GO_ON
+
+
+def xsetbv(s, length):
+    """XSETBV. SDM, "XSETBV—Set Extended Control Register"; always exits from VMX non-root operation."""
+    value: uint64_t = (s.gpr[RDX] << 32) | (s.gpr[RAX] & cython.cast(uint64_t, 0xFFFFFFFF))
+    if (s.cr4 & CR4_OSXSAVE) == 0:
+        return raise_exception(s, 6)
+    if s.guest_mode == GUEST_VMX:
+        return vm_exit(s, REASON_XSETBV, 0, length)
+    if (
+        not _privileged(s)
+        or (s.gpr[RCX] & cython.cast(uint64_t, 0xFFFFFFFF))
+        or (value & 1) == 0
+        or (value & 6) == 4
+        or (value & ~xcr0_allowed(s))
+    ):
+        return raise_error(s, 13, 0)
+    s.xcr0 = value
+    mode_changed(s)
+    return LEAVE_NEXT
+
+
+# ---- debug registers ---------------------------------------------------------------------------------------------
+
+
+def _debug_checks(s, dr, register, load, length):
+    """Common checks of both directions; the register number after aliasing is the caller's to compute."""
+    if not _privileged(s):
+        return raise_error(s, 13, 0)
+    if (dr == 4 or dr == 5) and (s.cr4 & CR4_DE):
+        return raise_exception(s, 6)
+    if vmx_wants(s, PROC_MOV_DR):
+        return vm_exit(s, REASON_DR_ACCESS, dr | (load << 4) | (register << 8), length)
+    if s.dr[7] & 0x2000:
+        # General detect. SDM, "Debug Status Register (DR6)": BD
+        s.dr[7] &= ~cython.cast(uint64_t, 0x2000)
+        raise_exception(s, 1)
+        s.event.payload = 0x2000
+        return LEAVE_EVENT
+    return GO_ON
+
+
+def mov_to_dr(s, dr, register, length):
+    """MOV DRn, reg. SDM, "Debug Registers"."""
+    value: uint64_t = _operand(s, register)
+    r: cython.int = _debug_checks(s, dr, register, 0, length)
+    if r != GO_ON:
+        return r
+    if dr == 4 or dr == 5:
+        dr += 2
+    if dr >= 6 and value >> 32:
+        return raise_error(s, 13, 0)
+    if dr == 6:
+        value = (value & 0xE00F) | cython.cast(uint64_t, 0xFFFF0FF0)
+    elif dr == 7:
+        value = (value & cython.cast(uint64_t, 0xFFFF2BFF)) | 0x400
+    s.dr[dr] = value
+    mode_changed(s)
+    return LEAVE_NEXT
+
+
+def mov_from_dr(s, dr, register, length):
+    """MOV reg, DRn."""
+    r: cython.int = _debug_checks(s, dr, register, 1, length)
+    if r != GO_ON:
+        return r
+    if dr == 4 or dr == 5:
+        dr += 2
+    _result(s, register, s.dr[dr])
+    return GO_ON
+
+
+# ---- caches and TLB ----------------------------------------------------------------------------------------------
+
+
+def invlpg(s, linear, length):
+    """INVLPG of a linear address."""
+    if not _privileged(s):
+        return raise_error(s, 13, 0)
+    if vmx_wants(s, PROC_INVLPG):
+        return vm_exit(s, REASON_INVLPG, linear, length)
+    flush_page(s, linear)
+    return LEAVE_NEXT
+
+
+def invpcid(s, kind, linear, length, info, displacement):
+    """INVPCID: the descriptor lies at a linear address. SDM, "INVPCID—Invalidate Process-Context Identifier"."""
+    low: uint64_t
+    address: uint64_t
+    r: cython.int
+    if vmx_lacks(s, SECOND_INVPCID):
+        return raise_exception(s, 6)
+    if not _privileged(s):
+        return raise_error(s, 13, 0)
+    if vmx_wants(s, PROC_INVLPG):
+        return vm_exit_information(s, REASON_INVPCID, displacement, length, info)
+    r = read_value(s, linear, 8, 0, cython.address(low))
+    if r == GO_ON:
+        r = read_value(s, linear + 8, 8, 0, cython.address(address))
+    if r != GO_ON:
+        return r
+    if kind > 3 or (kind < 2 and (low >> 12 or ((low & 0xFFF) and (s.cr4 & CR4_PCIDE) == 0))):
+        return raise_error(s, 13, 0)
+    if kind == 0:
+        if (address + (cython.cast(uint64_t, 1) << 47)) >> 48:
+            return raise_error(s, 13, 0)
+        flush_page(s, address)
+    elif kind == 2:
+        flush_all(s)
+    else:
+        flush_non_global(s)
+    return LEAVE_NEXT
+
+
+def wbinvd(s, length):
+    """WBINVD: memory is always coherent here."""
+    if not _privileged(s):
+        return raise_error(s, 13, 0)
+    if vmx_second(s, SECOND_WBINVD):
+        return vm_exit(s, REASON_WBINVD, 0, length)
+    return GO_ON
+
+
+def invd(s, length):
+    """INVD."""
+    if not _privileged(s):
+        return raise_error(s, 13, 0)
+    if s.guest_mode == GUEST_VMX:
+        return vm_exit(s, REASON_INVD, 0, length)
+    return GO_ON
+
+
+# ---- time, identification, model-specific registers --------------------------------------------------------------
+
+
+def rdtsc(s, length):
+    """RDTSC. SDM, "RDTSC—Read Time-Stamp Counter"."""
+    value: uint64_t
+    if (s.cr4 & CR4_TSD) and s.cpl > 0:
+        return raise_error(s, 13, 0)
+    if vmx_wants(s, PROC_RDTSC):
+        return vm_exit(s, REASON_RDTSC, 0, length)
+    value = tsc(s)
+    s.gpr[RAX] = value & cython.cast(uint64_t, 0xFFFFFFFF)
+    s.gpr[RDX] = value >> 32
+    return GO_ON
+
+
+def rdtscp(s, length):
+    """RDTSCP."""
+    r: cython.int
+    if vmx_lacks(s, SECOND_RDTSCP):
+        return raise_exception(s, 6)
+    if vmx_wants(s, PROC_RDTSC) and ((s.cr4 & CR4_TSD) == 0 or s.cpl == 0):
+        return vm_exit(s, REASON_RDTSCP, 0, length)
+    r = rdtsc(s, length)
+    if r == GO_ON:
+        s.gpr[RCX] = s.tsc_aux & cython.cast(uint64_t, 0xFFFFFFFF)
+    return r
+
+
+def rdpid(s, register):
+    """RDPID."""
+    if vmx_lacks(s, SECOND_RDTSCP):
+        return raise_exception(s, 6)
+    s.gpr[register] = s.tsc_aux & cython.cast(uint64_t, 0xFFFFFFFF)
+    return GO_ON
+
+
+def rdpmc(s, length):
+    """RDPMC: there are no counters."""
+    if s.cpl > 0 and (s.cr4 & CR4_PCE) == 0:
+        return raise_error(s, 13, 0)
+    if vmx_wants(s, PROC_RDPMC):
+        return vm_exit(s, REASON_RDPMC, 0, length)
+    return raise_error(s, 13, 0)
+
+
+def cpuid(s, length):
+    """CPUID; always exits from VMX non-root operation."""
+    out: uint32_t[4]
+    if s.guest_mode == GUEST_VMX:
+        return vm_exit(s, REASON_CPUID, 0, length)
+    lookup(
+        s,
+        cython.cast(uint32_t, s.gpr[RAX]),
+        cython.cast(uint32_t, s.gpr[RCX]),
+        cython.cast(cython.pointer(uint32_t), out),
+    )
+    s.gpr[RAX] = out[0]
+    s.gpr[RBX] = out[1]
+    s.gpr[RCX] = out[2]
+    s.gpr[RDX] = out[3]
+    return GO_ON
+
+
+def _msr_intercepted(s, index, write):
+    """SDM, "MSR-Bitmap Address": read low, read high, write low, write high, 1 KByte each."""
+    v: cython.pointer(VmxState) = vmx_of(s)
+    at: uint32_t
+    if s.guest_mode != GUEST_VMX:
+        return False
+    if (v.processor & PROC_MSR_BITMAPS) == 0:
+        return True
+    if index < 0x2000:
+        at = index
+    elif index - cython.cast(uint64_t, 0xC0000000) < 0x2000:
+        at = (index - cython.cast(uint64_t, 0xC0000000)) + 0x2000
+    else:
+        return True
+    if write:
+        at += 0x4000
+    return (v.msr_bitmap[at >> 3] >> (at & 7)) & 1
+
+
+def rdmsr(s, length):
+    """RDMSR of ECX into EDX:EAX."""
+    value: uint64_t
+    index: uint32_t = cython.cast(uint32_t, s.gpr[RCX])
+    if not _privileged(s):
+        return raise_error(s, 13, 0)
+    if _msr_intercepted(s, index, 0):
+        return vm_exit(s, REASON_RDMSR, 0, length)
+    if not read_msr(s, index, cython.address(value)):
+        return raise_error(s, 13, 0)
+    s.gpr[RAX] = value & cython.cast(uint64_t, 0xFFFFFFFF)
+    s.gpr[RDX] = value >> 32
+    return GO_ON
+
+
+def wrmsr(s, length):
+    """WRMSR of EDX:EAX."""
+    index: uint32_t = cython.cast(uint32_t, s.gpr[RCX])
+    value: uint64_t = (s.gpr[RDX] << 32) | (s.gpr[RAX] & cython.cast(uint64_t, 0xFFFFFFFF))
+    if not _privileged(s):
+        return raise_error(s, 13, 0)
+    if _msr_intercepted(s, index, 1):
+        return vm_exit(s, REASON_WRMSR, 0, length)
+    if not write_msr(s, index, value):
+        return raise_error(s, 13, 0)
+    return LEAVE_NEXT
+
+
+def vmcall(s, length):
+    """VMCALL: an exit from non-root operation; #UD elsewhere (no SMM monitor)."""
+    if s.guest_mode == GUEST_VMX:
+        return vm_exit(s, REASON_VMCALL, 0, length)
+    return raise_exception(s, 6)
+
+
+# ---- waiting -----------------------------------------------------------------------------------------------------
+
+
+def pause(s, length):
+    """PAUSE; with pause-loop exiting at CPL 0 every PAUSE of a loop counts, see vmx_entry."""
+    if vmx_wants(s, PROC_PAUSE):
+        return vm_exit(s, REASON_PAUSE, 0, length)
+    return GO_ON
+
+
+def monitor(s, linear, length):
+    """MONITOR: the range is not watched; MWAIT returns at once, as it may at any time."""
+    value: uint64_t
+    if not _privileged(s):
+        return raise_exception(s, 6)
+    if s.gpr[RCX] & cython.cast(uint64_t, 0xFFFFFFFF):
+        return raise_error(s, 13, 0)
+    if vmx_wants(s, PROC_MONITOR):
+        return vm_exit(s, REASON_MONITOR, 0, length)
+    return read_value(s, linear, 1, 0, cython.address(value))
+
+
+def mwait(s, length):
+    """MWAIT: wakes at once. SDM, "MWAIT—Monitor Wait"."""
+    if not _privileged(s):
+        return raise_exception(s, 6)
+    if s.gpr[RCX] & cython.cast(uint64_t, 0xFFFFFFFE):
+        return raise_error(s, 13, 0)
+    if vmx_wants(s, PROC_MWAIT):
+        return vm_exit(s, REASON_MWAIT, 0, length)
+    return LEAVE_NEXT

@@ -1,0 +1,142 @@
+"""The instruction decoder: C tables made from ``isa.ROWS`` and one function over bytes."""
+
+from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+# OpRow.cls: the order of isa.CLASSES.
+cdef enum:
+    C_COPY
+    C_UD
+    C_JCC
+    C_JMP
+    C_CALL
+    C_JMPI
+    C_CALLI
+    C_RET
+    C_LOOP
+    C_PUSH
+    C_POP
+    C_PUSHI
+    C_PUSHM
+    C_POPM
+    C_PUSHF
+    C_POPF
+    C_LEAVE
+    C_LEA
+    C_NOP
+    C_STRING
+    C_XLAT
+    C_SYS
+    C_SYSEND
+    C_BTM
+    C_MOFFS
+    C_DF
+    C_MASKMOV
+    C_CLI
+    C_STI
+    C_ENTER
+    C_EMMS
+    C_FPU
+
+# OpRow.attributes
+cdef enum:
+    A_LOCK = 1
+    A_CL = 2
+    A_WCX = 4
+    A_D64 = 8
+    A_F64 = 16
+    A_I64 = 32
+    A_O64 = 64
+    A_W0 = 128
+    A_W1 = 256
+    A_L0 = 512
+    A_L1 = 1024
+    A_TRAP = 2048
+    A_ALIGN = 4096
+    A_SHIFT = 8192
+    A_MODRM = 16384
+    A_VECTOR = 32768     # has an xmm, ymm or mmx operand
+    A_X87 = 65536
+
+cdef enum:
+    F_C = 1
+    F_P = 2
+    F_A = 4
+    F_Z = 8
+    F_S = 16
+    F_O = 32
+    F_ALL = 63
+
+cdef enum:
+    NO_REGISTER = -1
+    RIP_BASE = 16
+
+# decode(): what it returns besides a length
+cdef enum:
+    DECODE_TRUNCATED = 0
+    DECODE_INVALID = -1
+    DECODE_TOO_LONG = -2
+
+
+cdef struct OpRow:
+    uint8_t cls
+    uint8_t operands
+    uint8_t letter[4]
+    uint8_t size[4]
+    uint8_t access[4]
+    uint8_t flags_read
+    uint8_t flags_written
+    uint8_t flags_undefined
+    uint8_t flags_maybe
+    int8_t prefix
+    uint8_t feature
+    uint32_t attributes
+
+
+cdef struct Insn:
+    uint64_t rip
+    uint64_t immediate       # as encoded, zero-extended; branch displacements sign-extended
+    int64_t displacement
+    uint16_t row
+    uint8_t length
+    uint8_t map
+    uint8_t opcode
+    uint8_t vex              # 1 when VEX encoded
+    uint8_t pp               # 0 none, 1 66, 2 F3, 3 F2 as selected the row
+    uint8_t prefix66
+    uint8_t rep              # 0, 0xF3, 0xF2
+    uint8_t lock
+    uint8_t rex              # 0x40 | WRXB when a REX prefix stood there, else 0
+    uint8_t w
+    uint8_t l
+    uint8_t vvvv
+    uint8_t operand_size     # bytes
+    uint8_t address_size     # bytes
+    uint8_t modrm
+    uint8_t mod
+    uint8_t reg              # with REX.R
+    uint8_t rm               # with REX.B
+    uint8_t has_memory
+    uint8_t scale            # shift count
+    int8_t base
+    int8_t index
+    int8_t segment           # ES.. GS: the one that applies (with defaults)
+    uint8_t segment_override
+    uint8_t immediate_size   # bytes
+    uint8_t memory_size      # bytes of the explicit memory operand
+    uint8_t memory_access    # 1 read, 2 write, 3 both, 0 none
+    uint8_t is4              # register of an L operand
+    uint8_t fault            # interrupt vector instead of a body: 6 #UD, 13 #GP, 14 #PF on fetch
+    uint8_t flags_needed     # liveness: flags live after the instruction
+    uint8_t flags_in         # liveness: flags live before it
+    uint8_t group            # number of the group that shares one TLB check, + 1; 0 none
+    uint8_t leader           # this instruction makes the check
+    int32_t group_offset     # of its operand from the lowest byte of the group
+    uint8_t bytes[16]
+
+
+cdef OpRow ROW[2560]
+cdef uint16_t ROOT[2][4][256][4]
+cdef uint16_t GROUP[512][72]
+
+cdef int decode(uint8_t *code, int available, uint64_t rip, int code_size, Insn *i) noexcept nogil
+cdef int operand_bytes(Insn *i, int n) noexcept nogil

@@ -1,0 +1,474 @@
+"""The instruction decoder.
+
+``isa.ROWS`` becomes three C tables at import time: ``ROW`` (one entry per row), ``ROOT`` indexed by [VEX][map]
+[opcode][mandatory prefix], and ``GROUP`` for opcodes that the modrm byte tells apart (8 memory forms, then 64
+register forms). A group is marked by the top bit of a ``ROOT`` entry; 0 is the invalid row.
+"""
+
+import cython
+
+from vmonty.cpu import isa, opcodes
+
+
+@cython.cfunc
+def _copy(to: cython.p_uchar, room: cython.size_t, data: bytes) -> object:
+    source: cython.p_uchar = data
+    size: cython.size_t = len(data)
+    k: cython.size_t
+    if size > room:
+        raise ValueError("a table of the decoder is too small for isa.ROWS")
+    for k in range(size):
+        to[k] = source[k]
+
+
+def _build():
+    rows, root, groups = opcodes.tables()
+    _copy(cython.cast(cython.p_uchar, cython.address(ROW[1])), cython.sizeof(ROW) - cython.sizeof(OpRow), rows)
+    _copy(cython.cast(cython.p_uchar, cython.address(ROOT[0][0][0][0])), cython.sizeof(ROOT), root)
+    _copy(cython.cast(cython.p_uchar, cython.address(GROUP[0][0])), cython.sizeof(GROUP), groups)
+    ROW[0].cls = C_UD
+
+
+_build()
+
+
+def operand_bytes(i, n):
+    """Give the size of operand ``n`` in bytes; 0 for an address only."""
+    code: cython.uchar = ROW[i.row].size[n]
+    if code == ord("b") or code == ord("1"):
+        return 1
+    if code == ord("v"):
+        return i.operand_size
+    if code == ord("w") or code == ord("2"):
+        return 2
+    if code == ord("d") or code == ord("4"):
+        return 4
+    if code == ord("q"):
+        return 8
+    if code == ord("y"):
+        return 8 if i.w else 4
+    if code == ord("x"):
+        return 32 if i.l else 16
+    if code == ord("o"):
+        return 16
+    if code == ord("z"):
+        return 2 if i.operand_size == 2 else 4
+    if code == ord("h"):
+        return 16 if i.l else 8
+    if code == ord("f"):
+        return 8 if i.l else 4
+    if code == ord("e"):
+        return 4 if i.l else 2
+    if code == ord("k"):
+        return 32 if i.l else 8
+    if code == ord("t"):
+        return 10
+    if code == ord("c"):
+        return 16 if i.w else 8
+    return 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _immediate_bytes(i: cython.pointer(Insn), n: cython.int) -> cython.int:
+    r: cython.pointer(OpRow) = cython.address(ROW[i.row])
+    letter: cython.uchar = r.letter[n]
+    code: cython.uchar = r.size[n]
+    if letter == ord("I"):
+        if code == ord("b"):
+            return 1
+        if code == ord("w"):
+            return 2
+        if code == ord("z"):
+            return 2 if i.operand_size == 2 else 4
+        return i.operand_size
+    if letter == ord("J"):
+        if code == ord("b"):
+            return 1
+        return 2 if i.operand_size == 2 else 4
+    if letter == ord("L"):
+        return 1
+    if letter == ord("O"):
+        return i.address_size
+    if letter == ord("A"):
+        return 4 if i.operand_size == 2 else 6
+    return 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _little_endian(code: cython.p_uchar, at: cython.int, size: cython.int) -> uint64_t:
+    value: uint64_t = 0
+    k: cython.int
+    for k in range(size):
+        value |= cython.cast(uint64_t, code[at + k]) << (8 * k)
+    return value
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _sign_extend(value: uint64_t, size: cython.int) -> int64_t:
+    shift: cython.int = 64 - 8 * size
+    return cython.cast(int64_t, value << shift) >> shift
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _memory_16(i: cython.pointer(Insn), code: cython.p_uchar, at: cython.int, available: cython.int) -> cython.int:
+    """Decode a 16-bit addressing form; give the offset after it, or 0. SDM, "16-Bit Addressing Forms"."""
+    rm: cython.int = i.modrm & 7
+    i.index = NO_REGISTER
+    if rm == 0 or rm == 1 or rm == 7:
+        i.base = 3
+    elif rm == 2 or rm == 3 or rm == 6:
+        i.base = 5
+    elif rm == 4:
+        i.base = 6
+    else:
+        i.base = 7
+    if rm == 0 or rm == 2:
+        i.index = 6
+    elif rm == 1 or rm == 3:
+        i.index = 7
+    size: cython.int = 0
+    if i.mod == 1:
+        size = 1
+    elif i.mod == 2:
+        size = 2
+    elif i.mod == 0 and rm == 6:
+        i.base = NO_REGISTER
+        size = 2
+    if at + size > available:
+        return 0
+    if size:
+        i.displacement = _sign_extend(_little_endian(code, at, size), size)
+    if i.segment < 0:
+        i.segment = 2 if i.base == 5 else 3
+    return at + size
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _memory(i: cython.pointer(Insn), code: cython.p_uchar, at: cython.int, available: cython.int,
+            long_mode: cython.int) -> cython.int:  # fmt: skip
+    """Decode SIB and displacement; give the offset after them, or 0 when bytes are missing."""
+    rm: cython.int = i.modrm & 7
+    size: cython.int = 0
+    sib: cython.int
+    i.index = NO_REGISTER
+    i.base = rm | ((i.rex & 1) << 3)
+    if rm == 4:
+        if at >= available:
+            return 0
+        sib = code[at]
+        at += 1
+        i.scale = sib >> 6
+        i.index = ((sib >> 3) & 7) | ((i.rex & 2) << 2)
+        if i.index == 4:
+            i.index = NO_REGISTER
+        i.base = (sib & 7) | ((i.rex & 1) << 3)
+        if (sib & 7) == 5 and i.mod == 0:
+            i.base = NO_REGISTER
+            size = 4
+    elif rm == 5 and i.mod == 0:
+        i.base = RIP_BASE if long_mode else NO_REGISTER
+        size = 4
+    if i.mod == 1:
+        size = 1
+    elif i.mod == 2:
+        size = 4
+    if at + size > available:
+        return 0
+    if size:
+        i.displacement = _sign_extend(_little_endian(code, at, size), size)
+    if i.segment < 0:
+        i.segment = 2 if i.base == 4 or i.base == 5 else 3
+    return at + size
+
+
+def decode(code, available, rip, code_size, i):
+    """Decode one instruction.
+
+    ``code_size`` is 2, 4 or 8 (16-, 32-bit code, 64-bit mode); ``available`` counts the readable bytes (15 are
+    always enough). Gives the length, DECODE_TRUNCATED, DECODE_INVALID (#UD) or DECODE_TOO_LONG (#GP).
+    """
+    at: cython.int = 0
+    byte: cython.uchar
+    k: cython.int
+    long_mode: cython.int = code_size == 8
+    entry: cython.ushort
+    size: cython.int
+    address_prefix: cython.int = 0
+    limit: cython.int = available if available < 15 else 15
+    short: cython.int = DECODE_TRUNCATED if available < 15 else DECODE_TOO_LONG
+    i.rip = rip
+    i.immediate = 0
+    i.displacement = 0
+    i.row = 0
+    i.map = 0
+    i.vex = 0
+    i.pp = 0
+    i.prefix66 = 0
+    i.rep = 0
+    i.lock = 0
+    i.rex = 0
+    i.w = 0
+    i.l = 0
+    i.vvvv = 0
+    i.modrm = 0
+    i.mod = 0
+    i.reg = 0
+    i.rm = 0
+    i.has_memory = 0
+    i.scale = 0
+    i.base = NO_REGISTER
+    i.index = NO_REGISTER
+    i.segment = -1
+    i.segment_override = 0
+    i.immediate_size = 0
+    i.memory_size = 0
+    i.memory_access = 0
+    i.is4 = 0
+    i.fault = 0
+    i.length = 0
+    i.group = 0
+    i.leader = 0
+    for k in range(limit):
+        i.bytes[k] = code[k]
+    while True:
+        if at >= limit:
+            return short
+        byte = code[at]
+        if byte == 0x66:
+            i.prefix66 = 1
+        elif byte == 0x67:
+            address_prefix = 1
+        elif byte == 0xF0:
+            i.lock = 1
+        elif byte == 0xF2 or byte == 0xF3:
+            i.rep = byte
+        elif byte == 0x26:
+            i.segment = -1 if long_mode and i.segment >= 4 else 0
+            i.segment_override = 1
+        elif byte == 0x2E:
+            i.segment = 1
+            i.segment_override = 1
+        elif byte == 0x36:
+            i.segment = 2
+            i.segment_override = 1
+        elif byte == 0x3E:
+            i.segment = 3
+            i.segment_override = 1
+        elif byte == 0x64:
+            i.segment = 4
+            i.segment_override = 1
+        elif byte == 0x65:
+            i.segment = 5
+            i.segment_override = 1
+        elif long_mode and (byte & 0xF0) == 0x40:
+            i.rex = byte
+            at += 1
+            if at >= limit:
+                return short
+            byte = code[at]
+            if byte == 0x66 or byte == 0x67 or byte == 0xF0 or byte == 0xF2 or byte == 0xF3 or byte == 0x26 \
+                    or byte == 0x2E or byte == 0x36 or byte == 0x3E or byte == 0x64 or byte == 0x65 \
+                    or (byte & 0xF0) == 0x40:
+                i.rex = 0
+                continue
+            break
+        else:
+            break
+        at += 1
+    if long_mode and i.segment < 4:
+        i.segment = -1
+        i.segment_override = 0
+    i.w = (i.rex >> 3) & 1
+    # ---- opcode -------------------------------------------------------------------------------------
+    byte = code[at]
+    at += 1
+    if (byte == 0xC4 or byte == 0xC5) and at < limit and (long_mode or code[at] >= 0xC0):
+        if i.prefix66 or i.rep or i.lock or i.rex:
+            return DECODE_INVALID
+        i.vex = 1
+        i.rex = 0x40
+        if byte == 0xC5:
+            if at + 2 > limit:
+                return short
+            byte = code[at]
+            at += 1
+            if not byte & 0x80:
+                i.rex |= 4
+            i.map = 1
+        else:
+            if at + 3 > limit:
+                return short
+            byte = code[at]
+            if not byte & 0x80:
+                i.rex |= 4
+            if not byte & 0x40:
+                i.rex |= 2
+            if not byte & 0x20:
+                i.rex |= 1
+            i.map = byte & 31
+            if i.map == 0 or i.map > 3:
+                return DECODE_INVALID
+            byte = code[at + 1]
+            at += 2
+            i.w = byte >> 7
+        if not long_mode:
+            i.rex = 0x40
+        i.vvvv = (~(byte >> 3)) & (15 if long_mode else 7)
+        i.l = (byte >> 2) & 1
+        i.pp = byte & 3
+        byte = code[at]
+        at += 1
+    else:
+        if byte == 0x0F:
+            if at >= limit:
+                return short
+            byte = code[at]
+            at += 1
+            i.map = 1
+            if byte == 0x38 or byte == 0x3A:
+                if at >= limit:
+                    return short
+                i.map = 2 if byte == 0x38 else 3
+                byte = code[at]
+                at += 1
+        if i.rep == 0xF3:
+            i.pp = 2
+        elif i.rep == 0xF2:
+            i.pp = 3
+        elif i.prefix66:
+            i.pp = 1
+        if i.map == 2 and i.rep == 0xF2 and i.prefix66 and (byte == 0xF0 or byte == 0xF1):
+            i.pp = 3
+    i.opcode = byte
+    entry = ROOT[i.vex][i.map][byte][i.pp]
+    if entry == 0:
+        return DECODE_INVALID
+    if entry & 0x8000:
+        if at >= limit:
+            return short
+        i.modrm = code[at]
+        if i.modrm >= 0xC0:
+            entry = GROUP[entry & 0x7FFF][8 + (i.modrm & 63)]
+        else:
+            entry = GROUP[entry & 0x7FFF][(i.modrm >> 3) & 7]
+        if entry == 0:
+            return DECODE_INVALID
+    if i.map == 0 and byte == 0x90 and i.rex & 1 and not i.vex:
+        entry = ROOT[0][0][0x91][0]  # xchg r8, rax
+    r: cython.pointer(OpRow) = cython.address(ROW[entry])
+    i.row = entry
+    # ---- sizes --------------------------------------------------------------------------------------
+    attributes: cython.uint = r.attributes
+    if long_mode:
+        if attributes & A_I64:
+            return DECODE_INVALID
+        i.address_size = 4 if address_prefix else 8
+        if attributes & A_F64:
+            i.operand_size = 8
+        elif i.w:
+            i.operand_size = 8
+        elif i.prefix66:
+            i.operand_size = 2
+        elif attributes & A_D64:
+            i.operand_size = 8
+        else:
+            i.operand_size = 4
+    else:
+        if attributes & A_O64:
+            return DECODE_INVALID
+        i.w = i.w if attributes & A_VECTOR else 0
+        i.address_size = (6 - code_size) if address_prefix else code_size
+        i.operand_size = (6 - code_size) if i.prefix66 else code_size
+    if i.vex:
+        i.operand_size = 8 if i.w else 4
+        if (attributes & A_W0 and i.w) or (attributes & A_W1 and not i.w):
+            return DECODE_INVALID
+        if (attributes & A_L0 and i.l) or (attributes & A_L1 and not i.l):
+            return DECODE_INVALID
+    # ---- modrm --------------------------------------------------------------------------------------
+    if attributes & A_MODRM:
+        if at >= limit:
+            return short
+        i.modrm = code[at]
+        at += 1
+        i.mod = i.modrm >> 6
+        i.reg = ((i.modrm >> 3) & 7) | ((i.rex & 4) << 1)
+        i.rm = (i.modrm & 7) | ((i.rex & 1) << 3)
+        if i.mod != 3 and not (i.map == 1 and 0x20 <= i.opcode <= 0x23):
+            i.has_memory = 1
+            if i.address_size == 2:
+                at = _memory_16(i, code, at, limit)
+            else:
+                at = _memory(i, code, at, limit, long_mode)
+            if at == 0:
+                return short
+    elif r.operands and r.letter[0] == ord("Z"):
+        i.reg = (byte & 7) | ((i.rex & 1) << 3)
+    # ---- operands -----------------------------------------------------------------------------------
+    used_vvvv: cython.int = 0
+    for k in range(r.operands):
+        byte = r.letter[k]
+        if byte == ord("E") or byte == ord("W") or byte == ord("M") or byte == ord("Q"):
+            if i.has_memory:
+                size = 512 if r.size[k] == 251 else operand_bytes(i, k)
+                i.memory_size = size if size < 256 else 0
+                i.memory_access = r.access[k]
+            elif byte == ord("M"):
+                return DECODE_INVALID
+        elif byte == ord("R") or byte == ord("U") or byte == ord("N"):
+            if i.has_memory:
+                return DECODE_INVALID
+        elif byte == ord("H") or byte == ord("B"):
+            used_vvvv = 1
+        elif byte == ord("I") or byte == ord("J") or byte == ord("O") or byte == ord("L") or byte == ord("A"):
+            size = _immediate_bytes(i, k)
+            if at + size > limit:
+                return short
+            if i.immediate_size and byte == ord("I"):  # ENTER
+                i.immediate |= _little_endian(code, at, size) << (8 * i.immediate_size)
+            else:
+                i.immediate = _little_endian(code, at, size)
+            i.immediate_size += size
+            at += size
+            if byte == ord("J"):
+                i.immediate = cython.cast(uint64_t, _sign_extend(i.immediate, size))
+            elif byte == ord("L"):
+                i.is4 = i.immediate >> 4
+    if i.vex and not used_vvvv and i.vvvv:
+        return DECODE_INVALID
+    if i.vex and i.opcode == 0x10 | (i.opcode & 1) and i.map == 1 and i.pp >= 2 and i.has_memory and i.vvvv:
+        return DECODE_INVALID
+    if i.lock:
+        if not attributes & A_LOCK or not i.has_memory:
+            return DECODE_INVALID
+    i.length = at
+    return at
+
+
+def decode_bytes(code: bytes, rip: int = 0, code_size: int = 8) -> dict[str, object] | int:
+    """Decode for tests and tools: the fields as a dict, or the negative/zero result of ``decode``."""
+    i: Insn
+    buffer: cython.uchar[16]
+    k: cython.int
+    for k in range(min(len(code), 16)):
+        buffer[k] = code[k]
+    n: cython.int = decode(buffer, min(len(code), 15), rip, code_size, cython.address(i))
+    if n <= 0:
+        return n
+    row = isa.ROWS[i.row - 1]
+    return {
+        "length": n, "name": row.name, "row": row, "operand_size": i.operand_size, "address_size": i.address_size,
+        "has_memory": i.has_memory, "memory_size": i.memory_size, "memory_access": i.memory_access,
+        "base": i.base, "index": i.index, "scale": i.scale, "displacement": i.displacement, "segment": i.segment,
+        "reg": i.reg, "rm": i.rm, "vvvv": i.vvvv, "immediate": i.immediate, "rep": i.rep, "lock": i.lock,
+    }  # fmt: skip

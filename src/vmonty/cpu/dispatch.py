@@ -1,0 +1,428 @@
+"""The dispatcher of one logical processor.
+
+It looks up or makes the translation of rip, enters it, and sees why it came back: an exit to link, an
+instruction for a helper, an exception to deliver, a reason to return to the caller. It is compiled without vector
+registers, as the guest's are live from the first block to the last.
+"""
+
+from __future__ import annotations
+
+import cython
+from cython.cimports.vmonty.cpu.codecache import (
+    OUT_FAULT,
+    OUT_INDIRECT,
+    OUT_LINK,
+    OUT_NEXT,
+    OUT_POLL,
+    OUT_SYSTEM,
+    OUT_TRAP,
+    Block,
+    CodeCache,
+    block_at_host,
+    block_find,
+    cache_free,
+    cache_new,
+    enter_function,
+    jump_cache_clear,
+    link_to,
+    shadow_reset,
+    vector_function,
+)
+from cython.cimports.vmonty.cpu.decode import Insn, decode
+from cython.cimports.vmonty.cpu.events import attention, deliver, poll
+from cython.cimports.vmonty.cpu.hosttraps import SIGFPE, SIGILL, SIGSEGV, prepare_thread, unwatch, watch
+from cython.cimports.vmonty.cpu.ports import complete
+from cython.cimports.vmonty.cpu.state import (
+    CS,
+    EXIT_BUDGET,
+    EXIT_DEBUG,
+    EXIT_INTERNAL,
+    EXIT_MMIO,
+    EXIT_NONE,
+    EXIT_PIO,
+    EXIT_RUN_FLAG,
+    FLAG_TF,
+    FetchEntry,
+    JUMP_CACHE_ENTRIES,
+    LEAVE_CAREFUL,
+    LEAVE_EVENT,
+    LEAVE_EXIT,
+    LEAVE_JUMP,
+    LEAVE_NEXT,
+    LEAVE_PLAIN,
+    LEAVE_RETRY,
+    SHADOW_MOV_SS,
+    SHADOW_STI,
+    raise_error,
+    raise_exception,
+    state_free,
+    state_new,
+)
+from cython.cimports.vmonty.cpu.system import execute
+from cython.cimports.vmonty.cpu.tlb import (
+    careful_access,
+    careful_commit,
+    fetch_page,
+    flush_all,
+    memory_slow,
+    mode_changed,
+)
+from cython.cimports.vmonty.cpu.translate import KEY_PLAIN, KEY_SINGLE, translate_block
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _call_helper(s: cython.pointer(CpuState), number: uint64_t, host_rip: uint64_t) -> cython.int:
+    """What translated code calls for an instruction that a helper executes."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    i: cython.pointer(Insn) = cython.address(c.side[number])
+    r: cython.int
+    s.rip = i.rip
+    r = execute(s, i)
+    if r == 0 or r == LEAVE_NEXT:
+        s.mmio_at = 0
+        s.mmio_count = 0
+        if r == 0 and not s.code_page_written:
+            return 0
+        s.rip = i.rip + i.length
+        return LEAVE_JUMP
+    return r
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _trap(s: cython.pointer(CpuState)) -> cython.int:
+    """Turn a host trap into the guest's exception. Gives 0, or -1 when it is a defect of ours."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    b: cython.pointer(Block) = block_at_host(c, s.trap_rip)
+    offset: uint64_t
+    k: uint32_t
+    n: uint32_t = 0
+    i: cython.pointer(Insn)
+    if b == cython.NULL:
+        return -1
+    offset = s.trap_rip - cython.cast(uint64_t, c.executable) - b.entry
+    if offset >= b.body_size:
+        return -1
+    for k in range(b.count):
+        if c.offsets[b.offsets + 2 * k] <= offset:
+            n = k
+    s.rip = b.rip + c.offsets[b.offsets + 2 * n + 1]
+    if s.trap_signal == SIGFPE:
+        if s.trap_code == 1 or s.trap_code == 2:
+            raise_exception(s, 0)
+        elif _is_x87(s, s.rip):
+            raise_exception(s, 16)
+        else:
+            raise_exception(s, 19)
+        return 0
+    if s.trap_signal == SIGSEGV and s.trap_code == 128:
+        raise_error(s, 13, 0)
+        return 0
+    if s.trap_signal == SIGILL:
+        raise_exception(s, 6)
+        return 0
+    return -1
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _is_x87(s: cython.pointer(CpuState), rip: uint64_t) -> cython.int:
+    """Tell whether the instruction there is one that reports #MF rather than #XM."""
+    why: cython.int = 0
+    page: cython.pointer(FetchEntry) = fetch_page(s, rip, cython.address(why))
+    i: Insn
+    if page == cython.NULL or page.host == 0:
+        return 0
+    at: cython.int = rip & 0xFFF
+    if decode(cython.cast(cython.p_uchar, page.host) + at, 4096 - at, rip, 8, cython.address(i)) <= 0:
+        return 0
+    if i.map == 0:
+        return 1
+    return i.map == 1 and not i.vex and i.pp == 0 and (i.opcode >= 0x60 or i.opcode == 0x2A or i.opcode >> 1 == 0x16)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _remember(s: cython.pointer(CpuState), page: cython.pointer(FetchEntry), rip: uint64_t, code: uint64_t) -> cython.void:
+    """Enter a block into the jump cache of the current TLB set."""
+    h: cython.int = (rip >> 2) & (JUMP_CACHE_ENTRIES - 1)
+    s.jump_negated[s.tlb_set][h] = 0 - rip
+    s.jump_code[s.tlb_set][h] = code
+    if not page.is_global:
+        s.jump_local[s.tlb_set] = 1
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _new_key(s: cython.pointer(CpuState)) -> cython.void:
+    """Drop what the old mode's predictions say: translations of another key must not be reached by them."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    if (s.last_key ^ s.block_key) & ~cython.cast(uint32_t, 0x38):
+        jump_cache_clear(s)
+    s.last_key = s.block_key
+    s.lookup_now = c.lookup[s.tlb_set]
+    shadow_reset(s)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _resume_mmio(s: cython.pointer(CpuState)) -> cython.void:
+    """Take the caller's answer to an EXIT_MMIO that stopped an instruction in its middle."""
+    if s.exit.reason == EXIT_MMIO and s.mmio_count:
+        s.mmio[s.mmio_count - 1].done = 1
+        if not s.exit.write:
+            s.mmio[s.mmio_count - 1].data[0] = s.exit.data
+        s.careful_next = 1
+    s.mmio_at = 0
+    s.exit.reason = EXIT_NONE
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _after_helper(s: cython.pointer(CpuState), i: cython.pointer(Insn), r: cython.int, shadow: uint32_t) -> cython.void:
+    """Finish an instruction that the dispatcher had executed."""
+    if r == 0 or r == LEAVE_NEXT:
+        s.rip = i.rip + i.length
+    if r == 0 or r == LEAVE_NEXT or r == LEAVE_JUMP:
+        s.mmio_count = 0
+        s.interruptibility &= ~shadow
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
+    """Run until there is something to report in ``exit``."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    page: cython.pointer(FetchEntry)
+    b: cython.pointer(Block)
+    i: cython.pointer(Insn)
+    why: cython.int = 0
+    out: cython.int
+    r: cython.int
+    single: uint32_t
+    plain: uint32_t = 0
+    shadow: uint32_t
+    link: cython.long
+    flushes: uint64_t
+    code: uint64_t
+    enter: enter_function = cython.cast(enter_function, cython.cast(cython.p_void, c.enter))
+    link = -1
+    while True:
+        if s.event.pending:
+            link = -1
+            if s.stop_events:
+                s.exit.reason = EXIT_DEBUG
+                return
+            if deliver(s) == LEAVE_EXIT:
+                return
+            continue
+        if s.run == 0:
+            s.run = 1
+            if s.kick:
+                s.kick = 0
+                s.exit.reason = EXIT_RUN_FLAG
+                return
+        if attention(s):
+            r = poll(s)
+            if r == LEAVE_EXIT:
+                return
+            if r:
+                link = -1
+                continue
+        if s.block_key != s.last_key:
+            link = -1
+            _new_key(s)
+        shadow = s.interruptibility & (SHADOW_STI | SHADOW_MOV_SS)
+        single = 1 if s.careful_next or s.budget or shadow or s.rflags & FLAG_TF else 0
+        s.careful_next = 0
+        page = fetch_page(s, s.rip, cython.address(why))
+        if page == cython.NULL or page.host == 0:
+            if page != cython.NULL:
+                s.exit.reason = EXIT_INTERNAL
+                s.exit.data = 1
+                return
+            if why == LEAVE_EXIT:
+                return
+            continue
+        if single:
+            plain = 0
+        b = block_find(c, s.rip, page.host, s.block_key | (KEY_SINGLE if single else (KEY_PLAIN if plain else 0)))
+        if b == cython.NULL:
+            flushes = c.flushes
+            b = translate_block(s, s.rip, page, single, plain, cython.address(why))
+            if b == cython.NULL:
+                if why == LEAVE_EXIT:
+                    return
+                if why == 0:
+                    s.exit.reason = EXIT_INTERNAL
+                    s.exit.data = 1
+                    return
+                continue
+            if flushes != c.flushes:
+                link = -1
+        if b.host_page2:  # the second page may be mapped elsewhere by now
+            if not _second_page(s, b, cython.address(why)):
+                if why == LEAVE_EXIT:
+                    return
+                continue
+        code = cython.cast(uint64_t, c.executable) + b.entry
+        if single:
+            s.careful_count = 0
+        elif not plain:
+            if link >= 0:
+                if not c.links[link].cross_page or page.is_global:
+                    link_to(c, link, b)
+            else:
+                _remember(s, page, s.rip, code)
+        link = -1
+        plain = 0
+        s.code_page_written = 0
+        out = enter(s, cython.cast(cython.p_void, code))
+        if out == OUT_LINK:
+            link = s.leave_argument
+            s.rip = c.links[link].target
+        elif out == OUT_INDIRECT or out == OUT_POLL:
+            pass
+        elif out == OUT_SYSTEM or out == OUT_FAULT:
+            i = cython.address(c.side[s.leave_argument])
+            s.rip = i.rip
+            if out == OUT_FAULT:
+                if i.fault == 13:
+                    raise_error(s, 13, 0)
+                else:
+                    raise_exception(s, i.fault)
+                continue
+            r = execute(s, i)
+            _after_helper(s, i, r, shadow)
+            if r == LEAVE_EXIT:
+                return
+            if single and _stepped(s, r):
+                return
+        elif out == OUT_NEXT:
+            s.mmio_count = 0
+            s.interruptibility &= ~shadow
+            if s.code_page_written:
+                shadow_reset(s)
+            if s.exit.reason:
+                return
+            if _stepped(s, 0):
+                return
+        elif out == OUT_TRAP:
+            if _trap(s) < 0:
+                s.exit.reason = EXIT_INTERNAL
+                s.exit.data = 2
+                return
+        elif out == LEAVE_PLAIN:
+            plain = 1
+        elif out == LEAVE_CAREFUL:
+            s.careful_next = 1
+        elif out == LEAVE_EXIT:
+            return
+        elif out == LEAVE_JUMP:
+            s.interruptibility &= ~shadow
+            if s.code_page_written:
+                shadow_reset(s)
+            if single and _stepped(s, 0):
+                return
+        # LEAVE_EVENT, LEAVE_RETRY: go round again
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _second_page(s: cython.pointer(CpuState), b: cython.pointer(Block), why: cython.p_int) -> cython.int:
+    """Check the page that the block's last instruction reaches into; drops the block when it has moved."""
+    page: cython.pointer(FetchEntry) = fetch_page(s, (b.rip | 0xFFF) + 1, why)
+    if page == cython.NULL:
+        return 0
+    if page.host != b.host_page2:
+        b.valid = 0
+        why[0] = 0
+        return 0
+    return 1
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _stepped(s: cython.pointer(CpuState), r: cython.int) -> cython.int:
+    """Count an instruction that ran alone; 1 when the budget is used up."""
+    if r == LEAVE_EVENT or r == LEAVE_RETRY:
+        return 0
+    if s.budget:
+        s.budget -= 1
+        if s.budget == 0:
+            s.exit.reason = EXIT_BUDGET
+            return 1
+    return 0
+
+
+def run_cpu(s):
+    """Run until the processor has something to report: gives ``exit.reason``. Needs no GIL."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    prepare_thread()
+    if s.exit.reason == EXIT_PIO:
+        complete(s)
+    _resume_mmio(s)
+    s.in_run = 1
+    cython.cast(vector_function, cython.cast(cython.p_void, c.load_vectors))(s)
+    _dispatch(s)
+    cython.cast(vector_function, cython.cast(cython.p_void, c.save_vectors))(s)
+    s.in_run = 0
+    return s.exit.reason
+
+
+def cpu_new(cache_size):
+    """Make a processor with a code cache of that many bytes; NULL without memory."""
+    s: cython.pointer(CpuState) = state_new()
+    if s == cython.NULL:
+        return cython.NULL
+    if (
+        cache_new(
+            s,
+            cache_size,
+            cython.cast(cython.p_void, memory_slow),
+            cython.cast(cython.p_void, careful_access),
+            cython.cast(cython.p_void, careful_commit),
+            cython.cast(cython.p_void, _call_helper),
+        )
+        == cython.NULL
+    ):
+        state_free(s)
+        return cython.NULL
+    cython.cast(cython.pointer(uint32_t), cython.address(s.xsave[24]))[0] = 0x1F80
+    cython.cast(cython.pointer(cython.ushort), cython.address(s.xsave[0]))[0] = 0x37F
+    s.xsave[512] = 3
+    s.last_key = 0xFFFFFFFF
+    s.cr0 = 0x60000010
+    s.xcr0 = 1
+    s.rflags = 2
+    s.rip = 0xFFF0
+    s.segs[CS].base = 0xFFFF0000
+    s.segs[CS].selector = 0xF000
+    k: cython.int
+    for k in range(6):
+        s.segs[k].limit = 0xFFFF
+        s.segs[k].access_rights = 0x9B if k == CS else 0x93
+    s.pat = 0x0007040600070406
+    flush_all(s)
+    mode_changed(s)
+    if watch(s) < 0:
+        return cython.NULL
+    return s
+
+
+def cpu_free(s):
+    """Give everything back."""
+    unwatch(s)
+    cache_free(s)
+    state_free(s)

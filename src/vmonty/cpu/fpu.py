@@ -1,0 +1,179 @@
+"""Saving and restoring the x87, SSE and AVX state for the guest: FXSAVE, XSAVE, FNSTENV, FNSAVE and their reverse.
+
+The guest's state is live in the host's registers, so the host's own instruction does the work on a buffer of ours,
+through a stub of the code cache. The last-instruction and last-operand pointers would show where our code lies: they are
+stored as zero. What the host's instruction would fault on is checked first. SDM, "XSAVE-Supported Features and
+State-Component Bitmaps", "Operation of XRSTOR".
+"""
+
+import cython
+from cython.cimports.vmonty.cpu.codecache import CodeCache, string_function
+from cython.cimports.vmonty.cpu.segmentation import operand_address
+from cython.cimports.vmonty.cpu.state import ACCESS_READ, ACCESS_WRITE, RAX, RDX, raise_error, raise_exception
+from cython.cimports.vmonty.cpu.tlb import probe_write, read_linear, write_linear
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _host(s: cython.pointer(CpuState), operation: cython.int, buffer: cython.p_uchar, mask: uint64_t) -> cython.void:
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    f: string_function = cython.cast(string_function, cython.cast(cython.p_void, c.fpu[operation]))
+    f(cython.cast(uint64_t, buffer), mask, 0)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _buffer(s: cython.pointer(CpuState)) -> cython.p_uchar:
+    at: uint64_t = cython.cast(uint64_t, cython.address(s.bounce[0][0]))
+    return cython.cast(cython.p_uchar, (at + 63) & ~cython.cast(uint64_t, 63))
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _zero(at: cython.p_uchar, size: cython.int) -> cython.void:
+    k: cython.int
+    for k in range(size):
+        at[k] = 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _xsave(s: cython.pointer(CpuState), linear: uint64_t) -> cython.int:
+    b: cython.p_uchar = _buffer(s)
+    mask: uint64_t = ((s.gpr[RDX] << 32) | cython.cast(uint32_t, s.gpr[RAX])) & s.xcr0
+    size: uint32_t = 832 if mask & 4 else 576
+    r: cython.int
+    if linear & 63:
+        return raise_error(s, 13, 0)
+    r = probe_write(s, linear, size, ACCESS_WRITE)
+    if not r:
+        r = read_linear(s, linear, b, size, ACCESS_READ)
+    if r:
+        return r
+    _host(s, 2, b, mask)
+    if mask & 1:
+        _zero(b + 6, 18)
+    return write_linear(s, linear, b, size, ACCESS_WRITE)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _xrstor(s: cython.pointer(CpuState), linear: uint64_t) -> cython.int:
+    b: cython.p_uchar = _buffer(s)
+    mask: uint64_t = ((s.gpr[RDX] << 32) | cython.cast(uint32_t, s.gpr[RAX])) & s.xcr0
+    size: uint32_t = 832 if mask & 4 else 576
+    header: cython.pointer(uint64_t)
+    k: cython.int
+    r: cython.int
+    if linear & 63:
+        return raise_error(s, 13, 0)
+    r = read_linear(s, linear, b, size, ACCESS_READ)
+    if r:
+        return r
+    header = cython.cast(cython.pointer(uint64_t), b + 512)
+    if header[0] & ~s.xcr0:
+        return raise_error(s, 13, 0)
+    for k in range(1, 8):
+        if header[k]:
+            return raise_error(s, 13, 0)
+    if mask & 6 and cython.cast(cython.pointer(uint32_t), b + 24)[0] >> 16:
+        return raise_error(s, 13, 0)
+    _host(s, 3, b, mask)
+    return 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _fxsave(s: cython.pointer(CpuState), i: cython.pointer(Insn), linear: uint64_t) -> cython.int:
+    b: cython.p_uchar = _buffer(s)
+    r: cython.int
+    if linear & 15:
+        return raise_error(s, 13, 0)
+    r = probe_write(s, linear, 512, ACCESS_WRITE)
+    if not r:
+        r = read_linear(s, linear, b, 512, ACCESS_READ)
+    if r:
+        return r
+    _host(s, 0, b, 0)
+    _zero(b + 6, 18)
+    return write_linear(s, linear, b, 512, ACCESS_WRITE)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _fxrstor(s: cython.pointer(CpuState), linear: uint64_t) -> cython.int:
+    b: cython.p_uchar = _buffer(s)
+    r: cython.int
+    if linear & 15:
+        return raise_error(s, 13, 0)
+    r = read_linear(s, linear, b, 512, ACCESS_READ)
+    if r:
+        return r
+    if cython.cast(cython.pointer(uint32_t), b + 24)[0] >> 16:
+        return raise_error(s, 13, 0)
+    _host(s, 1, b, 0)
+    return 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _environment(s: cython.pointer(CpuState), i: cython.pointer(Insn), linear: uint64_t) -> cython.int:
+    """FNSTENV, FNSAVE, FLDENV, FRSTOR by opcode D9 or DD and /4 or /6."""
+    b: cython.p_uchar = _buffer(s)
+    narrow: cython.int = 1 if i.operand_size == 2 else 0
+    whole: cython.int = 1 if i.opcode == 0xDD else 0
+    size: uint32_t = (14 if narrow else 28) + (80 if whole else 0)
+    r: cython.int
+    operation: cython.int = 4 + narrow + (4 if whole else 0)
+    if i.modrm >> 3 & 7 == 4:
+        r = read_linear(s, linear, b, size, ACCESS_READ)
+        if not r:
+            _host(s, operation + 2, b, 0)
+        return r
+    r = probe_write(s, linear, size, ACCESS_WRITE)
+    if r:
+        return r
+    _host(s, operation, b, 0)
+    if narrow:
+        _zero(b + 6, 8)
+    else:
+        _zero(b + 12, 16)
+    return write_linear(s, linear, b, size, ACCESS_WRITE)
+
+
+def fpu_instruction(s, i):
+    """Execute one of the instructions of class ``fpu``."""
+    linear: uint64_t = 0
+    r: cython.int
+    reg: cython.int = i.modrm >> 3 & 7
+    if i.map == 0:
+        if s.cr0 & 0xC:
+            return raise_exception(s, 7)
+        r = operand_address(s, i, 28, 0, cython.address(linear))
+        if r:
+            return r
+        return _environment(s, i, linear)
+    if reg >= 4 and not s.cr4 >> 18 & 1:
+        return raise_exception(s, 6)
+    if reg < 4 and s.cr0 & 4:
+        return raise_exception(s, 7)
+    if s.cr0 & 8:
+        return raise_exception(s, 7)
+    r = operand_address(s, i, 512, 0, cython.address(linear))
+    if r:
+        return r
+    if reg == 0:
+        return _fxsave(s, i, linear)
+    if reg == 1:
+        return _fxrstor(s, linear)
+    if reg == 5:
+        return _xrstor(s, linear)
+    return _xsave(s, linear)

@@ -1,0 +1,141 @@
+"""Signals that translated code raises on the host, turned into exits of the block.
+
+Divide errors, misaligned SSE operands and unmasked floating-point exceptions are the guest's: the processor that runs
+translated code reports them by a signal. The handler finds the processor by the address that trapped, notes what
+happened in its state, and sends it to a stub that saves everything and leaves the block. Registers, flags and vector
+state pass through the signal frame unharmed. A push that runs into the guard page of the shadow stack is restarted
+with an empty shadow stack. All other faults go to the handler that stood there before.
+
+Handlers run on an alternate stack of the thread, because rsp is the shadow stack in translated code.
+"""
+
+from __future__ import annotations
+
+import cython
+from cython.cimports.posix.mman import MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap
+from cython.cimports.vmonty.cpu.codecache import CodeCache
+from cython.cimports.vmonty.cpu.state import SHADOW_STACK, state_free, state_new
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _handler(number: cython.int, info: cython.pointer(siginfo_t), context: cython.p_void) -> cython.void:
+    u: cython.pointer(ucontext_t) = cython.cast(cython.pointer(ucontext_t), context)
+    rip: uint64_t = cython.cast(uint64_t, u.uc_mcontext.gregs[16])
+    address: uint64_t = cython.cast(uint64_t, info.si_addr)
+    s: cython.pointer(CpuState)
+    c: cython.pointer(CodeCache)
+    k: cython.int
+    for k in range(_watched_count):
+        s = _watched[k]
+        if s == cython.NULL or rip < s.code_low or rip >= s.code_high:
+            continue
+        if number == SIGSEGV and s.shadow_base and address - s.shadow_base < 4096:
+            c = cython.cast(cython.pointer(CodeCache), s.translator)
+            u.uc_mcontext.gregs[15] = cython.cast(cython.longlong, s.shadow_base + SHADOW_STACK)
+            cython.cast(cython.pointer(uint64_t), s.shadow_base + SHADOW_STACK)[0] = c.return_miss
+            return
+        c = cython.cast(cython.pointer(CodeCache), s.translator)
+        if c != cython.NULL and rip < s.code_low + c.first:
+            break  # in a stub: a defect of ours
+        s.trap_rip = rip
+        s.trap_signal = number
+        s.trap_code = cython.cast(uint64_t, info.si_code)
+        s.trap_address = address
+        u.uc_mcontext.gregs[16] = cython.cast(cython.longlong, s.trap_exit)
+        return
+    c_sigaction(number, cython.address(_previous[number]), cython.NULL)  # not ours: it comes again
+
+
+def prepare_thread():
+    """Give the calling thread an alternate signal stack unless it has one; -1 without memory."""
+    now: stack_t
+    new: stack_t
+    memory: cython.p_void
+    if sigaltstack(cython.NULL, cython.address(now)) < 0:
+        return -1
+    if not now.ss_flags & SS_DISABLE and now.ss_size >= 32768:
+        return 0
+    memory = mmap(cython.NULL, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if memory == MAP_FAILED:
+        return -1
+    new.ss_sp = memory
+    new.ss_flags = 0
+    new.ss_size = 65536
+    return sigaltstack(cython.address(new), cython.NULL)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _install(number: cython.int) -> cython.int:
+    new: sigaction_t
+    now: sigaction_t
+    if c_sigaction(number, cython.NULL, cython.address(now)) < 0:
+        return -1
+    if now.sa_sigaction == _handler:
+        return 0
+    new.sa_sigaction = _handler
+    sigemptyset(cython.address(new.sa_mask))
+    new.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER
+    _previous[number] = now
+    return c_sigaction(number, cython.address(new), cython.NULL)
+
+
+def watch(s):
+    """Have the traps of a processor's code handled; -1 when there are too many processors. Call with the GIL held."""
+    global _watched_count
+    k: cython.int
+    for k in range(_watched_count):
+        if _watched[k] == cython.NULL:
+            _watched[k] = s
+            break
+    else:
+        if _watched_count >= 256:
+            return -1
+        _watched[_watched_count] = s
+        _watched_count += 1
+    if _install(SIGSEGV) < 0 or _install(SIGBUS) < 0 or _install(SIGFPE) < 0 or _install(SIGILL) < 0:
+        return -1
+    return 0
+
+
+def unwatch(s):
+    """Forget a processor. Call with the GIL held."""
+    k: cython.int
+    for k in range(_watched_count):
+        if _watched[k] == s:
+            _watched[k] = cython.NULL
+
+
+@cython.cclass
+class NativeTraps:
+    """Catch the traps of native code in an address range: what the differential tests compare with."""
+
+    s: cython.pointer(CpuState)
+
+    def __cinit__(self, low: cython.ulonglong, high: cython.ulonglong, resume: cython.ulonglong):
+        self.s = state_new()
+        if self.s == cython.NULL:
+            raise MemoryError("no memory for a trap record")
+        self.s.code_low = low
+        self.s.code_high = high
+        self.s.trap_exit = resume
+        if watch(self.s) < 0:
+            raise RuntimeError("too many processors are watched")
+
+    def __dealloc__(self):
+        if self.s != cython.NULL:
+            unwatch(self.s)
+            state_free(self.s)
+
+    def prepare(self) -> None:
+        """Clear the record and ready the calling thread."""
+        prepare_thread()
+        self.s.trap_signal = 0
+
+    @property
+    def trap(self) -> tuple[int, int, int, int]:
+        """Signal (0: none), its code, the faulting address, and the address of the instruction."""
+        return self.s.trap_signal, self.s.trap_code, self.s.trap_address, self.s.trap_rip

@@ -1,0 +1,10 @@
+"""Which arithmetic flags are needed where, inside a block and just past its end."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from vmonty.cpu.decode cimport Insn
+
+cdef int flags_read(Insn *i) noexcept nogil
+cdef int flags_killed(Insn *i) noexcept nogil
+cdef int live_at(uint8_t *code, int available, uint64_t rip, int code_size) noexcept nogil
+cdef void analyse(Insn *block, int count, int live_out) noexcept nogil

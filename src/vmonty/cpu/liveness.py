@@ -1,0 +1,79 @@
+"""Which arithmetic flags are needed where, inside a block and just past its end.
+
+A flag is dead before an instruction that writes it (or leaves it undefined) on every path. Where nothing is known,
+all flags are live: never assume dead.
+"""
+
+import cython
+from cython.cimports.vmonty.cpu.decode import (
+    A_CL,
+    A_SHIFT,
+    C_BTM,
+    C_COPY,
+    C_LEA,
+    C_LEAVE,
+    C_MOFFS,
+    C_NOP,
+    C_POP,
+    C_PUSH,
+    C_PUSHI,
+    F_ALL,
+    ROW,
+    decode,
+    operand_bytes,
+)
+
+
+def flags_read(i):
+    """Give the flags whose values the instruction uses, the ones it may leave unchanged included."""
+    r: cython.int = ROW[i.row].flags_read
+    if ROW[i.row].cls > C_NOP or i.fault:
+        return F_ALL if ROW[i.row].cls != C_BTM and ROW[i.row].cls != C_MOFFS else r
+    return r
+
+
+def flags_killed(i):
+    """Give the flags that are overwritten whatever happens."""
+    w: cython.int = ROW[i.row].flags_written | ROW[i.row].flags_undefined
+    if ROW[i.row].attributes & A_SHIFT and not i.immediate & (63 if operand_bytes(i, 0) == 8 else 31):
+        return 0
+    if ROW[i.row].attributes & A_CL and ROW[i.row].flags_maybe:
+        return 0
+    return w
+
+
+def live_at(code, available, rip, code_size):
+    """Look a few instructions ahead: the flags that may be needed at ``rip``."""
+    i: Insn
+    at: cython.int = 0
+    n: cython.int
+    k: cython.int
+    cls: cython.int
+    live: cython.int = 0
+    open_: cython.int = F_ALL  # neither read nor overwritten so far
+    for k in range(6):
+        n = decode(code + at, available - at, rip + at, code_size, cython.address(i))
+        if n <= 0:
+            return live | open_
+        cls = ROW[i.row].cls
+        live |= flags_read(cython.address(i)) & open_
+        if cls == C_COPY or cls == C_LEA or cls == C_NOP or cls == C_PUSH or cls == C_POP or cls == C_PUSHI \
+                or cls == C_LEAVE or cls == C_BTM or cls == C_MOFFS:
+            open_ &= ~flags_killed(cython.address(i))
+        else:
+            return live | open_
+        if not open_:
+            return live
+        at += n
+    return live | open_
+
+
+def analyse(block, count, live_out):
+    """Fill in flags_needed (after) and flags_in (before) of each instruction, from the end backwards."""
+    live: cython.int = live_out
+    k: cython.int = count - 1
+    while k >= 0:
+        block[k].flags_needed = live
+        live = (live & ~flags_killed(cython.address(block[k]))) | flags_read(cython.address(block[k]))
+        block[k].flags_in = live
+        k -= 1

@@ -1,0 +1,214 @@
+"""Model-specific registers of the processor. Unknown ones raise #GP. SDM, "Model-Specific Registers (MSRs)".
+
+What an interrupt controller or hypervisor owns (x2APIC, kvmclock, …) isn't here: host software intercepts it.
+"""
+
+import cython
+from cython.cimports.vmonty.cpu.control import tsc
+from cython.cimports.vmonty.cpu.cpuid import efer_allowed
+from cython.cimports.vmonty.cpu.state import EFER_LMA, EFER_LME, EFER_NXE, FS, GS, MTRR_VARIABLE, paging_enabled
+from cython.cimports.vmonty.cpu.tlb import flush_all, mode_changed
+from cython.cimports.vmonty.cpu.vmx_capabilities import capability
+
+
+def _canonical(value):
+    return (value + (cython.cast(uint64_t, 1) << 47)) >> 48 == 0
+
+
+def _pat_valid(value):
+    """SDM, "IA32_PAT MSR": each byte 0, 1, 4, 5, 6 or 7."""
+    i: uint32_t
+    kind: uint64_t
+    for i in range(8):
+        kind = (value >> (8 * i)) & 0xFF
+        if kind > 7 or kind == 2 or kind == 3:
+            return False
+    return True
+
+
+def _mtrr_fixed(index):
+    if index == 0x250:
+        return 0
+    if index == 0x258 or index == 0x259:
+        return 1 + (index - 0x258)
+    if 0x268 <= index <= 0x26F:
+        return 3 + (index - 0x268)
+    return -1
+
+
+def write_efer(s, value):
+    """SDM, "IA32_EFER MSR"."""
+    if value & ~efer_allowed(s):
+        return False
+    if paging_enabled(s) and ((value ^ s.efer) & EFER_LME):
+        return False
+    value = (value & ~cython.cast(uint64_t, EFER_LMA)) | (s.efer & EFER_LMA)
+    if (value ^ s.efer) & EFER_NXE:
+        s.efer = value
+        flush_all(s)
+    s.efer = value
+    mode_changed(s)
+    return True
+
+
+def read_msr(s, index, value):
+    """Read one register."""
+    fixed: cython.int
+    value[0] = 0
+    if index == 0x10:
+        value[0] = tsc(s)
+    elif index == 0x1B:
+        value[0] = s.apic_base
+    elif index == 0x3A:
+        value[0] = 5  # locked, VMX outside SMX
+    elif index == 0x3B:
+        value[0] = s.tsc_adjust
+    elif index == 0x48:
+        value[0] = s.spec_ctrl
+    elif index == 0xFE:
+        value[0] = 0x500 | MTRR_VARIABLE  # write-combining and fixed ranges
+    elif index == 0x174:
+        value[0] = s.sysenter_cs
+    elif index == 0x175:
+        value[0] = s.sysenter_esp
+    elif index == 0x176:
+        value[0] = s.sysenter_eip
+    elif index == 0x17A:
+        value[0] = s.mcg_status
+    elif index == 0x1A0:
+        value[0] = s.misc_enable
+    elif index == 0x277:
+        value[0] = s.pat
+    elif index == 0x2FF:
+        value[0] = s.mtrr_def_type
+    elif 0x200 <= index < 0x200 + 2 * MTRR_VARIABLE:
+        value[0] = s.mtrr_mask[(index - 0x200) >> 1] if index & 1 else s.mtrr_base[(index - 0x200) >> 1]
+    elif index == 0x6E0:
+        value[0] = s.tsc_deadline
+    elif 0x480 <= index <= 0x491 and s.vmx != cython.NULL:
+        return capability(s, index, value)
+    elif index == cython.cast(uint64_t, 0xC0000080):
+        value[0] = s.efer
+    elif index == cython.cast(uint64_t, 0xC0000081):
+        value[0] = s.star
+    elif index == cython.cast(uint64_t, 0xC0000082):
+        value[0] = s.lstar
+    elif index == cython.cast(uint64_t, 0xC0000083):
+        value[0] = s.cstar
+    elif index == cython.cast(uint64_t, 0xC0000084):
+        value[0] = s.fmask
+    elif index == cython.cast(uint64_t, 0xC0000100):
+        value[0] = s.segs[FS].base
+    elif index == cython.cast(uint64_t, 0xC0000101):
+        value[0] = s.segs[GS].base
+    elif index == cython.cast(uint64_t, 0xC0000102):
+        value[0] = s.kernel_gs_base
+    elif index == cython.cast(uint64_t, 0xC0000103):
+        value[0] = s.tsc_aux
+    elif (
+        index == 0x17  # platform ID
+        or index == 0x8B  # microcode revision
+        or index == 0xCE  # platform information
+        or index == 0x179  # machine-check capability: no banks
+        or index == 0x1D9  # debug control
+        or 0x1DB <= index <= 0x1DE  # last branch
+        or index == 0x34  # SMI count
+        or index == 0x10A  # architecture capabilities
+        or index == cython.cast(uint64_t, 0xC0010015)
+        or index == cython.cast(uint64_t, 0xC001001F)
+        or index == cython.cast(uint64_t, 0xC0010140)
+        or index == cython.cast(uint64_t, 0xC0010141)
+    ):
+        value[0] = 0
+    else:
+        fixed = _mtrr_fixed(index)
+        if fixed < 0:
+            return False
+        value[0] = s.mtrr_fixed[fixed]
+    return True
+
+
+def write_msr(s, index, value):
+    """Write one register."""
+    fixed: cython.int
+    now: uint64_t
+    if index == 0x10:
+        now = tsc(s)
+        s.tsc_adjust += value - now
+        s.tsc_offset += value - now
+    elif index == 0x1B:
+        if (value & 0x2FF) or value >> s.physical_bits or ((value & 0xC00) == 0x400):
+            return False
+        s.apic_base = value
+    elif index == 0x3B:
+        s.tsc_offset += value - s.tsc_adjust
+        s.tsc_adjust = value
+    elif index == 0x48:
+        if value & ~cython.cast(uint64_t, 7):
+            return False
+        s.spec_ctrl = value
+    elif index == 0x49:
+        return (value & ~cython.cast(uint64_t, 1)) == 0
+    elif index == 0x79 or index == 0x8B or index == 0x1D9:
+        return True
+    elif index == 0x174:
+        s.sysenter_cs = value & cython.cast(uint64_t, 0xFFFFFFFF)
+    elif index == 0x175:
+        if not _canonical(value):
+            return False
+        s.sysenter_esp = value
+    elif index == 0x176:
+        if not _canonical(value):
+            return False
+        s.sysenter_eip = value
+    elif index == 0x17A:
+        s.mcg_status = value
+    elif index == 0x1A0:
+        s.misc_enable = value
+    elif index == 0x277:
+        if not _pat_valid(value):
+            return False
+        s.pat = value
+    elif index == 0x2FF:
+        if value & ~cython.cast(uint64_t, 0xCFF):
+            return False
+        s.mtrr_def_type = value
+    elif 0x200 <= index < 0x200 + 2 * MTRR_VARIABLE:
+        if index & 1:
+            s.mtrr_mask[(index - 0x200) >> 1] = value
+        else:
+            s.mtrr_base[(index - 0x200) >> 1] = value
+    elif index == 0x6E0:
+        s.tsc_deadline = value
+    elif index == cython.cast(uint64_t, 0xC0000080):
+        return write_efer(s, value)
+    elif index == cython.cast(uint64_t, 0xC0000081):
+        s.star = value
+    elif index == cython.cast(uint64_t, 0xC0000082):
+        if not _canonical(value):
+            return False
+        s.lstar = value
+    elif index == cython.cast(uint64_t, 0xC0000083):
+        if not _canonical(value):
+            return False
+        s.cstar = value
+    elif index == cython.cast(uint64_t, 0xC0000084):
+        s.fmask = value & cython.cast(uint64_t, 0xFFFFFFFF)
+    elif index == cython.cast(uint64_t, 0xC0000100) or index == cython.cast(uint64_t, 0xC0000101):
+        if not _canonical(value):
+            return False
+        s.segs[FS if index == cython.cast(uint64_t, 0xC0000100) else GS].base = value
+    elif index == cython.cast(uint64_t, 0xC0000102):
+        if not _canonical(value):
+            return False
+        s.kernel_gs_base = value
+    elif index == cython.cast(uint64_t, 0xC0000103):
+        if value >> 32:
+            return False
+        s.tsc_aux = value
+    else:
+        fixed = _mtrr_fixed(index)
+        if fixed < 0:
+            return False
+        s.mtrr_fixed[fixed] = value
+    return True

@@ -1,0 +1,82 @@
+"""The decoder's tables, made from ``isa.ROWS`` as plain bytes that ``decode`` copies into C arrays."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from vmonty.cpu import isa
+
+# decode.A_*
+ATTRIBUTES = {
+    "lock": 1, "cl": 2, "wcx": 4, "d64": 8, "f64": 16, "i64": 32, "o64": 64, "W0": 128, "W1": 256, "L0": 512,
+    "L1": 1024, "trap": 2048, "al": 4096, "shift": 8192,
+}  # fmt: skip
+MODRM, VECTOR, X87 = 16384, 32768, 65536
+SIZE_512 = 251  # the one size code that is no single letter
+GROUPED = 0x8000  # in ROOT: the rest is an index into GROUP
+FEATURES = ("", *sorted({row.feature for row in isa.ROWS if row.feature}))
+
+
+def pack_row(row: isa.Row) -> bytes:
+    """Pack one row as struct OpRow (24 bytes)."""
+    letters = bytes(ord(o.letter) for o in row.operands)
+    sizes = bytes(SIZE_512 if o.size == "512" else ord(o.size) for o in row.operands)
+    access = bytes(o.access for o in row.operands)
+    bits = sum(ATTRIBUTES[name] for name in row.attributes)
+    if row.has_modrm:
+        bits |= MODRM
+    if any(o.letter in "VWHUPQNL" for o in row.operands):
+        bits |= VECTOR
+    if row.map == 0 and 0xD8 <= row.opcode <= 0xDF:
+        bits |= X87
+    return struct.pack(
+        "<BB4s4s4sBBBBbBI", isa.CLASSES.index(row.cls), len(row.operands), letters, sizes, access, row.flags_read,
+        row.flags_written, row.flags_undefined, row.flags_maybe, row.prefix, FEATURES.index(row.feature), bits,
+    )  # fmt: skip
+
+
+def _slots(row: isa.Row) -> Iterator[int]:
+    """Give the places of a row in its group: modrm.reg of memory forms, then 8 + the low six bits of modrm."""
+    if row.modrm >= 0:
+        yield row.modrm - 0xC0 + 8 if row.modrm >= 0xC0 else row.modrm >> 3 & 7
+        return
+    for reg in range(8) if row.reg < 0 else [row.reg]:
+        if row.form != "r":
+            yield reg
+        if row.form != "m":
+            yield from range(8 + reg * 8, 16 + reg * 8)
+
+
+def _specificity(item: tuple[int, isa.Row]) -> tuple[bool, ...]:
+    row = item[1]
+    return (row.prefix >= 0, row.modrm >= 0, row.reg >= 0, row.form != "")
+
+
+def tables() -> tuple[bytes, bytes, bytes]:
+    """Give ROW (from number 1 on), ROOT [VEX][map][opcode][prefix], and GROUP [n][72], as their bytes."""
+    by_opcode: dict[tuple[bool, int, int], list[tuple[int, isa.Row]]] = {}
+    for number, row in enumerate(isa.ROWS, 1):
+        by_opcode.setdefault((row.vex, row.map, row.opcode), []).append((number, row))
+    root = [0] * (2 * 4 * 256 * 4)
+    groups: dict[tuple[int, ...], int] = {}
+    for (vex, opcode_map, opcode), rows in by_opcode.items():
+        for prefix in range(4):
+            found = sorted((i for i in rows if i[1].prefix == prefix or i[1].prefix < 0 and not vex), key=_specificity)
+            if not found:
+                continue
+            at = ((vex * 4 + opcode_map) * 256 + opcode) * 4 + prefix
+            if all(r.reg < 0 and r.modrm < 0 and not r.form for _, r in found):
+                root[at] = found[-1][0]
+                continue
+            slots = [0] * 72
+            for number, row in found:
+                for slot in _slots(row):
+                    slots[slot] = number
+            root[at] = GROUPED | groups.setdefault(tuple(slots), len(groups))
+    flat = [number for slots in groups for number in slots]
+    return (
+        b"".join(pack_row(row) for row in isa.ROWS),
+        struct.pack(f"<{len(root)}H", *root),
+        struct.pack(f"<{len(flat)}H", *flat),
+    )

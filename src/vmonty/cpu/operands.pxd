@@ -1,0 +1,25 @@
+"""Memory operands, and instructions that are copied with their operands rewritten."""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+from vmonty.cpu.decode cimport Insn
+from vmonty.cpu.translate cimport Ea, Work
+
+cdef enum:
+    S0 = 1                   # rcx
+    S1 = 12                  # r12
+    S2 = 15                  # r15
+    RBP_HOST = 5
+    GUEST_RSP = 13           # where guest rsp lives
+    GUEST_RCX = 14
+
+cdef int host(int g) noexcept nogil
+cdef int32_t home(Work *w, int g) noexcept nogil
+cdef void ea_of(Work *w, Insn *i, Ea *ea) noexcept nogil
+cdef void ea_stack(Work *w, int64_t displacement, Ea *ea) noexcept nogil
+cdef void emit_ea(Work *w, Ea *ea) noexcept nogil
+cdef void emit_access(Work *w, Insn *i, Ea *ea, int size, int access, int stack) noexcept nogil
+cdef void emit_commit(Work *w, int access) noexcept nogil
+cdef void emit_copy(Work *w, Insn *i) noexcept nogil
+cdef void access_op(Work *w, int prefix, int wide, int opcode, int reg) noexcept nogil
+cdef void to_one_register(Work *w, int reg) noexcept nogil

@@ -1,0 +1,562 @@
+"""Memory operands, and instructions that are copied with their operands rewritten.
+
+A TLB check is one of two sequences. Where no flag is live::
+
+    lea rcx, ea ; rorx r12, rcx, 8 ; and r12d, mask ; add rcx, [tag + r12] ; cmp rcx, 4096 - size ; ja slow
+    mov r12, [host + r12]                                  operand: [rcx + r12]
+
+Where flags are live, the same without touching them::
+
+    lea rcx, ea ; pext r12, rcx, mask ; lea r12, [r12 * 2] ; mov r15, [tag + r12 * 8] ; lea r15, [r15 + rcx]
+    mov r12, [host + r12 * 8] ; lea r12, [r12 + r15] ; lea rcx, [r15 + size - 1] ; pext rcx, rcx, ~0xFFF
+    jrcxz hit ; jmp slow ; hit:                            operand: [r12]
+"""
+
+import cython
+from cython.cimports.vmonty.cpu.assembler import (
+    CC_A,
+    NONE,
+    Assembler,
+    alu_imm,
+    call_to,
+    lea,
+    load,
+    memory,
+    mov_imm,
+    mov_rr,
+    op_mem,
+    op_reg,
+    pext_mem,
+    push_imm32,
+    put8,
+    put32,
+    rorx,
+    store,
+    vex3,
+)
+from cython.cimports.vmonty.cpu.codecache import displacement
+from cython.cimports.vmonty.cpu.decode import (
+    A_ALIGN,
+    A_CL,
+    A_WCX,
+    C_BTM,
+    RIP_BASE,
+    ROW,
+    OpRow,
+    operand_bytes,
+)
+from cython.cimports.vmonty.cpu.state import FS, TLB_ENTRIES
+from cython.cimports.vmonty.cpu.tlb import (
+    SLOW_ALIGNED,
+    SLOW_GROUP,
+    SLOW_OFFSET,
+    SLOW_READ,
+    SLOW_SIZE_SHIFT,
+    SLOW_STACK,
+    SLOW_WRITE,
+)
+from cython.cimports.vmonty.cpu.translate import (
+    EA_BIT,
+    EA_PLAIN,
+    EA_XLAT,
+    Group,
+    STUB_MEMORY,
+    STUB_MEMORY_LIVE,
+    Stub,
+)
+
+
+def host(g):
+    """Give the host register of guest register ``g``, or NONE when it lives in the state."""
+    if g == 1:
+        return 14
+    if g == 4:
+        return 13
+    if g == 5 or g >= 12:
+        return NONE
+    return g
+
+
+def home(w, g):
+    """Give the displacement from rbp of a guest register's place in the state."""
+    return displacement(w.s, cython.address(w.s.gpr[g]))
+
+
+def ea_of(w, i, ea):
+    """Describe the memory operand of an instruction."""
+    ea.base = i.base
+    ea.index = i.index
+    ea.scale = i.scale
+    ea.displacement = i.displacement
+    ea.address_size = i.address_size
+    ea.segment = i.segment if i.segment >= FS else NONE
+    ea.special = EA_PLAIN
+    if i.base == RIP_BASE:
+        ea.base = NONE
+        ea.displacement = i.displacement + cython.cast(int64_t, i.rip + i.length)
+        if i.address_size == 4:
+            ea.displacement = cython.cast(uint32_t, ea.displacement)
+
+
+def ea_stack(w, offset, ea):
+    """Describe [rsp + offset]."""
+    ea.base = 4
+    ea.index = NONE
+    ea.scale = 0
+    ea.displacement = offset
+    ea.address_size = 8
+    ea.segment = NONE
+    ea.special = EA_PLAIN
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _emit_bit_offset(w: cython.pointer(Work), ea: cython.pointer(Ea)) -> cython.void:
+    """Add the bytes that the bit offset reaches beyond the operand. SDM, "Bit Test"."""
+    shift: cython.int = 4 if ea.operand_size == 2 else (5 if ea.operand_size == 4 else 6)
+    h: cython.int = host(ea.bit_register)
+    if h < 0:
+        load(w.a, S1, RBP_HOST, home(w, ea.bit_register))
+        h = S1
+    if ea.operand_size == 2:
+        op_reg(w.a, 0, 1, 0x1BF, S1, h)  # movsx r12, word
+    elif ea.operand_size == 4:
+        op_reg(w.a, 0, 1, 0x63, S1, h)  # movsxd
+    else:
+        mov_rr(w.a, S1, h)
+    mov_imm(w.a, S2, shift)
+    vex3(w.a, 2, 2, 1, 0, S2, 1, 0, 1)  # sarx r12, r12, r15
+    put8(w.a, 0xF7)
+    put8(w.a, 0xC0 | ((S1 & 7) << 3) | (S1 & 7))
+    if shift == 6:
+        lea(w.a, S0, S0, S1, 3, 0)
+    elif shift == 5:
+        lea(w.a, S0, S0, S1, 2, 0)
+    else:
+        lea(w.a, S0, S0, S1, 1, 0)
+
+
+def emit_ea(w, ea):
+    """Emit the linear address into rcx; clobbers r12, and r15 for bit offsets. The flags stay."""
+    a: cython.pointer(Assembler) = w.a
+    wide: cython.int = 1 if ea.address_size == 8 else 0
+    b: cython.int = NONE
+    x: cython.int = NONE
+    if ea.base == NONE and ea.index == NONE:
+        mov_imm(a, S0, cython.cast(uint64_t, ea.displacement))
+    else:
+        if ea.base != NONE:
+            b = host(ea.base)
+            if b < 0:
+                b = S0
+                load(a, S0, RBP_HOST, home(w, ea.base))
+        if ea.index != NONE:
+            x = host(ea.index)
+            if x < 0:
+                x = S1
+                load(a, S1, RBP_HOST, home(w, ea.index))
+        if x == NONE and ea.displacement == 0 and b >= 0 and wide:
+            mov_rr(a, S0, b)
+        else:
+            op_mem(a, 0, wide, 0x8D, S0, b, x, ea.scale, cython.cast(int32_t, ea.displacement))
+        if ea.address_size == 2:
+            op_reg(a, 0, 0, 0x1B7, S0, S0)
+    if ea.special == EA_BIT:
+        _emit_bit_offset(w, ea)
+    elif ea.special == EA_XLAT:
+        op_reg(a, 0, 0, 0x1B6, S1, 0)
+        op_mem(a, 0, wide, 0x8D, S0, S0, S1, 0, 0)
+    if ea.segment != NONE:
+        load(a, S1, RBP_HOST, displacement(w.s, cython.address(w.s.segs[ea.segment].base)))
+        lea(a, S0, S0, S1, 0, 0)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _stub(w: cython.pointer(Work), kind: cython.int, patch: cython.p_uchar, what: uint32_t,
+          ea: cython.pointer(Ea)) -> cython.void:  # fmt: skip
+    k: cython.pointer(Stub) = cython.address(w.stub[w.stubs])
+    w.stubs += 1
+    k.kind = kind
+    k.patch = patch
+    k.back = w.a.at
+    k.what = what
+    k.ea.base = ea.base
+    k.ea.index = ea.index
+    k.ea.scale = ea.scale
+    k.ea.segment = ea.segment
+    k.ea.address_size = ea.address_size
+    k.ea.special = ea.special
+    k.ea.bit_register = ea.bit_register
+    k.ea.operand_size = ea.operand_size
+    k.ea.displacement = ea.displacement
+
+
+def emit_access(w, i, ea, size, access, stack):
+    """Emit the way to one memory operand; w.base and w.index then address it in the host.
+
+    ``access``: 1 read, 2 write, 3 both. rcx, r12 (and r15 where flags are live) are clobbered.
+    """
+    a: cython.pointer(Assembler) = w.a
+    what: uint32_t = cython.cast(uint32_t, i.rip - w.block.rip) & SLOW_OFFSET
+    table: int32_t
+    at: cython.p_uchar
+    whole: Ea
+    g: cython.pointer(Group)
+    constant: cython.int = ea.base == NONE and ea.index == NONE and ea.segment == NONE and ea.special == EA_PLAIN
+    slot: int32_t = 0
+    if access & 1:
+        what |= SLOW_READ
+    if access & 2:
+        what |= SLOW_WRITE
+    if stack or ea.base == 4 or ea.base == 5:
+        what |= SLOW_STACK
+    if ROW[i.row].attributes & A_ALIGN and (size == 16 or size == 32):
+        what |= SLOW_ALIGNED
+    what |= cython.cast(uint32_t, size) << SLOW_SIZE_SHIFT
+    w.disp = 0
+    if i.group:
+        g = cython.address(w.group[i.group - 1])
+        if not i.leader:
+            load(a, S0, RBP_HOST, displacement(w.s, cython.address(w.s.slots[i.group - 1])))
+            w.base = S0
+            w.index = NONE
+            w.disp = i.group_offset
+            return
+        whole.base = ea.base
+        whole.index = ea.index
+        whole.scale = ea.scale
+        whole.segment = NONE
+        whole.address_size = 8
+        whole.special = EA_PLAIN
+        whole.bit_register = 0
+        whole.operand_size = 0
+        whole.displacement = ea.displacement - i.group_offset
+        size = cython.cast(cython.int, g.high - g.low)
+        ea = cython.address(whole)
+        access = 2 if g.write else 1
+        what = (cython.cast(uint32_t, i.rip - w.block.rip) & SLOW_OFFSET) | SLOW_GROUP
+        what |= SLOW_WRITE if g.write else SLOW_READ
+        what |= cython.cast(uint32_t, size) << SLOW_SIZE_SHIFT
+    emit_ea(w, ea)
+    if w.single:
+        push_imm32(a, what)
+        call_to(a, w.c.careful_access)
+        w.base = S0
+        w.index = NONE
+        return
+    if access & 2:
+        table = displacement(w.s, cython.address(w.s.tlb_write[w.s.tlb_set][0]))
+    else:
+        table = displacement(w.s, cython.address(w.s.tlb_read[w.s.tlb_set][0]))
+    if constant:
+        slot = cython.cast(int32_t, (cython.cast(uint64_t, ea.displacement) >> 12) & (TLB_ENTRIES - 1)) * 16
+    if i.flags_in == 0:
+        if constant:
+            op_mem(a, 0, 1, 0x03, S0, RBP_HOST, NONE, 0, table + slot)
+        else:
+            rorx(a, 0, S1, S0, 8)
+            alu_imm(a, 0, 4, S1, (TLB_ENTRIES - 1) << 4)
+            op_mem(a, 0, 1, 0x03, S0, RBP_HOST, S1, 0, table)
+        alu_imm(a, 1, 7, S0, 4096 - size)
+        put8(a, 0x0F)
+        put8(a, 0x80 | CC_A)
+        at = a.at
+        put32(a, 0)
+        if constant:
+            load(a, S1, RBP_HOST, table + slot + 8)
+        else:
+            op_mem(a, 0, 1, 0x8B, S1, RBP_HOST, S1, 0, table + 8)
+        _stub(w, STUB_MEMORY, at, what, ea)
+        w.base = S0
+        w.index = S1
+        if i.group:
+            lea(a, S0, S0, S1, 0, 0)
+            w.index = NONE
+            _keep_group(w, i)
+        return
+    if constant:
+        load(a, S2, RBP_HOST, table + slot)
+        lea(a, S2, S2, S0, 0, 0)
+        load(a, S1, RBP_HOST, table + slot + 8)
+    else:
+        pext_mem(a, S1, S0, RBP_HOST, displacement(w.s, cython.address(w.s.index_mask)))
+        lea(a, S1, S1, S1, 0, 0)
+        op_mem(a, 0, 1, 0x8B, S2, RBP_HOST, S1, 3, table)
+        lea(a, S2, S2, S0, 0, 0)
+        op_mem(a, 0, 1, 0x8B, S1, RBP_HOST, S1, 3, table + 8)
+    lea(a, S1, S1, S2, 0, 0)
+    lea(a, S0, S2, NONE, 0, size - 1)
+    pext_mem(a, S0, S0, RBP_HOST, displacement(w.s, cython.address(w.s.page_mask)))
+    put8(a, 0xE3)
+    put8(a, 5)
+    put8(a, 0xE9)
+    at = a.at
+    put32(a, 0)
+    _stub(w, STUB_MEMORY_LIVE, at, what, ea)
+    w.base = S1
+    w.index = NONE
+    if i.group:
+        _keep_group(w, i)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _keep_group(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
+    """Keep the host address of the group's lowest byte for its other members."""
+    store(w.a, w.base, RBP_HOST, displacement(w.s, cython.address(w.s.slots[i.group - 1])))
+    w.disp = i.group_offset
+
+
+def emit_commit(w, access):
+    """In a careful block, let the writes take effect."""
+    if w.single and access & 2:
+        call_to(w.a, w.c.careful_commit)
+
+
+def access_op(w, prefix, wide, opcode, reg):
+    """Emit an instruction on the memory operand that emit_access prepared."""
+    op_mem(w.a, prefix, wide, opcode, reg, w.base, w.index, 0, w.disp)
+
+
+def to_one_register(w, reg):
+    """Bring the host address into one register, rcx or r12, freeing the other."""
+    if w.index != NONE or w.disp:
+        lea(w.a, reg, w.base, w.index, 0, w.disp)
+    elif w.base != reg:
+        mov_rr(w.a, reg, w.base)
+    w.base = reg
+    w.index = NONE
+    w.disp = 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _prefix66(i: cython.pointer(Insn), r: cython.pointer(OpRow)) -> cython.int:
+    k: cython.int
+    sized: cython.int = 1 if r.operands == 0 and i.map == 0 else 0
+    for k in range(r.operands):
+        if r.size[k] == ord("v") or r.size[k] == ord("z"):
+            sized = 1
+    if sized:
+        return i.operand_size == 2
+    return r.prefix == 1
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _body(w: cython.pointer(Work), i: cython.pointer(Insn), reg: cython.int, rm: cython.int, base: cython.int,
+          index: cython.int, disp: cython.int, vvvv: cython.int, force_rex: cython.int) -> cython.void:  # fmt: skip
+    """Emit the instruction again with other registers; ``rm`` NONE takes the memory operand [base + index + disp]."""
+    a: cython.pointer(Assembler) = w.a
+    r: cython.pointer(OpRow) = cython.address(ROW[i.row])
+    k: cython.int
+    rex: cython.int
+    in_opcode: cython.int = 1 if r.operands and r.letter[0] == ord("Z") else 0
+    high_b: cython.int = rm >> 3 if rm >= 0 else (base >> 3 if base >= 0 else 0)
+    high_x: cython.int = 1 if rm < 0 and index >= 8 else 0
+    if i.vex:
+        vex3(a, i.map, i.pp, i.w, i.l, vvvv, reg >> 3, high_x, high_b)
+        put8(a, i.opcode)
+    else:
+        if i.lock:
+            put8(a, 0xF0)
+        if _prefix66(i, r):
+            put8(a, 0x66)
+        if r.prefix == 2:
+            put8(a, 0xF3)
+        elif r.prefix == 3:
+            put8(a, 0xF2)
+        if in_opcode:
+            rex = (i.w << 3) | (reg >> 3)
+        else:
+            rex = (i.w << 3) | ((reg >> 3) << 2) | (high_x << 1) | high_b
+        if rex or force_rex:
+            put8(a, 0x40 | rex)
+        if i.map:
+            put8(a, 0x0F)
+            if i.map == 2:
+                put8(a, 0x38)
+            elif i.map == 3:
+                put8(a, 0x3A)
+        if in_opcode:
+            put8(a, (i.opcode & 0xF8) | (reg & 7))
+        else:
+            put8(a, i.opcode)
+    if r.attributes & 16384:  # A_MODRM
+        if rm >= 0:
+            put8(a, 0xC0 | ((reg & 7) << 3) | (rm & 7))
+        else:
+            memory(a, reg, base, index, 0, disp)
+    for k in range(i.immediate_size):
+        put8(a, cython.cast(uint32_t, i.immediate >> (8 * k)))
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _emit_high(w: cython.pointer(Work), i: cython.pointer(Insn), g: cython.int, g_byte: cython.int,
+               g_access: cython.int, e: cython.int, e_access: cython.int) -> cython.void:  # fmt: skip
+    """Emit an instruction that uses AH, CH, DH or BH: no REX prefix may stand on it.
+
+    ``g`` and ``e`` are the register operands as encoded (NONE when absent); ``g_byte`` tells a byte operand.
+    """
+    a: cython.pointer(Assembler) = w.a
+    h: cython.int
+    reg: cython.int = i.reg
+    ea: Ea
+    if i.has_memory:
+        ea_of(w, i, cython.address(ea))
+        emit_access(w, i, cython.address(ea), i.memory_size, i.memory_access, 0)
+        to_one_register(w, S0)
+        if (reg & 3) == 1:
+            rorx(a, 1, GUEST_RCX, GUEST_RCX, 8)
+            _body(w, i, GUEST_RCX, NONE, S0, NONE, 0, 0, 0)
+            rorx(a, 1, GUEST_RCX, GUEST_RCX, 56)
+        else:
+            _body(w, i, reg, NONE, S0, NONE, 0, 0, 0)
+        emit_commit(w, i.memory_access)
+        return
+    if g != NONE and not g_byte:
+        rorx(a, 1, S0, host(e - 4), 8)
+        h = host(g)
+        if h < 0:
+            h = S2
+            load(a, S2, RBP_HOST, home(w, g))
+        _body(w, i, h, S0, NONE, NONE, 0, 0, 0)
+        if h == S2 and g_access & 2:
+            store(a, S2, RBP_HOST, home(w, g))
+        return
+    if (g != NONE and (g & 3) == 1) or (e != NONE and (e & 3) == 1) or ROW[i.row].attributes & A_CL:
+        mov_rr(a, S0, GUEST_RCX)
+        _body(w, i, reg, e, NONE, NONE, 0, 0, 0)
+        mov_rr(a, GUEST_RCX, S0)
+    else:
+        _body(w, i, reg, e, NONE, NONE, 0, 0, 0)
+
+
+def emit_copy(w, i):
+    """Emit an instruction as it is, but for its registers and its memory operand."""
+    a: cython.pointer(Assembler) = w.a
+    r: cython.pointer(OpRow) = cython.address(ROW[i.row])
+    k: cython.int
+    letter: cython.uchar
+    size: cython.int
+    g: cython.int = NONE  # guest numbers of the G or Z, E or R, and B operands
+    e: cython.int = NONE
+    b: cython.int = NONE
+    g_access: cython.int = 0
+    e_access: cython.int = 0
+    b_access: cython.int = 0
+    g_size: cython.int = 8
+    e_size: cython.int = 8
+    g_byte: cython.int = 0
+    e_byte: cython.int = 0
+    e_narrow: cython.int = 0
+    reg: cython.int = i.reg
+    rm: cython.int = i.rm
+    vvvv: cython.int = i.vvvv
+    base: cython.int = NONE
+    index: cython.int = NONE
+    disp: cython.int = 0
+    temporary: cython.int
+    direct: cython.int = 0
+    ea: Ea
+    force_rex: cython.int = 0
+    for k in range(r.operands):
+        letter = r.letter[k]
+        size = operand_bytes(i, k)
+        if letter == ord("G") or letter == ord("Z"):
+            g = i.reg
+            g_access = r.access[k]
+            g_size = size
+            g_byte = r.size[k] == ord("b")
+        elif (letter == ord("E") and not i.has_memory) or letter == ord("R"):
+            e = i.rm
+            e_access = r.access[k]
+            e_size = size
+            e_byte = r.size[k] == ord("b")
+            e_narrow = r.size[k] == ord("1") or r.size[k] == ord("2") or r.size[k] == ord("4")
+        elif letter == ord("B"):
+            b = i.vvvv
+            b_access = r.access[k]
+    if not i.rex and ((g_byte and 4 <= g < 8) or (e_byte and 4 <= e < 8)):
+        _emit_high(w, i, g, g_byte, g_access, e, e_access)
+        return
+    if i.has_memory:
+        ea_of(w, i, cython.address(ea))
+        if r.cls == C_BTM:
+            ea.special = EA_BIT
+            ea.bit_register = i.reg
+            ea.operand_size = i.operand_size
+        emit_access(w, i, cython.address(ea), i.memory_size, i.memory_access, 0)
+        if r.attributes & (A_CL | A_WCX):
+            to_one_register(w, S1)
+        elif b != NONE and host(b) < 0:
+            to_one_register(w, S0)
+        base = w.base
+        index = w.index
+        disp = w.disp
+        rm = NONE
+    # ---- the register operand in modrm.rm -----------------------------------------------------------
+    temporary = S1 if r.attributes & A_CL else S0
+    if e != NONE:
+        rm = host(e)
+        if rm < 0:
+            if r.cls == C_BTM:  # in memory a bit offset would reach beyond the operand
+                direct = 0
+            elif e_access == 1:
+                direct = 1
+            elif e_size == 8 and not e_narrow and (g == NONE or host(g) >= 0) and not i.opcode == 0x87 \
+                    and r.letter[0] == ord("E"):
+                direct = 1
+            if direct:
+                base = RBP_HOST
+                disp = home(w, e)
+            else:
+                rm = temporary
+                if e_access & 1 or (e_size < 4 and not e_narrow):
+                    load(a, rm, RBP_HOST, home(w, e))
+        if e_byte and 4 <= rm < 8:
+            force_rex = 1
+    # ---- the one in modrm.reg (or the opcode), and the one in VEX.vvvv --------------------------------
+    if g != NONE:
+        reg = host(g)
+        if reg < 0:
+            reg = S2
+            if g_access & 1 or g_size < 4:
+                load(a, S2, RBP_HOST, home(w, g))
+        if g_byte and 4 <= reg < 8:
+            force_rex = 1
+        if r.cls == C_BTM and i.has_memory:  # the bits beyond the operand are in the address
+            if i.operand_size == 2:
+                pext_mem(a, S2, reg, RBP_HOST, displacement(w.s, cython.address(w.s.bit_mask_16)))
+            elif i.operand_size == 4:
+                pext_mem(a, S2, reg, RBP_HOST, displacement(w.s, cython.address(w.s.bit_mask_32)))
+            else:
+                pext_mem(a, S2, reg, RBP_HOST, displacement(w.s, cython.address(w.s.bit_mask_64)))
+            reg = S2
+    if b != NONE:
+        vvvv = host(b)
+        if vvvv < 0:
+            vvvv = S1
+            if b_access & 1:
+                load(a, S1, RBP_HOST, home(w, b))
+    if r.attributes & A_CL:
+        mov_rr(a, S0, GUEST_RCX)
+    _body(w, i, reg, rm, base, index, disp, vvvv, force_rex)
+    if r.attributes & A_WCX:
+        mov_rr(a, GUEST_RCX, S0)
+    if b != NONE and vvvv == S1 and b_access & 2:
+        store(a, S1, RBP_HOST, home(w, b))
+    if g != NONE and g_access & 2 and host(g) < 0:
+        store(a, S2, RBP_HOST, home(w, g))
+    if e != NONE and e_access & 2 and host(e) < 0 and not direct:
+        store(a, rm, RBP_HOST, home(w, e))
+    if i.has_memory:
+        emit_commit(w, i.memory_access)

@@ -1,0 +1,387 @@
+"""The state of one logical processor: the contract between the translator and the system side.
+
+Layout rule: translated code keeps rbp = &state + 128, so the first 256 bytes are reachable by [rbp+disp8].
+Everything translated code touches stands first; the rest is for compiled helpers.
+
+Rules for helpers that translated code or the dispatcher may call:
+  * ``noexcept nogil``, first argument ``CpuState *``, no libc, no floating point (modules are built with
+    -mgeneral-regs-only: the guest's vector registers are live in the host's);
+  * the guest's registers are all in ``gpr``, ``rip`` is the address of the instruction being executed,
+    ``rflags`` is complete (arithmetic flags included);
+  * return 0 (GO_ON) to go on after the instruction, else a LEAVE_* value: the block is left to the dispatcher,
+    which looks at ``event`` (an exception to deliver), ``rip`` (changed), or ``exit`` (report to the caller of run()).
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef enum:
+    RAX = 0
+    RCX = 1
+    RDX = 2
+    RBX = 3
+    RSP = 4
+    RBP = 5
+    RSI = 6
+    RDI = 7
+
+cdef enum:
+    ES = 0
+    CS = 1
+    SS = 2
+    DS = 3
+    FS = 4
+    GS = 5
+
+# RFLAGS
+cdef enum:
+    FLAG_CF = 0x1
+    FLAG_PF = 0x4
+    FLAG_AF = 0x10
+    FLAG_ZF = 0x40
+    FLAG_SF = 0x80
+    FLAG_TF = 0x100
+    FLAG_IF = 0x200
+    FLAG_DF = 0x400
+    FLAG_OF = 0x800
+    FLAG_IOPL = 0x3000
+    FLAG_NT = 0x4000
+    FLAG_RF = 0x10000
+    FLAG_VM = 0x20000
+    FLAG_AC = 0x40000
+    FLAG_VIF = 0x80000
+    FLAG_VIP = 0x100000
+    FLAG_ID = 0x200000
+    ARITHMETIC_FLAGS = 0x8D5
+
+# Control registers and EFER (bits below 2^31 only: larger constants are no C ints).
+cdef enum:
+    CR0_PE = 0x1
+    CR0_MP = 0x2
+    CR0_EM = 0x4
+    CR0_TS = 0x8
+    CR0_ET = 0x10
+    CR0_NE = 0x20
+    CR0_WP = 0x10000
+    CR0_AM = 0x40000
+    CR0_NW = 0x20000000
+    CR0_CD = 0x40000000
+    CR4_VME = 0x1
+    CR4_PVI = 0x2
+    CR4_TSD = 0x4
+    CR4_DE = 0x8
+    CR4_PSE = 0x10
+    CR4_PAE = 0x20
+    CR4_MCE = 0x40
+    CR4_PGE = 0x80
+    CR4_PCE = 0x100
+    CR4_OSFXSR = 0x200
+    CR4_OSXMMEXCPT = 0x400
+    CR4_UMIP = 0x800
+    CR4_LA57 = 0x1000
+    CR4_VMXE = 0x2000
+    CR4_FSGSBASE = 0x10000
+    CR4_PCIDE = 0x20000
+    CR4_OSXSAVE = 0x40000
+    CR4_SMEP = 0x100000
+    CR4_SMAP = 0x200000
+    EFER_SCE = 0x1
+    EFER_LME = 0x100
+    EFER_LMA = 0x400
+    EFER_NXE = 0x800
+    EFER_SVME = 0x1000
+    EFER_FFXSR = 0x4000
+
+# CpuState.mode
+cdef enum:
+    MODE_REAL = 0
+    MODE_VM86 = 1
+    MODE_PROT16 = 2
+    MODE_PROT32 = 3
+    MODE_COMPAT16 = 4
+    MODE_COMPAT32 = 5
+    MODE_LONG64 = 6
+
+# What a helper returns.
+cdef enum:
+    GO_ON = 0            # the instruction is done; rip is advanced by the translator (long straight-line path)
+    LEAVE_EVENT = 1      # event is filled in; rip is still at the instruction that faulted
+    LEAVE_JUMP = 2       # the instruction is done and has set rip itself (and perhaps mode, cpl, flags)
+    LEAVE_EXIT = 3       # run() returns: exit.reason says why; rip is where the caller wants it
+    LEAVE_RETRY = 4      # nothing done; execute the instruction again through the dispatcher
+    LEAVE_NEXT = 5       # done; rip still at the instruction: the dispatcher adds its length and looks around
+    LEAVE_PLAIN = 7      # translated code only: go on in a translation without grouped TLB checks
+    LEAVE_CAREFUL = 6    # execute this one instruction in a careful block (page crossing write, MMIO, code write)
+
+# CpuState.exit.reason: why run() returned.
+cdef enum:
+    EXIT_NONE = 0
+    EXIT_HALT = 1
+    EXIT_SHUTDOWN = 2    # triple fault
+    EXIT_MMIO = 3        # exit.address, size, write, data; fill data on a read and run() again
+    EXIT_PIO = 4         # exit.address = port, size, write, data, count
+    EXIT_VM = 5          # VM exit to the caller: vmx/svm hold the information
+    EXIT_RUN_FLAG = 6    # run was set to 0 by another thread
+    EXIT_BUDGET = 7      # the instruction budget is used up
+    EXIT_DEBUG = 8
+    EXIT_INTERNAL = 9    # a defect of ours; exit.data tells which
+
+# Event.kind: VMX interruption types, so that injection fields map one to one.
+cdef enum:
+    EVENT_EXTERNAL = 0
+    EVENT_NMI = 2
+    EVENT_EXCEPTION = 3      # hardware exception
+    EVENT_SOFT_INTERRUPT = 4  # INT n
+    EVENT_PRIVILEGED = 5     # INT1
+    EVENT_SOFT_EXCEPTION = 6  # INT3, INTO
+
+# Interruptibility, with the bits of the VMCS field.
+cdef enum:
+    SHADOW_STI = 1
+    SHADOW_MOV_SS = 2
+    BLOCKED_SMI = 4
+    BLOCKED_NMI = 8
+
+# Access kinds for paging.translate and the TLB (bits).
+cdef enum:
+    ACCESS_READ = 0
+    ACCESS_WRITE = 1
+    ACCESS_EXEC = 2
+    ACCESS_USER = 4          # CPL 3, explicit
+    ACCESS_IMPLICIT = 8      # implicit supervisor access (descriptor tables, TSS): CPL ignored, SMAP ignores AC
+
+# Access-rights bits (VMX format of segment access rights).
+cdef enum:
+    AR_TYPE = 0xF
+    AR_S = 0x10
+    AR_DPL = 0x60
+    AR_P = 0x80
+    AR_AVL = 0x1000
+    AR_L = 0x2000
+    AR_DB = 0x4000
+    AR_G = 0x8000
+    AR_UNUSABLE = 0x10000
+
+cdef enum:
+    TLB_BITS = 10
+    TLB_ENTRIES = 1024
+    TLB_SETS = 3             # supervisor, user, supervisor with EFLAGS.AC under SMAP
+    FETCH_BITS = 8
+    FETCH_ENTRIES = 256
+    JUMP_CACHE_BITS = 12
+    JUMP_CACHE_ENTRIES = 4096
+    MAX_REGIONS = 64
+    MTRR_VARIABLE = 8
+    SHADOW_STACK = 65536     # bytes of host stack for return prediction
+
+
+cdef struct Segment:
+    uint64_t base
+    uint32_t limit           # effective, in bytes; all ones for flat
+    uint32_t access_rights   # VMX format; bit 16: unusable
+    uint32_t selector
+    uint32_t pad
+
+
+cdef struct TableRegister:
+    uint64_t base
+    uint32_t limit
+    uint32_t pad
+
+
+cdef struct Event:
+    uint32_t pending         # 1: deliver before the next instruction
+    uint32_t kind
+    uint32_t vector
+    uint32_t has_error
+    uint32_t error_code
+    uint32_t instruction_length   # of INT n, INT3, INTO, INT1: pushed rip = rip + this
+    uint64_t payload         # #PF: the linear address (goes to CR2 on delivery); #DB: DR6 bits
+
+
+cdef struct Exit:
+    uint32_t reason
+    uint32_t size
+    uint32_t write
+    uint32_t count
+    uint64_t address
+    uint64_t data
+    uint64_t instruction_length
+
+
+cdef struct TlbEntry:
+    uint64_t negated_tag     # minus the page's linear address; TLB_INVALID when empty
+    uint64_t host            # where the page is in our address space
+
+
+cdef struct FetchEntry:
+    uint64_t tag             # linear page address | 1 when valid
+    uint64_t host
+    uint64_t physical
+    uint64_t is_global
+
+
+# A stretch of the bare processor's physical map.
+cdef struct Region:
+    uint64_t base
+    uint64_t size
+    uint64_t host
+    uint32_t readonly
+    uint32_t pad
+
+
+cdef struct MmioSlot:        # one access of the instruction that runs in a careful block
+    uint64_t address
+    uint64_t data[8]
+    uint32_t size
+    uint32_t write
+    uint32_t done
+    uint32_t pad
+
+
+cdef struct CpuState:
+    # ---- hot: rbp-128 .. rbp+127 -------------------------------------------------------------------
+    uint64_t gpr[16]
+    uint64_t rip
+    uint64_t rflags          # arithmetic flags are in host EFLAGS while translated code runs
+    uint32_t run             # polled; other threads write 0 to get the processor out of translated code
+    uint32_t leave_code
+    uint64_t leave_argument
+    uint64_t host_rsp
+    uint64_t index_mask      # pext mask of the TLB index
+    uint64_t page_mask       # ~0xFFF
+    uint64_t jump_mask       # pext mask of the jump cache index
+    uint64_t shadow_top
+    uint64_t temp[3]
+    uint32_t epoch           # changes when mappings of non-global code may have changed
+    uint32_t poll_pad
+    uint64_t bit_mask_16     # 15
+    uint64_t bit_mask_32     # 31
+    uint64_t bit_mask_64     # 63
+    uint8_t xsave[4096]      # guest x87/SSE/AVX, standard format, valid while not in run(); at offset 256: aligned
+    # ---- translated code, by disp32 ----------------------------------------------------------------
+    Segment segs[6]
+    Segment ldtr
+    Segment tr
+    TableRegister gdtr
+    TableRegister idtr
+    uint32_t cpl
+    uint32_t mode            # MODE_*; recomputed by mode_changed()
+    uint32_t block_key       # what translations depend on: mode, cpl, TLB set, CR4 bits (see tlb.mode_changed)
+    uint32_t tlb_set         # 0 supervisor, 1 user, 2 supervisor with AC
+    # ---- control registers -------------------------------------------------------------------------
+    uint64_t cr0
+    uint64_t cr2
+    uint64_t cr3
+    uint64_t cr4
+    uint64_t cr8
+    uint64_t efer
+    uint64_t xcr0
+    uint64_t dr[8]
+    # ---- model-specific registers ------------------------------------------------------------------
+    uint64_t star
+    uint64_t lstar
+    uint64_t cstar
+    uint64_t fmask
+    uint64_t kernel_gs_base
+    uint64_t sysenter_cs
+    uint64_t sysenter_esp
+    uint64_t sysenter_eip
+    uint64_t pat
+    uint64_t tsc_aux
+    uint64_t apic_base
+    uint64_t misc_enable
+    uint64_t spec_ctrl
+    uint64_t tsc_adjust
+    uint64_t tsc_deadline
+    uint64_t mtrr_def_type
+    uint64_t mtrr_base[8]
+    uint64_t mtrr_mask[8]
+    uint64_t mtrr_fixed[11]
+    uint64_t mcg_status
+    uint64_t tsc_offset      # guest TSC = host TSC + tsc_offset
+    # ---- events ------------------------------------------------------------------------------------
+    Event event              # to deliver now (exceptions raised by helpers; injected by VM entry)
+    uint32_t interruptibility    # SHADOW_*, BLOCKED_*
+    uint32_t activity        # 0 active, 1 hlt, 2 shutdown, 3 wait-for-SIPI
+    uint32_t interrupt_line  # written by other threads: 1 while an interrupt controller asserts INTR
+    uint32_t nmi_line        # written by other threads: 1 requests an NMI
+    uint32_t interrupt_vector    # vector that INTR acknowledges with (bare processor; under VMX exits decide)
+    uint32_t pending_debug   # #DB bits that wait for the end of the instruction
+    Exit exit
+    MmioSlot mmio[4]
+    uint32_t mmio_count
+    uint32_t mmio_at
+    # System side: the event being delivered (VMX interruption-information format, bit 31 valid), for double faults
+    # and IDT-vectoring information; which kind of guest runs.
+    uint32_t vectoring
+    uint32_t vectoring_error
+    uint32_t vectoring_length
+    uint32_t guest_mode      # 0 bare processor or VMX root, 1 VMX non-root, 2 SVM guest
+    # ---- memory ------------------------------------------------------------------------------------
+    Region regions[64]
+    uint32_t region_count
+    uint32_t a20_off
+    uint64_t physical_bits
+    void *vmx                # opaque: filled by the system side
+    void *svm
+    void *models             # opaque: cpuid tables
+    # System side: what the page walker reads besides the control registers.
+    uint32_t nested          # second dimension: 0 none, 1 EPT, 2 NPT
+    uint32_t direct          # physical addresses are addresses of this process (guest of host software); no Regions
+    uint64_t nested_root     # EPTP or nCR3
+    uint64_t pdpte[4]        # PAE paging: the registers loaded from CR3. SDM, "PDPTE Registers"
+    # ---- translator --------------------------------------------------------------------------------
+    void *translator         # codecache.CodeCache *
+    uint64_t code_low        # host addresses of the executable mapping, for the trap handler
+    uint64_t code_high
+    uint64_t trap_exit       # stub that saves everything and leaves with LEAVE_TRAP
+    uint64_t trap_rip        # host rip of the trap
+    uint64_t trap_signal
+    uint64_t trap_code
+    uint64_t trap_address
+    uint32_t host_mxcsr
+    uint32_t host_fcw
+    uint32_t in_vectors      # 1 while the guest's vector state is in the host's registers
+    uint32_t careful         # 1 while a careful block runs
+    uint64_t budget          # instructions to execute one by one; 0 = no limit
+    uint64_t careful_physical[4]
+    uint64_t careful_host[4]
+    uint32_t careful_size[4]
+    uint32_t careful_write[4]
+    uint64_t careful_va[4]
+    uint64_t careful_va2[4]
+    uint64_t careful_physical2[4]
+    uint32_t attention       # nonzero: the dispatcher asks the events module before every block
+    uint32_t kick            # written by other threads together with run = 0: run() returns EXIT_RUN_FLAG
+    uint32_t careful_count
+    uint32_t code_page_written
+    uint64_t shadow_base
+    uint64_t lookup_now      # the lookup stub of the current tlb_set
+    uint32_t last_key        # block_key at the last dispatch
+    uint32_t careful_next    # the next instruction goes through a careful block
+    uint32_t jump_local[3]   # this jump cache holds targets in non-global pages
+    uint32_t in_run
+    uint32_t stop_events     # tests: leave run() with EXIT_DEBUG instead of delivering an event
+    uint64_t features[8]     # instruction features offered (decode.FEATURES bits); 0 bits make #UD
+    uint64_t slots[8]        # host addresses of grouped operands
+    uint64_t statistics[16]
+    uint8_t code_filter[4096]    # linear pages that something links to, hashed
+    uint8_t bounce[4][576]       # page-crossing accesses
+    uint8_t host_xsave[64]
+    uint64_t jump_negated[3][4096]   # by tlb_set: minus the guest rip, and the code for it
+    uint64_t jump_code[3][4096]
+    FetchEntry fetch[2][256]
+    TlbEntry tlb_read[3][1024]
+    TlbEntry tlb_write[3][1024]
+
+
+cdef inline bint paging_enabled(CpuState *s) noexcept nogil:
+    """CR0.PG."""
+    return (s.cr0 >> 31) & 1
+
+
+cdef CpuState *state_new() noexcept nogil
+cdef void state_free(CpuState *s) noexcept nogil
+cdef int raise_exception(CpuState *s, uint32_t vector) noexcept nogil
+cdef int raise_error(CpuState *s, uint32_t vector, uint32_t error_code) noexcept nogil
+cdef int raise_page_fault(CpuState *s, uint64_t address, uint32_t error_code) noexcept nogil

@@ -1,0 +1,238 @@
+"""String instructions: MOVS, CMPS, STOS, LODS, SCAS, with and without REP.
+
+A repeated instruction works in stretches that stay within a page on both sides; registers are right after each
+stretch, so a fault, an exit or the run flag may stop it anywhere and it resumes by being executed again.
+SDM, "REP/REPE/REPZ/REPNE/REPNZ - Repeat String Operation Prefix".
+"""
+
+import cython
+from cython.cimports.vmonty.cpu.codecache import CodeCache, string_function
+from cython.cimports.vmonty.cpu.segmentation import linear_address
+from cython.cimports.vmonty.cpu.state import (
+    ACCESS_READ,
+    ACCESS_WRITE,
+    ARITHMETIC_FLAGS,
+    ES,
+    FLAG_AF,
+    FLAG_CF,
+    FLAG_DF,
+    FLAG_OF,
+    FLAG_PF,
+    FLAG_SF,
+    FLAG_ZF,
+    LEAVE_RETRY,
+    RAX,
+    RCX,
+    RDI,
+    RSI,
+)
+from cython.cimports.vmonty.cpu.tlb import host_of, read_value, write_value
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _masked(value: uint64_t, size: cython.int) -> uint64_t:
+    if size == 8:
+        return value
+    if size == 4:
+        return cython.cast(uint32_t, value)
+    if size == 2:
+        return value & 0xFFFF
+    return value & 0xFF
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _set(s: cython.pointer(CpuState), g: cython.int, value: uint64_t, size: cython.int) -> cython.void:
+    """Write a register the way an address-size or operand-size update does."""
+    if size == 8:
+        s.gpr[g] = value
+    elif size == 4:
+        s.gpr[g] = cython.cast(uint32_t, value)
+    elif size == 2:
+        s.gpr[g] = (s.gpr[g] & ~cython.cast(uint64_t, 0xFFFF)) | (value & 0xFFFF)
+    else:
+        s.gpr[g] = (s.gpr[g] & ~cython.cast(uint64_t, 0xFF)) | (value & 0xFF)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _compare(s: cython.pointer(CpuState), x: uint64_t, y: uint64_t, size: cython.int) -> cython.void:
+    """Set the flags of x - y."""
+    bits: cython.int = size * 8
+    d: uint64_t
+    f: uint64_t = 0
+    p: uint64_t
+    x = _masked(x, size)
+    y = _masked(y, size)
+    d = _masked(x - y, size)
+    if x < y:
+        f |= FLAG_CF
+    if d == 0:
+        f |= FLAG_ZF
+    if (d >> (bits - 1)) & 1:
+        f |= FLAG_SF
+    if (((x ^ y) & (x ^ d)) >> (bits - 1)) & 1:
+        f |= FLAG_OF
+    if (x ^ y ^ d) & 0x10:
+        f |= FLAG_AF
+    p = d ^ (d >> 4)
+    if not (0x6996 >> (p & 15)) & 1:
+        f |= FLAG_PF
+    s.rflags = (s.rflags & ~cython.cast(uint64_t, ARITHMETIC_FLAGS)) | f
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _one(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.int, size: cython.int) -> cython.int:
+    """Execute one iteration, count not included."""
+    r: cython.int
+    step: uint64_t = cython.cast(uint64_t, size)
+    source: uint64_t = 0
+    target: uint64_t = 0
+    x: uint64_t = 0
+    y: uint64_t = 0
+    if s.rflags & FLAG_DF:
+        step = 0 - step
+    if kind == 0 or kind == 1 or kind == 3:
+        r = linear_address(s, i.segment, _masked(s.gpr[RSI], i.address_size), size, 0, cython.address(source))
+        if r:
+            return r
+        r = read_value(s, source, size, ACCESS_READ, cython.address(x))
+        if r:
+            return r
+    if kind != 3:
+        r = linear_address(
+            s, ES, _masked(s.gpr[RDI], i.address_size), size, 1 if kind == 0 or kind == 2 else 0, cython.address(target)
+        )
+        if r:
+            return r
+    if kind == 0 or kind == 2:
+        r = write_value(s, target, size, ACCESS_WRITE, x if kind == 0 else s.gpr[RAX])
+        if r:
+            return r
+    elif kind == 1 or kind == 4:
+        r = read_value(s, target, size, ACCESS_READ, cython.address(y))
+        if r:
+            return r
+        _compare(s, x if kind == 1 else s.gpr[RAX], y, size)
+    else:
+        _set(s, RAX, x, size)
+    s.mmio_at = 0
+    s.mmio_count = 0
+    if kind != 2 and kind != 4:
+        _set(s, RSI, s.gpr[RSI] + step, i.address_size)
+    if kind != 3:
+        _set(s, RDI, s.gpr[RDI] + step, i.address_size)
+    return 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _stretch(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.int, size: cython.int,
+             count: uint64_t, done: cython.pointer(uint64_t)) -> cython.int:  # fmt: skip
+    """Do as many iterations of MOVS or STOS as fit in the current pages, upwards; ``done`` 0 when none can be."""
+    r: cython.int
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    source: uint64_t = 0
+    target: uint64_t = 0
+    from_: uint64_t = 0
+    to: uint64_t = 0
+    n: uint64_t
+    f: string_function
+    shift: cython.int = 0 if size == 1 else (1 if size == 2 else (2 if size == 4 else 3))
+    done[0] = 0
+    if s.rflags & FLAG_DF or i.address_size == 2:
+        return 0
+    r = linear_address(s, ES, _masked(s.gpr[RDI], i.address_size), size, 1, cython.address(target))
+    if r:
+        return r
+    n = (4096 - (target & 0xFFF)) >> shift
+    if count < n:
+        n = count
+    if kind == 0:
+        r = linear_address(s, i.segment, _masked(s.gpr[RSI], i.address_size), size, 0, cython.address(source))
+        if r:
+            return r
+        if (4096 - (source & 0xFFF)) >> shift < n:
+            n = (4096 - (source & 0xFFF)) >> shift
+    if n < 2:
+        return 0
+    if kind == 0:
+        r = host_of(s, source, ACCESS_READ, cython.address(from_))
+        if r:
+            return r
+        if from_ == 0:
+            return 0
+    r = host_of(s, target, ACCESS_WRITE, cython.address(to))
+    if r:
+        return r
+    if to == 0:
+        return 0
+    if kind == 0:
+        if to - from_ >= (n << shift) or to < from_:
+            if to - from_ >= (n << shift) and from_ - to >= (n << shift):
+                f = cython.cast(string_function, cython.cast(cython.p_void, c.copy[0]))
+                f(to, from_, n << shift)
+            else:
+                f = cython.cast(string_function, cython.cast(cython.p_void, c.copy[shift]))
+                f(to, from_, n)
+        else:
+            f = cython.cast(string_function, cython.cast(cython.p_void, c.copy[shift]))
+            f(to, from_, n)
+        _set(s, RSI, s.gpr[RSI] + (n << shift), i.address_size)
+    else:
+        f = cython.cast(string_function, cython.cast(cython.p_void, c.fill[shift]))
+        f(to, n, s.gpr[RAX])
+    _set(s, RDI, s.gpr[RDI] + (n << shift), i.address_size)
+    done[0] = n
+    return 0
+
+
+def string_instruction(s, i):
+    """Execute one string instruction. 0 when it is finished, else LEAVE_*; LEAVE_RETRY when it was interrupted."""
+    r: cython.int
+    kind: cython.int  # 0 MOVS 1 CMPS 2 STOS 3 LODS 4 SCAS
+    size: cython.int = i.operand_size if i.opcode & 1 else 1
+    code: cython.int = i.opcode & 0xFE
+    count: uint64_t
+    done: uint64_t = 0
+    if code == 0xA4:
+        kind = 0
+    elif code == 0xA6:
+        kind = 1
+    elif code == 0xAA:
+        kind = 2
+    elif code == 0xAC:
+        kind = 3
+    else:
+        kind = 4
+    if not i.rep:
+        return _one(s, i, kind, size)
+    while True:
+        count = _masked(s.gpr[RCX], i.address_size)
+        if count == 0:
+            return 0
+        done = 0
+        if kind == 0 or kind == 2:
+            r = _stretch(s, i, kind, size, count, cython.address(done))
+            if r:
+                return r
+        if done == 0:
+            r = _one(s, i, kind, size)
+            if r:
+                return r
+            done = 1
+        _set(s, RCX, s.gpr[RCX] - done, i.address_size)
+        if kind == 1 or kind == 4:
+            if i.rep == 0xF3 and not s.rflags & FLAG_ZF:
+                return 0
+            if i.rep == 0xF2 and s.rflags & FLAG_ZF:
+                return 0
+        if not s.run and _masked(s.gpr[RCX], i.address_size):
+            return LEAVE_RETRY

@@ -1,0 +1,535 @@
+"""The translation look-aside buffers, and linear memory for compiled helpers.
+
+A data TLB entry holds minus the page's linear address, so that translated code gets the offset in the page by one
+addition and checks tag and page crossing by one comparison. Only RAM enters; only pages that may be written, are
+dirty, and hold no translated code enter a write table. Everything else comes to ``memory_slow`` each time.
+"""
+
+import cython
+from cython.cimports.vmonty.cpu.codecache import (
+    Block,
+    CodeCache,
+    block_at_host,
+    code_written,
+    is_code_page,
+    jump_cache_clear_local,
+    shadow_reset,
+    unlink_cross_page,
+)
+from cython.cimports.vmonty.cpu.paging import Translation, translate
+from cython.cimports.vmonty.cpu.state import (
+    ACCESS_EXEC,
+    ACCESS_IMPLICIT,
+    ACCESS_USER,
+    ACCESS_WRITE,
+    AR_DB,
+    AR_L,
+    CS,
+    DS,
+    ES,
+    EXIT_MMIO,
+    FETCH_ENTRIES,
+    FLAG_AC,
+    FLAG_VM,
+    LEAVE_CAREFUL,
+    LEAVE_EXIT,
+    LEAVE_PLAIN,
+    MODE_COMPAT16,
+    MODE_COMPAT32,
+    MODE_LONG64,
+    MODE_PROT16,
+    MODE_PROT32,
+    MODE_REAL,
+    MODE_VM86,
+    SS,
+    TLB_ENTRIES,
+    TLB_SETS,
+    TlbEntry,
+    raise_error,
+)
+
+
+@cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _page(va: uint64_t) -> uint64_t:
+    return va & ~cython.cast(uint64_t, 0xFFF)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def copy_bytes(to: cython.p_uchar, source: cython.p_uchar, size: uint32_t) -> cython.void:
+    """Copy without libc: vector registers belong to the guest."""
+    k: uint32_t = 0
+    while k + 8 <= size:
+        cython.cast(cython.pointer(uint64_t), to + k)[0] = cython.cast(cython.pointer(uint64_t), source + k)[0]
+        k += 8
+    while k < size:
+        to[k] = source[k]
+        k += 1
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _canonical(s: cython.pointer(CpuState), va: uint64_t, stack: cython.int) -> cython.int:
+    if s.cr0 >> 31 & 1 and s.efer >> 10 & 1 and (va + (cython.cast(uint64_t, 1) << 47)) >> 48:
+        return raise_error(s, 12 if stack else 13, 0)
+    return 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _look(s: cython.pointer(CpuState), va: uint64_t, access: cython.int, t: cython.pointer(Translation)) -> cython.int:
+    """Translate one page, entering what may enter into the tables."""
+    set_: cython.int = s.tlb_set
+    index: cython.int = (va >> 12) & (TLB_ENTRIES - 1)
+    page: uint64_t = _page(va)
+    r: cython.int
+    e: cython.pointer(TlbEntry)
+    if not access & ACCESS_IMPLICIT:
+        e = cython.address(s.tlb_read[set_][index])
+        if access & ACCESS_WRITE:
+            e = cython.address(s.tlb_write[set_][index])
+        if e.negated_tag + page == 0:
+            t.host = e.host
+            t.may_write = 1
+            return 0
+    r = translate(s, va, access, t)
+    if r:
+        return r
+    if t.host and not access & ACCESS_IMPLICIT:
+        e = cython.address(s.tlb_read[set_][index])
+        e.negated_tag = 0 - page
+        e.host = t.host
+        if access & ACCESS_WRITE and t.may_write and not is_code_page(s, t.host):
+            e = cython.address(s.tlb_write[set_][index])
+            e.negated_tag = 0 - page
+            e.host = t.host
+    return 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _set_rip(s: cython.pointer(CpuState), what: uint32_t, host_rip: uint64_t) -> cython.void:
+    b: cython.pointer(Block) = block_at_host(cython.cast(cython.pointer(CodeCache), s.translator), host_rip)
+    if b != cython.NULL:
+        s.rip = b.rip + (what & SLOW_OFFSET)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _leave(s: cython.pointer(CpuState), code: cython.int, what: uint32_t, host_rip: uint64_t) -> uint64_t:
+    _set_rip(s, what, host_rip)
+    s.leave_code = code
+    return 0
+
+
+def memory_slow(s, va, what, host_rip):
+    """Serve a TLB miss of translated code: the host address to use, or 0 to leave the block.
+
+    A read that crosses pages gets a copy. A write that crosses, that meets a page with code, or anything that meets
+    MMIO leaves the block before anything changed; the dispatcher runs the instruction in a careful block.
+    """
+    size: uint32_t = (what >> SLOW_SIZE_SHIFT) & 0x3FF
+    access: cython.int = (ACCESS_WRITE if what & SLOW_WRITE else 0) | (ACCESS_USER if s.cpl == 3 else 0)
+    t: Translation
+    u: Translation
+    r: cython.int
+    first: uint32_t
+    to: cython.p_uchar
+    r = 0
+    if what & SLOW_GROUP:
+        if (va & 0xFFF) + size > 4096 or _canonical(s, va, 0) or _look(s, va, access, cython.address(t)) \
+                or t.host == 0 or (access & ACCESS_WRITE and is_code_page(s, t.host)):
+            s.event.pending = 0
+            return _leave(s, LEAVE_PLAIN, what, host_rip)
+        return t.host + (va & 0xFFF)
+    if what & SLOW_ALIGNED and va & (size - 1):
+        r = raise_error(s, 13, 0)
+    if not r:
+        r = _canonical(s, va, what & SLOW_STACK)
+    if r:
+        return _leave(s, r, what, host_rip)
+    r = _look(s, va, access, cython.address(t))
+    if r:
+        return _leave(s, r, what, host_rip)
+    if t.host == 0:
+        return _leave(s, LEAVE_CAREFUL, what, host_rip)
+    if (va & 0xFFF) + size <= 4096:
+        if access & ACCESS_WRITE and is_code_page(s, t.host):
+            return _leave(s, LEAVE_CAREFUL, what, host_rip)
+        return t.host + (va & 0xFFF)
+    if access & ACCESS_WRITE:
+        return _leave(s, LEAVE_CAREFUL, what, host_rip)
+    first = 4096 - (va & 0xFFF)
+    r = _canonical(s, va + size - 1, what & SLOW_STACK)
+    if not r:
+        r = _look(s, va + first, access, cython.address(u))
+    if r:
+        return _leave(s, r, what, host_rip)
+    if u.host == 0:
+        return _leave(s, LEAVE_CAREFUL, what, host_rip)
+    to = cython.address(s.bounce[0][0]) + (va & 63)
+    copy_bytes(to, cython.cast(cython.p_uchar, t.host + (va & 0xFFF)), first)
+    copy_bytes(to + first, cython.cast(cython.p_uchar, u.host), size - first)
+    return cython.cast(uint64_t, to)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _mmio(s: cython.pointer(CpuState), physical: uint64_t, data: cython.p_uchar, size: uint32_t,
+          write: cython.int) -> cython.int:  # fmt: skip
+    """Do one MMIO access of the current instruction: from the answers at hand, or by leaving run()."""
+    k: uint32_t = s.mmio_at
+    if k < s.mmio_count and s.mmio[k].address == physical and s.mmio[k].size == size and s.mmio[k].write == write:
+        s.mmio_at = k + 1
+        if not write:
+            copy_bytes(data, cython.cast(cython.p_uchar, cython.address(s.mmio[k].data[0])), size)
+        return 0
+    if k >= 4:
+        k = 3
+    s.mmio_count = k + 1
+    s.mmio[k].address = physical
+    s.mmio[k].size = size
+    s.mmio[k].write = write
+    s.exit.reason = EXIT_MMIO
+    s.exit.address = physical
+    s.exit.size = size
+    s.exit.write = write
+    s.exit.data = 0
+    if write:
+        copy_bytes(cython.cast(cython.p_uchar, cython.address(s.mmio[k].data[0])), data, size)
+        copy_bytes(cython.cast(cython.p_uchar, cython.address(s.exit.data)), data, size if size < 8 else 8)
+    return LEAVE_EXIT
+
+
+def careful_access(s, va, what, host_rip):
+    """Give translated code of a careful block an address for one operand; writes take effect at the commit."""
+    size: uint32_t = (what >> SLOW_SIZE_SHIFT) & 0x3FF
+    write: cython.int = 1 if what & SLOW_WRITE else 0
+    access: cython.int = (ACCESS_WRITE if write else 0) | (ACCESS_USER if s.cpl == 3 else 0)
+    k: uint32_t = s.careful_count
+    t: Translation
+    u: Translation
+    r: cython.int
+    first: uint32_t = size
+    to: cython.p_uchar
+    if k >= 4 or size > 512:
+        return _leave(s, LEAVE_EXIT, what, host_rip)
+    r = 0
+    if what & SLOW_ALIGNED and va & (size - 1):
+        r = raise_error(s, 13, 0)
+    if not r:
+        r = _canonical(s, va, what & SLOW_STACK)
+    if not r:
+        r = _look(s, va, access, cython.address(t))
+    if r:
+        return _leave(s, r, what, host_rip)
+    u.host = 0
+    u.physical = 0
+    if (va & 0xFFF) + size > 4096:
+        first = 4096 - (va & 0xFFF)
+        r = _canonical(s, va + size - 1, what & SLOW_STACK)
+        if not r:
+            r = _look(s, va + first, access, cython.address(u))
+        if r:
+            return _leave(s, r, what, host_rip)
+    if first == size and t.host and not (write and is_code_page(s, t.host)):
+        return t.host + (va & 0xFFF)
+    to = cython.address(s.bounce[k][0]) + (va & 63)
+    if what & SLOW_READ or not write:
+        r = 0
+        if t.host:
+            copy_bytes(to, cython.cast(cython.p_uchar, t.host + (va & 0xFFF)), first)
+        else:
+            r = _mmio(s, t.physical | (va & 0xFFF), to, first, 0)
+        if not r and first < size:
+            if u.host:
+                copy_bytes(to + first, cython.cast(cython.p_uchar, u.host), size - first)
+            else:
+                r = _mmio(s, u.physical, to + first, size - first, 0)
+        if r:
+            return _leave(s, r, what, host_rip)
+    if write:
+        s.careful_va[k] = va
+        s.careful_size[k] = size
+        s.careful_write[k] = first
+        s.careful_host[k] = t.host
+        s.careful_physical[k] = t.physical
+        s.careful_va2[k] = u.host
+        s.careful_physical2[k] = u.physical
+        s.careful_count = k + 1
+    return cython.cast(uint64_t, to)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _commit_part(s: cython.pointer(CpuState), host: uint64_t, physical: uint64_t, offset: uint32_t,
+                 data: cython.p_uchar, size: uint32_t) -> cython.void:  # fmt: skip
+    if host:
+        if is_code_page(s, host):
+            code_written(s, host)
+        copy_bytes(cython.cast(cython.p_uchar, host + offset), data, size)
+    else:
+        _mmio(s, physical | offset, data, size, 1)
+
+
+def careful_commit(s):
+    """Carry out the writes of a careful block; an MMIO write leaves its report in ``exit``."""
+    k: uint32_t
+    first: uint32_t
+    data: cython.p_uchar
+    for k in range(s.careful_count):
+        first = s.careful_write[k]
+        data = cython.address(s.bounce[k][0]) + (s.careful_va[k] & 63)
+        _commit_part(s, s.careful_host[k], s.careful_physical[k], s.careful_va[k] & 0xFFF, data, first)
+        if first < s.careful_size[k]:
+            _commit_part(s, s.careful_va2[k], s.careful_physical2[k], 0, data + first, s.careful_size[k] - first)
+    s.careful_count = 0
+    return 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _access(s: cython.pointer(CpuState), access: cython.int) -> cython.int:
+    return access | (ACCESS_USER if s.cpl == 3 and not access & ACCESS_IMPLICIT else 0)
+
+
+def read_linear(s, va, data, size, access):
+    """Read linear memory for a helper. Gives 0, or LEAVE_* with the exception or exit recorded."""
+    to: cython.p_uchar = cython.cast(cython.p_uchar, data)
+    t: Translation
+    r: cython.int
+    part: uint32_t
+    access = _access(s, access)
+    while size:
+        part = 4096 - (va & 0xFFF)
+        if part > size:
+            part = size
+        r = _canonical(s, va, 0)
+        if not r:
+            r = _look(s, va, access, cython.address(t))
+        if r:
+            return r
+        if t.host:
+            copy_bytes(to, cython.cast(cython.p_uchar, t.host + (va & 0xFFF)), part)
+        else:
+            r = _mmio(s, t.physical | (va & 0xFFF), to, part, 0)
+            if r:
+                return r
+        to += part
+        va += part
+        size -= part
+    return 0
+
+
+def probe_write(s, va, size, access):
+    """Check a write of a helper; nothing is written."""
+    t: Translation
+    r: cython.int
+    access = _access(s, access | ACCESS_WRITE)
+    r = _canonical(s, va, 0)
+    if not r:
+        r = _look(s, va, access, cython.address(t))
+    if not r and (va & 0xFFF) + size > 4096:
+        r = _canonical(s, va + size - 1, 0)
+        if not r:
+            r = _look(s, _page(va + size - 1), access, cython.address(t))
+    return r
+
+
+def write_linear(s, va, data, size, access):
+    """Write linear memory for a helper: all pages are checked before the first byte is written.
+
+    MMIO: the caller's instruction is executed again after the report, so it must not have changed anything yet.
+    """
+    source: cython.p_uchar = cython.cast(cython.p_uchar, data)
+    t: Translation
+    r: cython.int
+    part: uint32_t
+    r = probe_write(s, va, size, access)
+    if r:
+        return r
+    access = _access(s, access | ACCESS_WRITE)
+    while size:
+        part = 4096 - (va & 0xFFF)
+        if part > size:
+            part = size
+        r = _look(s, va, access, cython.address(t))
+        if r:
+            return r
+        if t.host:
+            if is_code_page(s, t.host):
+                code_written(s, t.host)
+            copy_bytes(cython.cast(cython.p_uchar, t.host + (va & 0xFFF)), source, part)
+        else:
+            r = _mmio(s, t.physical | (va & 0xFFF), source, part, 1)
+            if r:
+                return r
+        source += part
+        va += part
+        size -= part
+    return 0
+
+
+def read_value(s, va, size, access, value):
+    """Read 1, 2, 4 or 8 bytes, zero-extended."""
+    value[0] = 0
+    return read_linear(s, va, value, size, access)
+
+
+def write_value(s, va, size, access, value):
+    """Write the low 1, 2, 4 or 8 bytes of ``value``."""
+    return write_linear(s, va, cython.address(value), size, access)
+
+
+def host_of(s, va, access, where):
+    """Find the host address of a linear one; 0 in ``where`` for MMIO, and for a write to a page with code."""
+    t: Translation
+    r: cython.int
+    access = _access(s, access)
+    r = _canonical(s, va, 0)
+    if not r:
+        r = _look(s, va, access, cython.address(t))
+    if r:
+        return r
+    where[0] = t.host + (va & 0xFFF) if t.host else 0
+    if access & ACCESS_WRITE and t.host and is_code_page(s, t.host):
+        where[0] = 0
+    return 0
+
+
+def fetch_page(s, va, why):
+    """Translate the page of an instruction address for execution, through a small TLB of its own."""
+    user: cython.int = 1 if s.cpl == 3 else 0
+    e: cython.pointer(FetchEntry) = cython.address(s.fetch[user][(va >> 12) & (FETCH_ENTRIES - 1)])
+    t: Translation
+    if e.tag == (_page(va) | 1):
+        return e
+    why[0] = _canonical(s, va, 0)
+    if not why[0]:
+        why[0] = translate(s, va, ACCESS_EXEC | (ACCESS_USER if user else 0), cython.address(t))
+    if why[0]:
+        return cython.NULL
+    e.tag = _page(va) | 1
+    e.host = t.host
+    e.physical = t.physical
+    e.is_global = t.is_global
+    s.code_filter[(va >> 12) & 4095] = 1
+    if t.host == 0:
+        e.tag = 0
+    return e
+
+
+def flush_all(s):
+    """Forget every translation of linear addresses, global ones as well."""
+    k: cython.int
+    n: cython.int
+    for n in range(TLB_SETS):
+        for k in range(TLB_ENTRIES):
+            s.tlb_read[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
+            s.tlb_write[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
+    for n in range(2):
+        for k in range(FETCH_ENTRIES):
+            s.fetch[n][k].tag = 0
+    for k in range(4096):
+        s.code_filter[k] = 0
+    if s.translator != cython.NULL:
+        unlink_cross_page(s)
+
+
+def flush_non_global(s):
+    """Forget the translations that a load of CR3 forgets. Global data entries go too: they come back cheaply."""
+    k: cython.int
+    n: cython.int
+    for n in range(TLB_SETS):
+        for k in range(TLB_ENTRIES):
+            s.tlb_read[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
+            s.tlb_write[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
+    for n in range(2):
+        for k in range(FETCH_ENTRIES):
+            if not s.fetch[n][k].is_global:
+                s.fetch[n][k].tag = 0
+    if s.translator != cython.NULL:
+        jump_cache_clear_local(s)
+        shadow_reset(s)
+
+
+def flush_page(s, va):
+    """Forget one page (INVLPG), global or not."""
+    k: cython.int = (va >> 12) & (TLB_ENTRIES - 1)
+    n: cython.int
+    for n in range(TLB_SETS):
+        s.tlb_read[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
+        s.tlb_write[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
+    k = (va >> 12) & (FETCH_ENTRIES - 1)
+    for n in range(2):
+        s.fetch[n][k].tag = 0
+    if s.code_filter[(va >> 12) & 4095]:
+        unlink_cross_page(s)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _flat(s: cython.pointer(CpuState), k: cython.int) -> cython.int:
+    return s.segs[k].base == 0 and cython.cast(uint32_t, s.segs[k].limit + 1) == 0 and not s.segs[k].access_rights & 0x10000
+
+
+def mode_changed(s):
+    """Recompute what depends on control registers, CPL, and the code and stack segments.
+
+    block_key: bits 0-2 mode, 3 user, 4-5 TLB set, 6 stack is 32 bits wide, 7 flat data segments (bases 0, full limits),
+    8 flat code segment, 9 CR0.TS or EM (vector instructions trap), 10 CR0.EM, 11 CR4.OSFXSR, 12 AVX enabled,
+    13 CR4.TSD with CPL > 0, 14 CR0.MP and TS (FWAIT).
+    """
+    key: uint32_t
+    rights: uint32_t = s.segs[CS].access_rights
+    if not s.cr0 & 1:
+        s.mode = MODE_REAL
+    elif s.efer & 0x400:
+        if rights & AR_L:
+            s.mode = MODE_LONG64
+        elif rights & AR_DB:
+            s.mode = MODE_COMPAT32
+        else:
+            s.mode = MODE_COMPAT16
+    elif s.rflags & FLAG_VM:
+        s.mode = MODE_VM86
+    elif rights & AR_DB:
+        s.mode = MODE_PROT32
+    else:
+        s.mode = MODE_PROT16
+    s.tlb_set = 0
+    if s.cpl == 3:
+        s.tlb_set = 1
+    elif s.cr4 >> 21 & 1 and s.rflags & FLAG_AC:
+        s.tlb_set = 2
+    key = s.mode | (8 if s.cpl == 3 else 0) | s.tlb_set << 4
+    if s.segs[SS].access_rights & AR_DB:
+        key |= 0x40
+    if s.mode != MODE_LONG64:
+        if _flat(s, DS) and _flat(s, ES) and _flat(s, SS):
+            key |= 0x80
+        if _flat(s, CS):
+            key |= 0x100
+    if s.cr0 & 0xC:
+        key |= 0x200
+    if s.cr0 & 4:
+        key |= 0x400
+    if s.cr4 & 0x200:
+        key |= 0x800
+    if s.cr4 >> 18 & 1 and s.xcr0 & 6 == 6:
+        key |= 0x1000
+    if s.cr0 & 0xA == 0xA:
+        key |= 0x4000
+    s.block_key = key

@@ -1,0 +1,88 @@
+"""The translator: guest blocks to host code."""
+
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from vmonty.cpu.assembler cimport Assembler
+from vmonty.cpu.codecache cimport Block, CodeCache
+from vmonty.cpu.decode cimport Insn
+from vmonty.cpu.state cimport CpuState, FetchEntry
+
+cdef enum:
+    MAX_INSNS = 60
+    MAX_STUBS = 400
+    # block keys beyond CpuState.block_key
+    KEY_SINGLE = 0x80000000  # one instruction, every memory access through careful_access
+    KEY_PLAIN = 0x40000000   # each memory operand has a TLB check of its own
+    MAX_GROUPS = 8
+
+# How an effective address is made besides base, index, displacement.
+cdef enum:
+    EA_PLAIN = 0
+    EA_BIT = 1               # BT family: plus the bit offset in a register
+    EA_XLAT = 2              # plus AL
+
+cdef enum:
+    STUB_MEMORY = 1
+    STUB_MEMORY_LIVE = 2
+    STUB_LINK = 3
+    STUB_LOOKUP = 4
+
+# An effective address in guest terms, so that it can be computed again in a slow path.
+cdef struct Ea:
+    int base                 # guest register, NONE, or RIP_BASE (displacement is then the linear address)
+    int index
+    int scale
+    int segment              # FS, GS or NONE
+    int address_size
+    int special
+    int bit_register
+    int operand_size
+    int64_t displacement
+
+cdef struct Stub:
+    int kind
+    uint8_t *patch           # the rel32 that goes to the stub
+    uint8_t *back
+    uint32_t what            # memory: word for memory_slow; link: its number
+    uint64_t target
+    Ea ea
+
+# Operands at constant distances from each other, which share one TLB check.
+cdef struct Group:
+    int base
+    int index
+    int scale
+    int base_version
+    int index_version
+    int members
+    int write                # uses the write table
+    int stack
+    int64_t low
+    int64_t high
+    int first                # its leader
+
+cdef struct Work:
+    CpuState *s
+    CodeCache *c
+    Assembler *a
+    Block *block
+    uint32_t single
+    uint32_t is_global
+    int code_size
+    int count
+    int stubs
+    int base                 # of the memory operand after emit_access
+    int index
+    int disp
+    int groups
+    uint32_t plain
+    Group group[8]
+    int closed               # the block has its exits
+    uint8_t *window          # the bytes of the first page
+    uint32_t window_size
+    Insn insns[64]
+    Stub stub[400]
+
+cdef int8_t HOST[32]
+cdef Block *translate_block(CpuState *s, uint64_t rip, FetchEntry *page, uint32_t single, uint32_t plain,
+                            int *why) noexcept nogil

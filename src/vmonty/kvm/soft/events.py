@@ -1,0 +1,91 @@
+"""Events in flight of a vCPU: KVM_GET/SET_VCPU_EVENTS, KVM_INTERRUPT, KVM_NMI, MP_STATE, LAPIC."""
+
+from __future__ import annotations
+
+import errno
+
+from vmonty.kvm.soft.files import answers
+from vmonty.kvm.soft.user import Argument
+from vmonty.kvm.soft.vcpu_state import QueuedException, VcpuState
+from vmonty.kvm.uapi import Requests, flags, irq, vcpu
+
+VALID_FLAGS = (
+    flags.KVM_VCPUEVENT_VALID_NMI_PENDING | flags.KVM_VCPUEVENT_VALID_SIPI_VECTOR | flags.KVM_VCPUEVENT_VALID_SHADOW
+)
+
+
+class EventIoctls(VcpuState):
+    """The ioctls."""
+
+    @answers(Requests.KVM_INTERRUPT)
+    def interrupt(self, argument: Argument) -> None:
+        vector = argument.get(vcpu.kvm_interrupt).irq
+        if vector > 255:
+            raise OSError(errno.EINVAL, "a vector is a byte")
+        if self.apic is not None:
+            raise OSError(errno.ENXIO, "the interrupt controller is in the kernel")
+        if self.user_interrupt is not None:
+            raise OSError(errno.EEXIST, "an interrupt is queued")
+        self.user_interrupt = vector
+
+    @answers(Requests.KVM_NMI)
+    def nmi(self, argument: Argument) -> None:
+        self.nmi_pending = min(self.nmi_pending + 1, 2)
+
+    @answers(Requests.KVM_GET_MP_STATE)
+    def get_mp_state(self, argument: Argument) -> None:
+        argument.put(vcpu.kvm_mp_state(mp_state=self.mp_state))
+
+    @answers(Requests.KVM_SET_MP_STATE)
+    def set_mp_state(self, argument: Argument) -> None:
+        state = argument.get(vcpu.kvm_mp_state).mp_state
+        known = range(flags.KVM_MP_STATE_RUNNABLE, flags.KVM_MP_STATE_SIPI_RECEIVED + 1)
+        if state not in known or (self.apic is None and state != flags.KVM_MP_STATE_RUNNABLE):
+            raise OSError(errno.EINVAL, "not a state that this vCPU can have")
+        self.mp_state = state
+
+    @answers(Requests.KVM_GET_LAPIC)
+    def get_lapic(self, argument: Argument) -> None:
+        if self.apic is None:
+            raise OSError(errno.EINVAL, "there is no local APIC in the kernel")
+        argument.put(self.apic.get_state())
+
+    @answers(Requests.KVM_SET_LAPIC)
+    def set_lapic(self, argument: Argument) -> None:
+        if self.apic is None:
+            raise OSError(errno.EINVAL, "there is no local APIC in the kernel")
+        if not self.apic.set_state(argument.get(irq.kvm_lapic_state)):
+            raise OSError(errno.EINVAL, "the APIC ID is another vCPU's")
+
+    @answers(Requests.KVM_GET_VCPU_EVENTS)
+    def get_vcpu_events(self, argument: Argument) -> None:
+        events = vcpu.kvm_vcpu_events(flags=VALID_FLAGS, sipi_vector=0)
+        if (exception := self.exception) is not None:
+            events.exception.injected = 1
+            events.exception.nr = exception.vector
+            events.exception.has_error_code = int(exception.error_code is not None)
+            events.exception.error_code = exception.error_code or 0
+        if (vector := self.interrupt_injected) is not None:
+            events.interrupt.injected, events.interrupt.nr = 1, vector
+        events.interrupt.shadow = self.vendor.get_interrupt_shadow()
+        events.nmi.injected = int(self.nmi_injected)
+        events.nmi.pending = int(self.nmi_pending > 0)
+        events.nmi.masked = int(self.vendor.get_nmi_mask())
+        argument.put(events)
+
+    @answers(Requests.KVM_SET_VCPU_EVENTS)
+    def set_vcpu_events(self, argument: Argument) -> None:
+        events = argument.get(vcpu.kvm_vcpu_events)
+        if events.flags & ~VALID_FLAGS or (events.exception.injected and events.exception.nr > 31):
+            raise OSError(errno.EINVAL, "unknown flags, or no exception vector")
+        self.exception = None
+        if events.exception.injected:
+            code = events.exception.error_code if events.exception.has_error_code else None
+            self.exception = QueuedException(events.exception.nr, code)
+        self.interrupt_injected = events.interrupt.nr if events.interrupt.injected else None
+        if events.flags & flags.KVM_VCPUEVENT_VALID_SHADOW:
+            self.vendor.set_interrupt_shadow(events.interrupt.shadow)
+        self.nmi_injected = bool(events.nmi.injected)
+        if events.flags & flags.KVM_VCPUEVENT_VALID_NMI_PENDING:
+            self.nmi_pending = int(bool(events.nmi.pending))
+        self.vendor.set_nmi_mask(bool(events.nmi.masked))

@@ -1,0 +1,269 @@
+"""The three kinds of file: /dev/kvm, VMs and vCPUs; life times, memory slots, the run ioctl.
+
+A VM is counted by the files that need it (``users_count``): its own fd and those of its vCPUs. It is destroyed
+when the last one closes, in whatever order. Source: virt/kvm/kvm_main.c, Documentation/virt/kvm/api.rst.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import threading
+from collections.abc import Callable
+from typing import ClassVar
+
+from vmonty.base import hostcall
+from vmonty.kvm.soft.caps import CAPABILITIES, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
+from vmonty.kvm.soft.files import KvmFile, answers
+from vmonty.kvm.soft.irqchip import IrqchipIoctls
+from vmonty.kvm.soft.memslots import Change, Memslots
+from vmonty.kvm.soft.mmu.tdp import TdpMmu
+from vmonty.kvm.soft.msrs import MSRS_TO_SAVE
+from vmonty.kvm.soft.user import Argument
+from vmonty.kvm.soft.x86 import SUPPORTED_CPUID, VcpuX86
+from vmonty.kvm.uapi import Cap, Requests
+from vmonty.kvm.uapi.flags import KVM_API_VERSION, KVM_COALESCED_MMIO_PAGE_OFFSET
+from vmonty.kvm.uapi.run import kvm_run
+from vmonty.kvm.uapi.vcpu import kvm_cpuid2, kvm_cpuid_entry2
+from vmonty.kvm.uapi.vm import kvm_dirty_log, kvm_msr_list, kvm_userspace_memory_region
+
+VCPU_MMAP_SIZE = 3 * mmap.PAGESIZE
+
+# Gives a file its descriptor: (file, name, bytes of its mapping).
+Install = Callable[[KvmFile, str, int], int]
+
+
+def check_extension(number: int) -> int:
+    """The value of a capability, 0 when it is absent."""
+    try:
+        return CAPABILITIES.get(Cap(number), 0)
+    except ValueError:
+        return 0
+
+
+class KvmDevice(KvmFile):
+    """/dev/kvm."""
+
+    def __init__(self, install: Install) -> None:
+        self._install = install
+
+    @answers(Requests.KVM_GET_API_VERSION)
+    def get_api_version(self, argument: Argument) -> int:
+        if argument.number:
+            raise OSError(errno.EINVAL, "takes no argument")
+        return KVM_API_VERSION
+
+    @answers(Requests.KVM_CREATE_VM)
+    def create_vm(self, argument: Argument) -> int:
+        if argument.number:
+            raise OSError(errno.EINVAL, "unknown VM type")
+        return self._install(Kvm(self._install), "kvm-vm", 0)
+
+    @answers(Requests.KVM_CHECK_EXTENSION)
+    def check_extension(self, argument: Argument) -> int:
+        return check_extension(argument.number)
+
+    @answers(Requests.KVM_GET_VCPU_MMAP_SIZE)
+    def get_vcpu_mmap_size(self, argument: Argument) -> int:
+        if argument.number:
+            raise OSError(errno.EINVAL, "takes no argument")
+        return VCPU_MMAP_SIZE
+
+    @answers(Requests.KVM_GET_MSR_INDEX_LIST)
+    def get_msr_index_list(self, argument: Argument) -> None:
+        self._msr_list(argument, MSRS_TO_SAVE)
+
+    @answers(Requests.KVM_GET_MSR_FEATURE_INDEX_LIST)
+    def get_msr_feature_index_list(self, argument: Argument) -> None:
+        self._msr_list(argument, ())
+
+    @staticmethod
+    def _msr_list(argument: Argument, indices: tuple[int, ...]) -> None:
+        room = argument.get(kvm_msr_list).nmsrs
+        argument.put(kvm_msr_list(nmsrs=len(indices)))
+        if room < len(indices):
+            raise OSError(errno.E2BIG, "the list is longer")
+        argument.write(b"".join(index.to_bytes(4, "little") for index in indices), ctypes.sizeof(kvm_msr_list))
+
+    @answers(Requests.KVM_GET_SUPPORTED_CPUID)
+    def get_supported_cpuid(self, argument: Argument) -> None:
+        put_cpuid(argument, SUPPORTED_CPUID())
+
+    @answers(Requests.KVM_GET_EMULATED_CPUID)
+    def get_emulated_cpuid(self, argument: Argument) -> None:
+        put_cpuid(argument, [])
+
+
+def put_cpuid(argument: Argument, entries: list[kvm_cpuid_entry2]) -> None:
+    """Hand out CPUID leaves; E2BIG when there is no room for them."""
+    head = argument.get(kvm_cpuid2)
+    if head.nent < len(entries):
+        raise OSError(errno.E2BIG, "there are more leaves")
+    argument.put(kvm_cpuid2(nent=len(entries)))
+    argument.write(b"".join(bytes(entry) for entry in entries), ctypes.sizeof(kvm_cpuid2))
+
+
+class Kvm(IrqchipIoctls):
+    """struct kvm: a virtual machine, and its fd."""
+
+    def __init__(self, install: Install) -> None:
+        super().__init__()
+        self._install = install
+        self.lock = threading.RLock()
+        self.memslots = Memslots()
+        self.mmu = TdpMmu(self.memslots)
+        self.vcpus: dict[int, KvmVcpuFile] = {}
+        self.created_vcpus = 0
+        self.boot_vcpu_id = 0
+        self.users_count = 1
+
+    def get(self) -> None:
+        """kvm_get_kvm()."""
+        with self.lock:
+            self.users_count += 1
+
+    def put(self) -> None:
+        """kvm_put_kvm(): the last user destroys the VM."""
+        with self.lock:
+            self.users_count -= 1
+            last = self.users_count == 0
+        if last:
+            self.destroy_irqchip()
+            for vcpu in self.vcpus.values():
+                vcpu.destroy()
+            self.vcpus.clear()
+
+    def release(self) -> None:
+        """The VM's own fd was closed."""
+        self.put()
+
+    @answers(Requests.KVM_CHECK_EXTENSION)
+    def check_extension(self, argument: Argument) -> int:
+        return check_extension(argument.number)
+
+    @answers(Requests.KVM_CREATE_VCPU)
+    def create_vcpu(self, argument: Argument) -> int:
+        """kvm_vm_ioctl_create_vcpu(): it becomes visible only when it is complete."""
+        vcpu_id = argument.number & 0xFFFF_FFFF
+        if vcpu_id >= KVM_MAX_VCPU_IDS:
+            raise OSError(errno.EINVAL, "the vCPU id is too large")
+        with self.lock:
+            if self.created_vcpus >= KVM_MAX_VCPUS:
+                raise OSError(errno.EINVAL, "too many vCPUs")
+            if vcpu_id in self.vcpus:
+                raise OSError(errno.EEXIST, "there is a vCPU with this id")
+            self.created_vcpus += 1
+            try:
+                vcpu = KvmVcpuFile(self, vcpu_id)
+                fd = self._install(vcpu, f"kvm-vcpu:{vcpu_id}", VCPU_MMAP_SIZE)
+                vcpu.map_run_page(fd)
+            except BaseException:
+                self.created_vcpus -= 1
+                raise
+            self.vcpus[vcpu_id] = vcpu
+            self.users_count += 1
+            return fd
+
+    @answers(Requests.KVM_SET_USER_MEMORY_REGION)
+    def set_user_memory_region(self, argument: Argument) -> None:
+        region = argument.get(kvm_userspace_memory_region)
+        with self.lock:
+            change = self.memslots.set(
+                region.slot, region.flags, region.guest_phys_addr, region.memory_size, region.userspace_addr
+            )
+            self._memory_changed(change)
+
+    def _memory_changed(self, change: Change) -> None:
+        if change.old is not None:
+            self.mmu.zap(change.old)
+            self.flush_remote_tlbs()
+
+    def flush_remote_tlbs(self) -> None:
+        """kvm_flush_remote_tlbs(): no vCPU uses a translation from before when this returns."""
+        for vcpu in list(self.vcpus.values()):
+            vcpu.request_tlb_flush()
+
+    @answers(Requests.KVM_GET_DIRTY_LOG)
+    def get_dirty_log(self, argument: Argument) -> None:
+        """kvm_get_dirty_log_protect()."""
+        request = argument.get(kvm_dirty_log)
+        with self.lock:
+            slot = self.memslots.get(request.slot & 0xFFFF)
+            if request.slot >> 16 or slot is None or not slot.dirty:
+                raise OSError(errno.ENOENT, "the slot keeps no dirty log")
+            bitmap = bytes(slot.dirty)
+            if any(bitmap):
+                slot.dirty[:] = bytes(len(bitmap))
+                self.mmu.write_protect(slot.base_gfn, slot.end_gfn)
+                self.flush_remote_tlbs()
+        Argument(request.u.dirty_bitmap, 0).write(bitmap)
+
+    @answers(Requests.KVM_SET_TSS_ADDR)
+    def set_tss_addr(self, argument: Argument) -> None:
+        if argument.number > 0xFFFF_FFFF - 3 * mmap.PAGESIZE:
+            raise OSError(errno.EINVAL, "the TSS must lie below 4 GiB")
+
+    @answers(Requests.KVM_SET_IDENTITY_MAP_ADDR)
+    def set_identity_map_addr(self, argument: Argument) -> None:
+        argument.read(8)
+        with self.lock:
+            if self.created_vcpus:
+                raise OSError(errno.EINVAL, "there are vCPUs already")
+
+    @answers(Requests.KVM_SET_BOOT_CPU_ID)
+    def set_boot_cpu_id(self, argument: Argument) -> None:
+        with self.lock:
+            if self.created_vcpus:
+                raise OSError(errno.EBUSY, "there are vCPUs already")
+            self.boot_vcpu_id = argument.number
+
+
+class KvmVcpuFile(VcpuX86):
+    """struct kvm_vcpu: a virtual CPU, and its fd."""
+
+    # Thread ident → the vCPU that it runs: what a signal must find.
+    _running: ClassVar[dict[int, KvmVcpuFile]] = {}
+
+    def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
+        super().__init__(kvm, vcpu_id)
+        self.mutex = threading.Lock()
+
+    def map_run_page(self, fd: int) -> None:
+        """Map the pages that user space maps too."""
+        self.page = memoryview(mmap.mmap(fd, VCPU_MMAP_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE))
+        self.run = kvm_run.from_buffer(self.page)
+
+    def overlay_ring(self, address: int, size: int) -> None:
+        """The VM's one ring of coalesced accesses appears in each vCPU's mapping, here the one at *address*."""
+        offset = KVM_COALESCED_MMIO_PAGE_OFFSET * mmap.PAGESIZE
+        if size >= offset + mmap.PAGESIZE:
+            hostcall.map_over(address + offset, self.kvm.ring_fd, mmap.PAGESIZE)
+
+    @classmethod
+    def signal(cls, thread: int) -> None:
+        """A signal for *thread*: if it is in KVM_RUN, that ends with EINTR."""
+        if vcpu := cls._running.get(thread):
+            vcpu.signal_pending = True
+            vcpu.kick()
+
+    def ioctl(self, request: int, value: object) -> int:
+        """One request at a time, as vcpu->mutex has it in the kernel."""
+        with self.mutex:
+            return super().ioctl(request, value)
+
+    @answers(Requests.KVM_RUN)
+    def kvm_run_ioctl(self, argument: Argument) -> int:
+        if argument.number:
+            raise OSError(errno.EINVAL, "takes no argument")
+        thread = threading.get_ident()
+        self._running[thread] = self
+        try:
+            return self.vcpu_run()
+        finally:
+            del self._running[thread]
+            self.signal_pending = False
+
+    def release(self) -> None:
+        """The vCPU's fd was closed; the VM keeps the vCPU until it is destroyed itself."""
+        self.kvm.put()

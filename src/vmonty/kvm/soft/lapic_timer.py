@@ -1,0 +1,148 @@
+"""The local APIC's timer: one-shot, periodic, and TSC-deadline. SDM, "APIC Timer".
+
+The bus runs at 1 GHz, as in KVM: a count is a nanosecond times the divisor. Methods are called with the chip lock
+held. Counting goes on, and interrupts are lost, while LVTT is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from vmonty.kvm.soft.apicdef import MIN_PERIOD_NS, ONE_SHOT, PERIODIC, TSC_DEADLINE
+from vmonty.kvm.soft.timer import HrTimers, Timer
+
+__all__ = ["ApicTimer", "GuestTsc"]
+
+
+class GuestTsc(Protocol):
+    """The vCPU's time-stamp counter."""
+
+    def guest_tsc(self) -> int:
+        """Its value now."""
+        ...
+
+    def tsc_deadline_to_ns(self, tsc: int) -> int:
+        """The time of the timers' clock at which it will be *tsc*."""
+        ...
+
+
+class ApicTimer:
+    """Counts down; *fire* is called, under the chip lock, whenever it reaches zero."""
+
+    def __init__(self, timers: HrTimers, tsc: GuestTsc, fire: Callable[[], object]) -> None:
+        self._timers = timers
+        self._clock = timers.clock
+        self._tsc = tsc
+        self._fire = fire
+        self._timer: Timer | None = None
+        self.mode = ONE_SHOT
+        self.reset()
+
+    def reset(self) -> None:
+        """Stop, and forget all but the mode (which follows LVTT)."""
+        self.stop()
+        self.divisor = 2
+        self.initial_count = 0
+        # One period, and the end of the present one. They stay, at its end, for the current count to be 0.
+        self._period_ns = self._target_ns = 0
+        self.tsc_deadline = 0
+
+    def stop(self) -> None:
+        """Cancel what is armed."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def set_mode(self, mode: int) -> None:
+        """LVTT's mode. Changing to or from TSC-deadline disarms; else counting goes on. SDM, "TSC-Deadline Mode"."""
+        if (mode == TSC_DEADLINE) != (self.mode == TSC_DEADLINE):
+            self.stop()
+            self.initial_count = self._period_ns = self.tsc_deadline = 0
+        self.mode = mode
+        self._limit_period()
+
+    def set_initial_count(self, count: int) -> None:
+        """TMICT: start a period; 0 stops. Ignored in TSC-deadline mode."""
+        if self.mode != TSC_DEADLINE:
+            self.initial_count = count
+            self._start()
+
+    def set_divide_configuration(self, tdcr: int) -> None:
+        """TDCR: what is left of a running period stretches with the divisor."""
+        old, self.divisor = self.divisor, self._decode(tdcr)
+        if self.divisor != old and self._period_ns:
+            now = self._clock.now_ns()
+            left = max(0, self._target_ns - now) * self.divisor // old
+            self._set_period()
+            if self._timer is not None:
+                self._arm(now + left)
+
+    def set_tsc_deadline(self, tsc: int) -> None:
+        """IA32_TSC_DEADLINE, in its mode: fire when the guest's TSC is *tsc*, at once if it was; 0 disarms."""
+        self.stop()
+        self.tsc_deadline = tsc
+        if not tsc:
+            return
+        if tsc <= self._tsc.guest_tsc():
+            self._expired()
+        else:
+            self._arm(self._tsc.tsc_deadline_to_ns(tsc))
+
+    def current_count(self) -> int:
+        """TMCCT; 0 in TSC-deadline mode."""
+        if self.mode == TSC_DEADLINE or not self._period_ns or not self.initial_count:
+            return 0
+        left = max(0, self._target_ns - self._clock.now_ns())
+        return min(left, self._period_ns) // self.divisor & 0xFFFFFFFF
+
+    def restart(self, tdcr: int, initial_count: int, current_count: int) -> None:
+        """Go on from saved registers (the mode is set). A deadline stays.
+
+        A current count of 0 in one-shot mode is an end that comes now.
+        """
+        self.stop()
+        self.divisor = self._decode(tdcr)
+        if self.mode == TSC_DEADLINE:
+            self.initial_count = initial_count
+            self.set_tsc_deadline(self.tsc_deadline)
+            return
+        self.initial_count = initial_count
+        left = current_count * self.divisor
+        self._start(None if self.mode == PERIODIC and not left else left)
+
+    @staticmethod
+    def _decode(tdcr: int) -> int:
+        """SDM, "Divide Configuration Register": bits 3, 1 and 0 choose 2, 4 … 128, and 1."""
+        return 1 << (((tdcr & 3 | tdcr >> 1 & 4) + 1) & 7)
+
+    def _set_period(self) -> None:
+        self._period_ns = self.initial_count * self.divisor
+        self._limit_period()
+
+    def _limit_period(self) -> None:
+        if self.mode == PERIODIC and self._period_ns:
+            self._period_ns = max(self._period_ns, MIN_PERIOD_NS)
+
+    def _start(self, left_ns: int | None = None) -> None:
+        """Begin a period, of which *left_ns* are left."""
+        self.stop()
+        self._set_period()
+        if self._period_ns:
+            left = self._period_ns if left_ns is None else min(left_ns, self._period_ns)
+            self._arm(self._clock.now_ns() + left)
+
+    def _arm(self, target_ns: int) -> None:
+        self.stop()
+        self._target_ns = target_ns
+        self._timer = self._timers.arm(target_ns, self._expired)
+
+    def _expired(self) -> None:
+        self._timer = None
+        if self.mode == PERIODIC and self._period_ns:
+            # Periods that passed unseen would have raised what is pending already.
+            missed = max(0, self._clock.now_ns() - self._target_ns) // self._period_ns
+            self._arm(self._target_ns + (missed + 1) * self._period_ns)
+        else:
+            self.tsc_deadline = 0
+        self._fire()

@@ -1,0 +1,119 @@
+"""Memory slots: the guest-physical address space. Names and rules: virt/kvm/kvm_main.c, __kvm_set_memory_region()."""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from vmonty.kvm.uapi.flags import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
+
+PAGE_SHIFT, PAGE_SIZE = 12, 4096
+KVM_USER_MEM_SLOTS = 32764
+KVM_MEM_MAX_NR_PAGES = (1 << 31) - 1
+USER_ADDRESS_LIMIT = (1 << 47) - PAGE_SIZE
+ADDRESS_SPACES = 1
+
+
+@dataclass
+class Memslot:
+    """*npages* pages from *base_gfn*, which are the host's from *userspace_addr*."""
+
+    id: int
+    base_gfn: int
+    npages: int
+    userspace_addr: int
+    flags: int
+    dirty: bytearray = field(default_factory=bytearray)
+
+    @property
+    def end_gfn(self) -> int:
+        """The first frame behind it."""
+        return self.base_gfn + self.npages
+
+    def hva(self, gpa: int) -> int:
+        """The host-virtual address of *gpa*, which lies in this slot."""
+        return self.userspace_addr + gpa - (self.base_gfn << PAGE_SHIFT)
+
+    def mark_dirty(self, gfn: int) -> None:
+        """Note a write to *gfn* in the dirty log, if there is one."""
+        if self.dirty:
+            page = gfn - self.base_gfn
+            self.dirty[page >> 3] |= 1 << (page & 7)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a request did: *old* must be unmapped, *new* may be used."""
+
+    old: Memslot | None
+    new: Memslot | None
+
+
+class Memslots:
+    """All slots of a VM. Readers use ``find`` without a lock: the sorted table is replaced, never changed."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self._by_id: dict[int, Memslot] = {}
+        self._table: tuple[list[int], list[Memslot]] = ([], [])
+
+    def __iter__(self) -> Iterator[Memslot]:
+        return iter(self._table[1])
+
+    def get(self, slot_id: int) -> Memslot | None:
+        """The slot called *slot_id*."""
+        return self._by_id.get(slot_id)
+
+    def find(self, gpa: int) -> Memslot | None:
+        """gfn_to_memslot(): the slot that *gpa* lies in."""
+        bases, slots = self._table
+        at = bisect_right(bases, gpa >> PAGE_SHIFT) - 1
+        if at >= 0 and gpa >> PAGE_SHIFT < slots[at].end_gfn:
+            return slots[at]
+        return None
+
+    def set(self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, userspace_addr: int) -> Change:
+        """KVM_SET_USER_MEMORY_REGION. Raises OSError: EINVAL, EEXIST."""
+        slot_id = slot & 0xFFFF
+        if (
+            flags & ~(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY)
+            or (memory_size | guest_phys_addr | userspace_addr) & (PAGE_SIZE - 1)
+            or userspace_addr + memory_size > USER_ADDRESS_LIMIT
+            or slot >> 16 >= ADDRESS_SPACES
+            or slot_id >= KVM_USER_MEM_SLOTS
+            or guest_phys_addr + memory_size > 1 << 64
+            or memory_size >> PAGE_SHIFT > KVM_MEM_MAX_NR_PAGES
+        ):
+            raise OSError(errno.EINVAL, "bad memory region")
+        old = self._by_id.get(slot_id)
+        if memory_size == 0:
+            if old is None:
+                raise OSError(errno.EINVAL, "there is no such slot to delete")
+            del self._by_id[slot_id]
+            self._publish()
+            return Change(old, None)
+        new = Memslot(slot_id, guest_phys_addr >> PAGE_SHIFT, memory_size >> PAGE_SHIFT, userspace_addr, flags)
+        if old is not None:
+            if (
+                new.userspace_addr != old.userspace_addr
+                or new.npages != old.npages
+                or (new.flags ^ old.flags) & KVM_MEM_READONLY
+            ):
+                raise OSError(errno.EINVAL, "a slot can be moved or change its logging, nothing else")
+            if new.base_gfn == old.base_gfn and new.flags == old.flags:
+                return Change(None, None)
+        for other in self._by_id.values():
+            if other is not old and other.base_gfn < new.end_gfn and new.base_gfn < other.end_gfn:
+                raise OSError(errno.EEXIST, "another slot lies there")
+        if flags & KVM_MEM_LOG_DIRTY_PAGES:
+            new.dirty = old.dirty if old is not None and old.dirty else bytearray((new.npages + 63) // 64 * 8)
+        self._by_id[slot_id] = new
+        self._publish()
+        return Change(old, new)
+
+    def _publish(self) -> None:
+        slots = sorted(self._by_id.values(), key=lambda entry: entry.base_gfn)
+        self.generation += 1
+        self._table = ([entry.base_gfn for entry in slots], slots)

@@ -1,0 +1,1 @@
+"""The MMU: from guest-physical to host addresses."""

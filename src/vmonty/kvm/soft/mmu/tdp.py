@@ -1,0 +1,157 @@
+"""Two-dimensional paging: the table that maps guest-physical to host addresses for the processor's walker.
+
+    gpa  47    39 38    30 29    21 20    12 11      0
+        ┌────────┬────────┬────────┬────────┬─────────┐
+        │ level 4│ level 3│ level 2│ level 1│ offset  │      one table of 512 entries each
+        └────────┴────────┴────────┴────────┴─────────┘
+
+Host physical address = address in this process. Source: SDM, "EPT Translation Mechanism".
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+
+from vmonty.base.ram import Ram
+from vmonty.kvm.soft.memslots import PAGE_SHIFT, Memslot, Memslots
+from vmonty.kvm.uapi.flags import KVM_MEM_READONLY
+
+EPT_READ, EPT_WRITE, EPT_EXEC = 1, 2, 4
+EPT_WRITE_BACK = 6 << 3
+EPT_LARGE = 1 << 7
+ADDRESS = 0x000F_FFFF_FFFF_F000
+LEVELS = 4
+ENTRIES = 512
+ARENA_PAGES = 64
+
+
+class Tables:
+    """Page-table pages: 4 KiB each, at addresses that never move, reused through a free list."""
+
+    def __init__(self) -> None:
+        self._arenas: list[Ram] = []
+        self._free: list[int] = []
+        self._arena_of: dict[int, Ram] = {}
+
+    def allocate(self) -> int:
+        """The address of a zeroed page."""
+        if not self._free:
+            arena = Ram(ARENA_PAGES << PAGE_SHIFT, "vmonty-mmu")
+            self._arenas.append(arena)
+            for page in range(ARENA_PAGES):
+                address = arena.address + (page << PAGE_SHIFT)
+                self._arena_of[address] = arena
+                self._free.append(address)
+        address = self._free.pop()
+        arena = self._arena_of[address]
+        arena.fill(address - arena.address, 4096)
+        return address
+
+    def free(self, address: int) -> None:
+        """Give a page back. No processor may still walk it."""
+        self._free.append(address)
+
+    def read(self, table: int, index: int) -> int:
+        """Entry *index* of the page at *table*."""
+        arena = self._arena_of[table]
+        return arena.read_u64(table - arena.address + 8 * index)
+
+    def write(self, table: int, index: int, value: int) -> None:
+        """Store entry *index*: one aligned 64-bit store, so that a walker sees the old or the new."""
+        arena = self._arena_of[table]
+        arena.write_u64(table - arena.address + 8 * index, value)
+
+    def fill(self, table: int, index: int, values: list[int]) -> None:
+        """Store several entries from *index* on."""
+        arena = self._arena_of[table]
+        arena.write(table - arena.address + 8 * index, struct.pack(f"<{len(values)}Q", *values))
+
+
+class TdpMmu:
+    """The EPT of a VM, shared by its vCPUs, filled on violations."""
+
+    def __init__(self, memslots: Memslots) -> None:
+        self._memslots = memslots
+        self._tables = Tables()
+        self._lock = threading.Lock()
+        self.root = self._tables.allocate()
+        self.pages = 1
+
+    @staticmethod
+    def _index(gpa: int, level: int) -> int:
+        return gpa >> PAGE_SHIFT + 9 * (level - 1) & ENTRIES - 1
+
+    def page_fault(self, gpa: int, write: bool) -> bool:
+        """kvm_tdp_page_fault(): map what lies around *gpa*; False where no slot allows the access (MMIO).
+
+        A whole level-1 table is filled at once, as far as the slot reaches: the pages are there anyway.
+        """
+        slot = self._memslots.find(gpa)
+        if slot is None or (write and slot.flags & KVM_MEM_READONLY):
+            return False
+        with self._lock:
+            table = self._descend(gpa, 1)
+            if slot.dirty:
+                self._map_logged(table, gpa, slot, write)
+            else:
+                self._map_around(table, gpa, slot)
+        return True
+
+    def _descend(self, gpa: int, to_level: int) -> int:
+        table = self.root
+        for level in range(LEVELS, to_level, -1):
+            index = self._index(gpa, level)
+            entry = self._tables.read(table, index)
+            if not entry & 7:
+                entry = self._tables.allocate() | EPT_READ | EPT_WRITE | EPT_EXEC
+                self._tables.write(table, index, entry)
+                self.pages += 1
+            table = entry & ADDRESS
+        return table
+
+    @staticmethod
+    def _leaf(slot: Memslot, gfn: int, write: bool) -> int:
+        rights = EPT_READ | EPT_EXEC | (EPT_WRITE if write and not slot.flags & KVM_MEM_READONLY else 0)
+        return slot.hva(gfn << PAGE_SHIFT) | EPT_WRITE_BACK | rights
+
+    def _map_around(self, table: int, gpa: int, slot: Memslot) -> None:
+        first = gpa >> PAGE_SHIFT & ~(ENTRIES - 1)
+        begin, end = max(first, slot.base_gfn), min(first + ENTRIES, slot.end_gfn)
+        self._tables.fill(table, begin - first, [self._leaf(slot, gfn, True) for gfn in range(begin, end)])
+
+    def _map_logged(self, table: int, gpa: int, slot: Memslot, write: bool) -> None:
+        gfn = gpa >> PAGE_SHIFT
+        if write:
+            slot.mark_dirty(gfn)
+        self._tables.write(table, gfn & ENTRIES - 1, self._leaf(slot, gfn, write))
+
+    def zap(self, slot: Memslot) -> None:
+        """kvm_zap_gfn_range(): unmap *slot*. The caller makes every vCPU flush its TLB."""
+        self._change(slot.base_gfn, slot.end_gfn, 0)
+
+    def write_protect(self, first_gfn: int, end_gfn: int) -> None:
+        """Take the write permission from a range, for dirty logging. The caller flushes."""
+        self._change(first_gfn, end_gfn, ~EPT_WRITE)
+
+    def _change(self, first_gfn: int, end_gfn: int, mask: int) -> None:
+        with self._lock:
+            gfn = first_gfn
+            while gfn < end_gfn:
+                table = self._find_table(gfn << PAGE_SHIFT)
+                stop = min((gfn | ENTRIES - 1) + 1, end_gfn)
+                if table is not None:
+                    for frame in range(gfn, stop):
+                        entry = self._tables.read(table, frame & ENTRIES - 1)
+                        if entry:
+                            self._tables.write(table, frame & ENTRIES - 1, entry & mask)
+                gfn = stop
+
+    def _find_table(self, gpa: int) -> int | None:
+        table = self.root
+        for level in range(LEVELS, 1, -1):
+            entry = self._tables.read(table, self._index(gpa, level))
+            if not entry & 7:
+                return None
+            table = entry & ADDRESS
+        return table

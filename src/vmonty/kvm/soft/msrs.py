@@ -1,0 +1,110 @@
+"""Model-specific registers of a vCPU, as KVM_GET_MSRS, KVM_SET_MSRS and exits see them."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+
+from vmonty.kvm.soft.files import answers
+from vmonty.kvm.soft.user import Argument
+from vmonty.kvm.soft.vcpu_state import VcpuState
+from vmonty.kvm.uapi import Requests
+from vmonty.kvm.uapi.vcpu import kvm_msr_entry, kvm_msrs
+
+MSR_IA32_TSC, MSR_IA32_APICBASE, MSR_IA32_TSC_ADJUST = 0x10, 0x1B, 0x3B
+MSR_IA32_TSC_DEADLINE = 0x6E0
+MSR_SYSENTER_CS, MSR_SYSENTER_ESP, MSR_SYSENTER_EIP = 0x174, 0x175, 0x176
+MSR_MISC_ENABLE, MSR_PAT, MSR_MTRR_CAP = 0x1A0, 0x277, 0xFE
+MSR_EFER, MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_FMASK = (0xC000_0080 + index for index in range(5))
+MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE, MSR_TSC_AUX = (0xC000_0100 + index for index in range(4))
+MSR_MCG_CAP, MSR_MCG_STATUS = 0x179, 0x17A
+X2APIC_FIRST, X2APIC_LAST = 0x800, 0x8FF
+
+# KVM_GET_MSRS takes at most this many at a time: MAX_IO_MSRS of arch/x86/kvm/x86.c.
+MAX_IO_MSRS = 256
+
+MSRS_TO_SAVE: tuple[int, ...] = (
+    MSR_SYSENTER_CS, MSR_SYSENTER_ESP, MSR_SYSENTER_EIP, MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_FMASK,
+    MSR_KERNEL_GS_BASE, MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_IA32_TSC_DEADLINE, MSR_MISC_ENABLE, MSR_PAT,
+    MSR_TSC_AUX, MSR_MCG_STATUS,
+)  # fmt: skip
+
+# Registers that are only kept: what they start with.
+STORED: dict[int, int] = {
+    MSR_MISC_ENABLE: 1, MSR_MCG_STATUS: 0, MSR_IA32_TSC_ADJUST: 0, 0x48: 0, 0x8B: 0, 0x2FF: 0, 0x140: 0,
+    **{0x200 + index: 0 for index in range(16)},  # variable MTRRs
+    **dict.fromkeys((592, 600, 601, *range(616, 624)), 0),  # fixed MTRRs
+}  # fmt: skip
+READ_ONLY: dict[int, int] = {MSR_MTRR_CAP: 0x508, MSR_MCG_CAP: 0, 0x17: 0, 0xCE: 0, 0x10A: 0, 0x198: 0}
+
+
+class MsrIoctls(VcpuState):
+    """KVM_GET_MSRS and KVM_SET_MSRS of a vCPU."""
+
+    def get_msr(self, index: int) -> int:
+        """The value of an MSR. Raises OSError with EPERM where RDMSR would fault."""
+        if index == MSR_IA32_TSC:
+            return self.guest_tsc()
+        if index == MSR_IA32_APICBASE:
+            return self.get_apic_base()
+        if self.apic is not None:
+            if X2APIC_FIRST <= index <= X2APIC_LAST:
+                value = self.apic.read_msr(index)
+                if value is None:
+                    raise OSError(errno.EPERM, "#GP")
+                return value
+            if index == MSR_IA32_TSC_DEADLINE:
+                return self.apic.get_tsc_deadline()
+        if (held := self.vendor.get_msr(index)) is not None:
+            return held
+        if index in self.stored_msrs:
+            return self.stored_msrs[index]
+        if index in READ_ONLY:
+            return READ_ONLY[index]
+        raise OSError(errno.EPERM, "unknown MSR")
+
+    def set_msr(self, index: int, value: int, host: bool = False) -> None:
+        """Write an MSR. Raises OSError with EPERM where WRMSR would fault. *host*: KVM_SET_MSRS."""
+        if index == MSR_IA32_TSC:
+            self.set_guest_tsc(value)
+        elif index == MSR_IA32_APICBASE:
+            self.set_apic_base(value)
+        elif self.apic is not None and X2APIC_FIRST <= index <= X2APIC_LAST:
+            if not self.apic.write_msr(index, value):
+                raise OSError(errno.EPERM, "#GP")
+        elif self.apic is not None and index == MSR_IA32_TSC_DEADLINE:
+            self.apic.set_tsc_deadline(value)
+        elif self.vendor.set_msr(index, value):
+            return
+        elif index in self.stored_msrs:
+            self.stored_msrs[index] = value
+        elif not (host and READ_ONLY.get(index) == value):
+            raise OSError(errno.EPERM, "unknown or read-only MSR")
+
+    def _entries(self, argument: Argument) -> list[kvm_msr_entry]:
+        count = argument.get(kvm_msrs).nmsrs
+        if count >= MAX_IO_MSRS:
+            raise OSError(errno.E2BIG, "too many MSRs at a time")
+        return argument.entries(kvm_msrs, kvm_msr_entry, count)
+
+    @answers(Requests.KVM_GET_MSRS)
+    def get_msrs(self, argument: Argument) -> int:
+        entries = self._entries(argument)
+        done = 0
+        for entry in entries:
+            try:
+                entry.data = self.get_msr(entry.index)
+            except OSError:
+                break
+            done += 1
+        argument.write(b"".join(bytes(entry) for entry in entries), ctypes.sizeof(kvm_msrs))
+        return done
+
+    @answers(Requests.KVM_SET_MSRS)
+    def set_msrs(self, argument: Argument) -> int:
+        for done, entry in enumerate(entries := self._entries(argument)):
+            try:
+                self.set_msr(entry.index, entry.data, host=True)
+            except OSError:
+                return done
+        return len(entries)

@@ -1,0 +1,84 @@
+"""The provider ``soft``: a table of file descriptors, each a real one with a KvmFile behind it."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+
+from typing_extensions import Buffer
+
+from vmonty.base import hostcall
+from vmonty.base.errors import KvmUnavailable
+from vmonty.kvm.soft.files import KvmFile
+from vmonty.kvm.soft.kvm_main import KvmDevice, KvmVcpuFile
+
+
+class SoftKvm:
+    """KVM in software, on the processor of vmonty.cpu."""
+
+    name = "soft"
+
+    def __init__(self) -> None:
+        self._files: dict[int, KvmFile] = {}
+        self._lock = threading.Lock()
+
+    def open(self) -> int:
+        """A new system file."""
+        try:
+            device = KvmDevice(self.install)
+        except RuntimeError as error:
+            raise KvmUnavailable(errno.ENODEV, "open the software KVM", str(error)) from error
+        return self.install(device, "kvm", 0)
+
+    def install(self, file: KvmFile, name: str, size: int) -> int:
+        """Give *file* a descriptor, as the kernel's anon_inode_getfd does."""
+        fd = file.make_fd(name, size)
+        with self._lock:
+            self._files[fd] = file
+        return fd
+
+    def ioctl(self, fd: int, request: int, argument: int | Buffer | None) -> int:
+        """One request; see Provider.ioctl."""
+        file = self._files.get(fd)
+        if file is None:
+            return -errno.ENOTTY if _is_open(fd) else -errno.EBADF
+        try:
+            return file.ioctl(int(request) & 0xFFFF_FFFF, argument)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+
+    def mmap(self, fd: int, size: int, offset: int = 0) -> memoryview:
+        """Map the memfd that the descriptor is: for a vCPU its kvm_run and rings."""
+        mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+        file = self._files.get(fd)
+        if isinstance(file, KvmVcpuFile) and offset == 0:
+            file.overlay_ring(hostcall.address_of(mapping), size)
+        return memoryview(mapping)
+
+    def close(self, fd: int) -> None:
+        """Close the descriptor; what is behind it goes with its last one."""
+        with self._lock:
+            file = self._files.pop(fd, None)
+        os.close(fd)
+        if file is not None:
+            file.release()
+
+    def kick(self, thread: int) -> None:
+        """What a signal does to a thread in KVM_RUN."""
+        KvmVcpuFile.signal(thread)
+
+    def remedy(self, error: int, call: str) -> str:
+        """Name the cure for errors that have one."""
+        if error == errno.ENOTTY:
+            return "the software KVM does not know the request"
+        return ""
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True

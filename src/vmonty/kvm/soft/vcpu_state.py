@@ -1,0 +1,130 @@
+"""What a vCPU consists of, for the modules that each handle a part of it; and what a vendor module must do."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from vmonty.kvm.soft.files import KvmFile
+from vmonty.kvm.uapi.run import kvm_run
+from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2, kvm_segment
+
+if TYPE_CHECKING:
+    from vmonty.kvm.soft.kvm_main import Kvm
+    from vmonty.kvm.soft.lapic import Lapic
+
+
+@dataclass(frozen=True)
+class QueuedException:
+    """An exception to inject: its vector, error code (None: it has none), and payload (#PF: CR2, #DB: DR6)."""
+
+    vector: int
+    error_code: int | None = None
+    payload: int = 0
+
+
+class KvmX86Ops(Protocol):
+    """struct kvm_x86_ops, as far as a vCPU is concerned: one filling for VMX, one for SVM.
+
+    Register state is that of the guest between two runs. Numbers of general registers are the processor's.
+    """
+
+    name: str
+
+    def get_gpr(self, number: int) -> int: ...
+    def set_gpr(self, number: int, value: int) -> None: ...
+    def get_rip(self) -> int: ...
+    def set_rip(self, value: int) -> None: ...
+    def get_rflags(self) -> int: ...
+    def set_rflags(self, value: int) -> None: ...
+    def get_segment(self, name: str) -> kvm_segment: ...
+    def set_segment(self, name: str, segment: kvm_segment) -> None: ...
+    def get_table(self, name: str) -> tuple[int, int]: ...
+    def set_table(self, name: str, base: int, limit: int) -> None: ...
+    def get_control(self, name: str) -> int: ...
+    def set_control(self, name: str, value: int) -> None: ...
+    def valid_controls(self, cr0: int, cr4: int, efer: int) -> bool: ...
+    def state_loaded(self) -> None: ...
+    def get_debug(self, number: int) -> int: ...
+    def set_debug(self, number: int, value: int) -> None: ...
+    def get_xsave(self) -> bytes: ...
+    def set_xsave(self, area: bytes) -> None: ...
+    def get_msr(self, index: int) -> int | None: ...
+    def set_msr(self, index: int, value: int) -> bool: ...
+    def set_tsc_offset(self, offset: int) -> None: ...
+    def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None: ...
+    def interrupt_allowed(self) -> bool: ...
+    def nmi_allowed(self) -> bool: ...
+    def get_interrupt_shadow(self) -> int: ...
+    def set_interrupt_shadow(self, bits: int) -> None: ...
+    def get_nmi_mask(self) -> bool: ...
+    def set_nmi_mask(self, masked: bool) -> None: ...
+    def enable_irq_window(self) -> None: ...
+    def enable_nmi_window(self) -> None: ...
+    def inject_irq(self, vector: int) -> None: ...
+    def inject_nmi(self) -> None: ...
+    def inject_exception(self, exception: QueuedException) -> None: ...
+    def flush_tlb(self) -> None: ...
+    def run(self) -> None: ...
+    def handle_exit(self) -> bool: ...
+    def kick(self) -> None: ...
+    def reset(self, init: bool) -> None: ...
+    def destroy(self) -> None: ...
+
+
+class VcpuState(KvmFile):
+    """struct kvm_vcpu and kvm_vcpu_arch."""
+
+    vendor: KvmX86Ops
+    run: kvm_run
+    page: memoryview
+
+    def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
+        self.kvm = kvm
+        self.vcpu_id = vcpu_id
+        self.apic: Lapic | None = None
+        self.stored_msrs: dict[int, int] = {}
+        self.cpuid: list[kvm_cpuid_entry2] = []
+        self.exception: QueuedException | None = None
+        self.interrupt_injected: int | None = None
+        self.user_interrupt: int | None = None
+        self.nmi_pending = 0
+        self.nmi_injected = False
+        self.mp_state = 0
+        self.sipi_vector = 0
+        self.signal_pending = False
+        self.tlb_flush_requested = False
+        self.wake = threading.Event()
+
+    def complete_pending(self) -> None:
+        """State is read: nothing to do, as accesses are completed by the next run only."""
+
+    def guest_tsc(self) -> int:
+        """The guest's time-stamp counter now."""
+        raise AssertionError("VcpuX86 has it")
+
+    def set_guest_tsc(self, value: int) -> None:
+        """Set the guest's time-stamp counter."""
+        raise AssertionError("VcpuX86 has it")
+
+    def get_apic_base(self) -> int:
+        """IA32_APIC_BASE."""
+        raise AssertionError("VcpuX86 has it")
+
+    def set_apic_base(self, value: int) -> None:
+        """Set IA32_APIC_BASE. Raises OSError with EINVAL for what WRMSR would refuse."""
+        raise AssertionError("VcpuX86 has it")
+
+    def get_cr8(self) -> int:
+        """The task priority, 0 to 15."""
+        raise AssertionError("VcpuX86 has it")
+
+    def set_cr8(self, value: int) -> None:
+        """Set the task priority."""
+        raise AssertionError("VcpuX86 has it")
+
+    def kick(self) -> None:
+        """kvm_vcpu_kick(): out of guest mode, or awake."""
+        self.wake.set()
+        self.vendor.kick()

@@ -1,0 +1,397 @@
+"""VM exits: what happened and what is done about it. One handler per reason, named as in vmx.c.
+
+A handler returns True to enter the guest again, False to leave to user space with kvm_run filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
+
+from vmonty.cpu.vmcs import Field
+from vmonty.kvm.soft.emulate import MAX_INSTRUCTION, CannotEmulate, Emulator
+from vmonty.kvm.soft.mmu.guest_walk import walk
+from vmonty.kvm.soft.vcpu_state import QueuedException
+from vmonty.kvm.soft.vmx import controls as c
+from vmonty.kvm.soft.vmx.processor import Processor
+from vmonty.kvm.uapi import Exit, flags
+from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
+
+if TYPE_CHECKING:
+    from vmonty.kvm.soft.x86 import VcpuX86
+
+RAX, RCX, RDX, RBX, RSI, RDI = 0, 1, 2, 3, 6, 7
+UD_VECTOR, GP_VECTOR = 6, 13
+FAILED_ENTRY = 1 << 31
+MASK32 = 0xFFFF_FFFF
+EPT_WRITE_ACCESS = 2
+CR4_OSXSAVE, FEATURE_OSXSAVE = 1 << 18, 1 << 27
+
+Handler = Callable[["VmxExits"], bool]
+
+
+class VmxExits:
+    """The handlers, and what they need of the VMCS."""
+
+    unrestricted = True
+
+    def __init__(self, vcpu: VcpuX86, cpu: Processor) -> None:
+        self.vcpu = vcpu
+        self.cpu = cpu
+        self.leaves: dict[tuple[int, int | None], kvm_cpuid_entry2] = {}
+
+    # The registers are Vmx's; here are the three that nearly every handler uses.
+    def _skip(self) -> None:
+        """skip_emulated_instruction()."""
+        cpu = self.cpu
+        rip = cpu.vmread(Field.GUEST_RIP) + cpu.vmread(Field.VM_EXIT_INSTRUCTION_LEN)
+        cpu.vmwrite(Field.GUEST_RIP, rip & 0xFFFF_FFFF_FFFF_FFFF)
+        shadow = cpu.vmread(Field.GUEST_INTERRUPTIBILITY_INFO)
+        if shadow & 3:
+            cpu.vmwrite(Field.GUEST_INTERRUPTIBILITY_INFO, shadow & ~3)
+
+    def _set32(self, number: int, value: int) -> None:
+        self.cpu.set_gpr(number, value & MASK32)
+
+    def _window(self, control: int, on: bool) -> None:
+        old = self.cpu.vmread(Field.CPU_BASED_VM_EXEC_CONTROL)
+        self.cpu.vmwrite(Field.CPU_BASED_VM_EXEC_CONTROL, old | control if on else old & ~control)
+
+    def complete_interrupts(self) -> None:
+        """vmx_complete_interrupts(): an event whose delivery was cut short is queued again."""
+        info = self.cpu.vmread(Field.IDT_VECTORING_INFO_FIELD)
+        if not info & c.INFO_VALID:
+            return
+        vector = info & c.INFO_VECTOR
+        match info & c.INFO_TYPE:
+            case c.TYPE_EXTERNAL:
+                self.vcpu.interrupt_injected = vector
+            case c.TYPE_NMI:
+                self.vcpu.nmi_injected = True
+                old = self.cpu.vmread(Field.GUEST_INTERRUPTIBILITY_INFO)
+                self.cpu.vmwrite(Field.GUEST_INTERRUPTIBILITY_INFO, old & ~c.BLOCKED_NMI)
+            case c.TYPE_EXCEPTION:
+                code = self.cpu.vmread(Field.IDT_VECTORING_ERROR_CODE) if info & c.INFO_ERROR_CODE else None
+                self.vcpu.exception = QueuedException(vector, code, self.cpu.get_control("cr2"))
+            case _:
+                pass  # INT n, INT3, INTO: rip is still at the instruction, which runs again
+
+    def handle_exit(self) -> bool:
+        """vmx_handle_exit()."""
+        reason = self.cpu.vmread(Field.VM_EXIT_REASON)
+        if reason & FAILED_ENTRY:
+            return self._fail_entry(reason)
+        handler = self.HANDLERS.get(reason & 0xFFFF)
+        if handler is None:
+            return self._internal_error(flags.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, [reason, self.vcpu.vcpu_id])
+        return handler(self)
+
+    def _fail_entry(self, reason: int) -> bool:
+        run = self.vcpu.run
+        run.exit_reason = Exit.FAIL_ENTRY
+        run.u.fail_entry.hardware_entry_failure_reason = reason
+        run.u.fail_entry.cpu = 0
+        return False
+
+    def _internal_error(self, suberror: int, data: list[int]) -> bool:
+        run = self.vcpu.run
+        run.exit_reason = Exit.INTERNAL_ERROR
+        run.u.internal.suberror, run.u.internal.ndata = suberror, len(data)
+        run.u.internal.data[: len(data)] = data
+        return False
+
+    def _gp(self) -> bool:
+        self.vcpu.queue_exception(GP_VECTOR, 0)
+        return True
+
+    def _ud(self) -> bool:
+        self.vcpu.queue_exception(UD_VECTOR)
+        return True
+
+    def handle_external_interrupt(self) -> bool:
+        """The host wanted the processor: a kick. The loop looks for what it was."""
+        return True
+
+    def handle_triple_fault(self) -> bool:
+        self.vcpu.run.exit_reason = Exit.SHUTDOWN
+        return False
+
+    def handle_interrupt_window(self) -> bool:
+        self._window(c.PROC_INTERRUPT_WINDOW, False)
+        return True
+
+    def handle_nmi_window(self) -> bool:
+        self._window(c.PROC_NMI_WINDOW, False)
+        return True
+
+    def handle_cpuid(self) -> bool:
+        function, index = self.cpu.get_gpr(RAX) & MASK32, self.cpu.get_gpr(RCX) & MASK32
+        eax, ebx, ecx, edx = self.cpuid(function, index)
+        self._set32(RAX, eax)
+        self._set32(RBX, ebx)
+        self._set32(RCX, ecx)
+        self._set32(RDX, edx)
+        self._skip()
+        return True
+
+    def cpuid(self, function: int, index: int) -> tuple[int, int, int, int]:
+        """kvm_cpuid(): the guest's leaf; beyond the highest one, as Intel does, the highest basic leaf."""
+        entry = self.leaves.get((function, index)) or self.leaves.get((function, None))
+        if entry is None:
+            base = function & 0x8000_0000
+            highest = max(
+                (leaf for leaf, _ in self.leaves if leaf & 0x8000_0000 == base and leaf >> 16 != 0x4000), default=0
+            )
+            if not base and function > highest:
+                entry = self.leaves.get((highest, index)) or self.leaves.get((highest, None))
+        if entry is None:
+            return 0, 0, (index & 0xFF if function in (0xB, 0x1F) else 0), 0
+        ecx = entry.ecx
+        if function == 1:
+            os_xsave = self.cpu.vmread(Field.GUEST_CR4) & CR4_OSXSAVE
+            ecx = ecx & ~FEATURE_OSXSAVE | (FEATURE_OSXSAVE if os_xsave else 0)
+        return entry.eax, entry.ebx, ecx, entry.edx
+
+    def handle_halt(self) -> bool:
+        self._skip()
+        return self.vcpu.halt()
+
+    def handle_skip(self) -> bool:
+        """INVD, WBINVD, PAUSE, MONITOR, MWAIT: nothing to do."""
+        self._skip()
+        return True
+
+    def handle_invalid_op(self) -> bool:
+        return self._ud()
+
+    def handle_rdpmc(self) -> bool:
+        return self._gp()
+
+    def handle_vmcall(self) -> bool:
+        """kvm_emulate_hypercall(): -KVM_ENOSYS for what is not known."""
+        self.cpu.set_gpr(RAX, -1000 & 0xFFFF_FFFF_FFFF_FFFF)
+        self._skip()
+        return True
+
+    def handle_cr(self) -> bool:
+        """CR accesses that exit: CR4 bits that we own, CR8. SDM, "Exit Qualification for Control-Register Accesses"."""
+        qualification = self.cpu.vmread(Field.EXIT_QUALIFICATION)
+        number, kind, register = qualification & 15, qualification >> 4 & 3, qualification >> 8 & 15
+        vendor = self.vcpu.vendor
+        if number == 8:
+            if kind == 1:
+                vendor.set_gpr(register, self.vcpu.get_cr8())
+                self._skip()
+                return True
+            value = vendor.get_gpr(register)
+            if value >> 4:
+                return self._gp()
+            self.vcpu.set_cr8(value)
+            self._skip()
+            if self.vcpu.apic is not None:
+                return True
+            self.vcpu.run.exit_reason = Exit.SET_TPR
+            return False
+        if number == 4 and kind == 0:
+            value = vendor.get_gpr(register)
+            if not vendor.valid_controls(vendor.get_control("cr0"), value, vendor.get_control("efer")):
+                return self._gp()
+            vendor.set_control("cr4", value)
+            vendor.flush_tlb()
+            self._skip()
+            return True
+        return self._internal_error(flags.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, [28, qualification])
+
+    def handle_io(self) -> bool:
+        """IN, OUT, INS, OUTS. SDM, "Exit Qualification for I/O Instructions"."""
+        qualification = self.cpu.vmread(Field.EXIT_QUALIFICATION)
+        size, is_in, is_string = (qualification & 7) + 1, qualification >> 3 & 1, qualification >> 4 & 1
+        port = qualification >> 16 & 0xFFFF
+        if is_string:
+            return self._string_io(port, size, bool(is_in), bool(qualification >> 5 & 1))
+        if not is_in:
+            data = (self.cpu.get_gpr(RAX) & MASK32).to_bytes(4, "little")[:size]
+            self._skip()
+            return self.vcpu.port_out(port, size, data)
+        return self.vcpu.port_in(port, size, 1, self._complete_in)
+
+    def _complete_in(self, data: bytes) -> bool:
+        """complete_fast_pio_in()."""
+        mask = (1 << 8 * len(data)) - 1
+        old = self.cpu.get_gpr(RAX) if len(data) < 4 else 0
+        self.cpu.set_gpr(RAX, old & ~mask | int.from_bytes(data, "little"))
+        self._skip()
+        return True
+
+    def _string_io(self, port: int, size: int, is_in: bool, repeated: bool) -> bool:
+        """Emulate up to a page of INS or OUTS; the instruction runs again for the rest."""
+        vendor = self.vcpu.vendor
+        bits = self.address_bits()
+        mask = (1 << bits) - 1
+        left = vendor.get_gpr(RCX) & mask if repeated else 1
+        if left == 0:
+            self._skip()
+            return True
+        pointer = RDI if is_in else RSI
+        backwards = bool(vendor.get_rflags() & 0x400)
+        linear = self.cpu.vmread(Field.GUEST_LINEAR_ADDRESS)
+        # One element across a page boundary, or what lies in this page.
+        room = (linear & 0xFFF) // size + 1 if backwards else (0x1000 - (linear & 0xFFF)) // size
+        count = max(1, min(left, room, 1024))
+
+        def advance() -> None:
+            step = -size * count if backwards else size * count
+            old = vendor.get_gpr(pointer)
+            vendor.set_gpr(pointer, old & ~mask | (old + step) & mask)
+            if repeated:
+                old = vendor.get_gpr(RCX)
+                vendor.set_gpr(RCX, old & ~mask | (left - count) & mask)
+            if not repeated or left == count:
+                self._skip()
+
+        start = linear - size * (count - 1) if backwards else linear
+        if is_in:
+
+            def done(data: bytes) -> bool:
+                self.write_linear(start, _reversed(data, size) if backwards else data)
+                advance()
+                return True
+
+            return self.vcpu.port_in(port, size, count, done)
+        fetched = self.read_linear(start, size * count)
+        if fetched is None:
+            return self._internal_error(flags.KVM_INTERNAL_ERROR_EMULATION, [])
+        advance()
+        return self.vcpu.port_out(port, size, _reversed(fetched, size) if backwards else fetched)
+
+    def handle_rdmsr(self) -> bool:
+        try:
+            value = self.vcpu.get_msr(self.cpu.get_gpr(RCX) & MASK32)
+        except OSError:
+            return self._gp()
+        self._set32(RAX, value)
+        self._set32(RDX, value >> 32)
+        self._skip()
+        return True
+
+    def handle_wrmsr(self) -> bool:
+        value = self.cpu.get_gpr(RAX) & MASK32 | (self.cpu.get_gpr(RDX) & MASK32) << 32
+        try:
+            self.vcpu.set_msr(self.cpu.get_gpr(RCX) & MASK32, value)
+        except OSError:
+            return self._gp()
+        self._skip()
+        return True
+
+    def handle_xsetbv(self) -> bool:
+        value = self.cpu.get_gpr(RAX) & MASK32 | (self.cpu.get_gpr(RDX) & MASK32) << 32
+        if self.cpu.get_gpr(RCX) & MASK32 or value & ~7 or not value & 1 or value & 6 == 4:
+            return self._gp()
+        self.cpu.set_control("xcr0", value)
+        self._skip()
+        return True
+
+    def handle_ept_violation(self) -> bool:
+        """A page that is not mapped yet, or no memory at all."""
+        gpa = self.cpu.vmread(Field.GUEST_PHYSICAL_ADDRESS)
+        is_write = bool(self.cpu.vmread(Field.EXIT_QUALIFICATION) & EPT_WRITE_ACCESS)
+        if self.vcpu.kvm.mmu.page_fault(gpa, is_write):
+            return True
+        return self._emulate(gpa)
+
+    def _emulate(self, gpa: int) -> bool:
+        rip = self.cpu.vmread(Field.GUEST_RIP) + self.cpu.vmread(Field.GUEST_CS_BASE)
+        code = self._fetch(rip)
+        try:
+            return Emulator(self.vcpu).emulate(code, self.code_bits(), gpa)
+        except CannotEmulate:
+            run = self.vcpu.run
+            run.exit_reason = Exit.INTERNAL_ERROR
+            failure = run.u.emulation_failure
+            failure.suberror, failure.ndata = flags.KVM_INTERNAL_ERROR_EMULATION, 3
+            failure.flags = flags.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+            failure.u.u.insn_size = len(code)
+            failure.u.u.insn_bytes[: len(code)] = list(code)
+            return False
+
+    def code_bits(self) -> int:
+        """16, 32 or 64: what CS says."""
+        rights = self.cpu.vmread(Field.GUEST_CS_AR_BYTES)
+        if rights >> 13 & 1 and self.cpu.vmread(Field.GUEST_IA32_EFER) & c.EFER_LMA:
+            return 64
+        return 32 if rights >> 14 & 1 else 16
+
+    def address_bits(self) -> int:
+        """The address size of the string I/O instruction. SDM, "VM-Exit Instruction-Information Field"."""
+        return (16, 32, 64)[min(self.cpu.vmread(Field.VMX_INSTRUCTION_INFO) >> 7 & 7, 2)]
+
+    # ---- guest memory by linear address ---------------------------------------------------------------
+
+    def gva_to_gpa(self, linear: int) -> int | None:
+        """Walk the guest's page tables."""
+        read = self.cpu.vmread
+        return walk(
+            self.vcpu.kvm, linear, read(Field.GUEST_CR0), read(Field.GUEST_CR3), read(Field.GUEST_CR4),
+            read(Field.GUEST_IA32_EFER),
+        ).gpa  # fmt: skip
+
+    def read_linear(self, linear: int, size: int) -> bytes | None:
+        """kvm_read_guest_virt(): None where something is not mapped."""
+        data = b""
+        while size:
+            part = min(size, 0x1000 - (linear & 0xFFF))
+            gpa = self.gva_to_gpa(linear)
+            chunk = None if gpa is None else self.vcpu.kvm.read_gpa(gpa, part)
+            if chunk is None:
+                return None
+            data += chunk
+            linear, size = linear + part, size - part
+        return data
+
+    def write_linear(self, linear: int, data: bytes) -> bool:
+        """kvm_write_guest_virt(): False where something is not mapped."""
+        while data:
+            part = min(len(data), 0x1000 - (linear & 0xFFF))
+            gpa = self.gva_to_gpa(linear)
+            if gpa is None or not self.vcpu.kvm.write_gpa(gpa, data[:part]):
+                return False
+            linear, data = linear + part, data[part:]
+        return True
+
+    def _fetch(self, linear: int) -> bytes:
+        """Up to 15 bytes of code; fewer where the next page is not mapped."""
+        first = min(MAX_INSTRUCTION, 0x1000 - (linear & 0xFFF))
+        code = self.read_linear(linear, first) or b""
+        if len(code) == first < MAX_INSTRUCTION:
+            code += self.read_linear(linear + first, MAX_INSTRUCTION - first) or b""
+        return code
+
+    # Basic exit reasons. SDM, "VMX Basic Exit Reasons".
+    HANDLERS: ClassVar[dict[int, Handler]] = {
+        1: handle_external_interrupt,
+        2: handle_triple_fault,
+        7: handle_interrupt_window,
+        8: handle_nmi_window,
+        10: handle_cpuid,
+        12: handle_halt,
+        13: handle_skip,
+        15: handle_rdpmc,
+        18: handle_vmcall,
+        **dict.fromkeys((*range(19, 28), 50, 53), handle_invalid_op),
+        28: handle_cr,
+        30: handle_io,
+        31: handle_rdmsr,
+        32: handle_wrmsr,
+        36: handle_skip,
+        39: handle_skip,
+        40: handle_skip,
+        48: handle_ept_violation,
+        49: handle_ept_violation,
+        54: handle_skip,
+        55: handle_xsetbv,
+    }
+
+
+def _reversed(data: bytes, size: int) -> bytes:
+    """The elements of *size* bytes in reverse order."""
+    return b"".join(data[at : at + size] for at in range(len(data) - size, -1, -size))

@@ -1,0 +1,121 @@
+"""The physical processor that a vCPU runs on: a Cpu with VMX on, its VMCS, and the pages that the VMCS names.
+
+Today each vCPU has a processor of its own, so its translations and TLB are always warm.
+"""
+
+from __future__ import annotations
+
+from vmonty.base.ram import Ram
+from vmonty.cpu.core import Cpu
+from vmonty.cpu.vmcs import REVISION, Field
+from vmonty.cpu.vmx import Vmx as VmxInstructions
+from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
+
+XSAVE_SIZE = 832
+MSR_BITMAP_SIZE = 4096
+
+# MSRs that the guest may read and write without an exit: they are the processor's own.
+PASSED_THROUGH = (
+    0x174, 0x175, 0x176, 0x48,
+    *range(0xC000_0081, 0xC000_0085), *range(0xC000_0100, 0xC000_0104),
+)  # fmt: skip
+
+# Kept in the processor, not in the VMCS.
+PROCESSOR_MSRS = frozenset((0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0xC000_0102, 0xC000_0103))
+
+
+class Page:
+    """One page that the VMCS points at."""
+
+    def __init__(self, ram: Ram, offset: int) -> None:
+        self._ram = ram
+        self._offset = offset
+        self.address = ram.address + offset
+
+    def clear_bit(self, bit: int) -> None:
+        """Set bit number *bit* of the page to zero."""
+        at = self._offset + (bit >> 3)
+        self._ram.write_u8(at, self._ram.read_u8(at) & ~(1 << (bit & 7)))
+
+
+class Processor:
+    """Names the processor's registers for the vendor module; VMREAD and VMWRITE go straight through."""
+
+    def __init__(self) -> None:
+        self._pages = Ram(3 * 4096, "vmonty-vmcs")
+        self._cpu = Cpu()
+        self._vmx = VmxInstructions(self._cpu)
+        vmxon, vmcs, bitmap = (Page(self._pages, 4096 * index) for index in range(3))
+        for region in (0, 4096):
+            self._pages.write_u32(region, REVISION)
+        self._vmx.vmxon(vmxon.address)
+        self._vmx.vmclear(vmcs.address)
+        self._vmx.vmptrld(vmcs.address)
+        self.msr_bitmap = bitmap
+        self._pages.fill(2 * 4096, MSR_BITMAP_SIZE, 0xFF)
+        for index in PASSED_THROUGH:
+            # Read low, read high, write low, write high: 1 KiB each. SDM, "MSR-Bitmap Address".
+            base = 0x2000 if index >= 0xC000_0000 else 0
+            bitmap.clear_bit(base + (index & 0x1FFF))
+            bitmap.clear_bit(0x4000 + base + (index & 0x1FFF))
+        self.vmread = self._vmx.vmread
+        self.vmwrite = self._vmx.vmwrite
+        self.get_gpr = self._vmx.gpr
+        self.set_gpr = self._vmx.set_gpr
+        self.enter = self._vmx.run
+        self.kick = self._vmx.kick
+        self.get_debug = self._vmx.dr
+        self.set_debug = self._vmx.set_dr
+
+    def destroy(self) -> None:
+        """Leave VMX operation."""
+        self._vmx.vmxoff()
+
+    def setup_host_state(self) -> None:
+        """vmx_set_constant_host_state(): a host that passes the checks at entry; exits return to us, not to it."""
+        values = {
+            Field.HOST_CR0: 0x8005_0033, Field.HOST_CR3: 0x1000, Field.HOST_CR4: 0x2020, Field.HOST_IA32_EFER: 0xD01,
+            Field.HOST_IA32_PAT: 0x0007_0406_0007_0406, Field.HOST_CS_SELECTOR: 8, Field.HOST_SS_SELECTOR: 16,
+            Field.HOST_DS_SELECTOR: 16, Field.HOST_ES_SELECTOR: 16, Field.HOST_TR_SELECTOR: 32,
+            Field.HOST_RIP: 0x1000, Field.HOST_RSP: 0x1000,
+        }  # fmt: skip
+        for field, value in values.items():
+            self.vmwrite(field, value)
+
+    def get_control(self, name: str) -> int:
+        """CR2 or XCR0."""
+        value: int = getattr(self._vmx, name)
+        return value
+
+    def set_control(self, name: str, value: int) -> None:
+        """Set CR2 or XCR0."""
+        setattr(self._vmx, name, value)
+
+    def get_msr(self, index: int) -> int | None:
+        """An MSR that the processor keeps for the guest; None for others."""
+        return self._vmx.rdmsr(index) if index in PROCESSOR_MSRS else None
+
+    def set_msr(self, index: int, value: int) -> bool:
+        """Write one; False for others and for values that it refuses."""
+        if index not in PROCESSOR_MSRS:
+            return False
+        try:
+            self._vmx.wrmsr(index, value)
+        except ValueError:
+            return False
+        return True
+
+    def get_xsave(self) -> bytes:
+        """The x87, SSE and AVX state, standard format."""
+        return bytes(self._cpu.xsave)
+
+    def set_xsave(self, area: bytes) -> None:
+        """Load it."""
+        self._cpu.xsave = area[:XSAVE_SIZE]
+
+    def invalidate(self, eptp: int) -> None:
+        """INVEPT of everything."""
+        self._vmx.invept(2, eptp)
+
+    def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
+        """CPUID exits, so the processor's own table stays as it is."""

@@ -1,0 +1,304 @@
+"""kvm-intel: a vCPU as a VMCS on a processor with VMX. The table of exit handlers is in exits.py.
+
+Source: arch/x86/kvm/vmx/vmx.c; SDM, "Virtual Machine Control Structures", "VM Entries".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmonty.cpu.vmcs import Field
+from vmonty.kvm.soft.vcpu_state import QueuedException
+from vmonty.kvm.soft.vmx import controls as c
+from vmonty.kvm.soft.vmx.exits import VmxExits
+from vmonty.kvm.soft.vmx.processor import Processor
+from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2, kvm_segment
+
+if TYPE_CHECKING:
+    from vmonty.kvm.soft.x86 import VcpuX86
+
+RSP = 4
+SEGMENT_FIELDS = {
+    name: tuple(Field[f"GUEST_{field}_{part}"] for part in ("SELECTOR", "BASE", "LIMIT", "AR_BYTES"))
+    for name, field in (
+        ("es", "ES"), ("cs", "CS"), ("ss", "SS"), ("ds", "DS"), ("fs", "FS"), ("gs", "GS"), ("ldt", "LDTR"), ("tr", "TR"),
+    )
+}  # fmt: skip
+TABLE_FIELDS = {
+    "gdt": (Field.GUEST_GDTR_BASE, Field.GUEST_GDTR_LIMIT),
+    "idt": (Field.GUEST_IDTR_BASE, Field.GUEST_IDTR_LIMIT),
+}
+MSR_FIELDS = {
+    0x174: Field.GUEST_SYSENTER_CS, 0x175: Field.GUEST_SYSENTER_ESP, 0x176: Field.GUEST_SYSENTER_EIP,
+    0x277: Field.GUEST_IA32_PAT, 0xC000_0080: Field.GUEST_IA32_EFER, 0xC000_0100: Field.GUEST_FS_BASE,
+    0xC000_0101: Field.GUEST_GS_BASE,
+}  # fmt: skip
+CR0_VALID = 0xE005_003F
+CR4_VALID = 0x0037_17FF
+EFER_VALID = 0xD01
+PAT_RESET = 0x0007_0406_0007_0406
+
+
+class Vmx(VmxExits):
+    """The VMX filling of kvm_x86_ops."""
+
+    name = "vmx"
+
+    def __init__(self, vcpu: VcpuX86) -> None:
+        super().__init__(vcpu, Processor())
+        self._setup_controls()
+        self.reset(init=False)
+
+    def destroy(self) -> None:
+        """Free the VMCS and the processor."""
+        self.cpu.destroy()
+
+    def _setup_controls(self) -> None:
+        """vmx_vcpu_setup(): what makes the guest exit."""
+        write = self.cpu.vmwrite
+        write(Field.VMCS_LINK_POINTER, 0xFFFF_FFFF_FFFF_FFFF)
+        write(
+            Field.PIN_BASED_VM_EXEC_CONTROL, c.PIN_REQUIRED | c.PIN_EXTERNAL_INTERRUPT | c.PIN_NMI | c.PIN_VIRTUAL_NMIS
+        )
+        write(
+            Field.CPU_BASED_VM_EXEC_CONTROL,
+            c.PROC_REQUIRED | c.PROC_HLT | c.PROC_TSC_OFFSETTING | c.PROC_UNCONDITIONAL_IO | c.PROC_MSR_BITMAPS
+            | c.PROC_MWAIT | c.PROC_MONITOR | c.PROC_RDPMC | c.PROC_CR8_LOAD | c.PROC_CR8_STORE | c.PROC_SECONDARY,
+        )  # fmt: skip
+        write(
+            Field.SECONDARY_VM_EXEC_CONTROL,
+            c.SECOND_EPT | c.SECOND_VPID | c.SECOND_UNRESTRICTED | c.SECOND_RDTSCP | c.SECOND_INVPCID,
+        )
+        write(
+            Field.VM_EXIT_CONTROLS,
+            c.EXIT_REQUIRED | c.EXIT_HOST_64 | c.EXIT_SAVE_EFER | c.EXIT_SAVE_PAT | c.EXIT_SAVE_DEBUG,
+        )
+        write(Field.VM_ENTRY_CONTROLS, c.ENTRY_REQUIRED | c.ENTRY_LOAD_EFER | c.ENTRY_LOAD_PAT | c.ENTRY_LOAD_DEBUG)
+        write(Field.EXCEPTION_BITMAP, 0)
+        write(Field.EPT_POINTER, self.vcpu.kvm.mmu.root | c.EPTP_WRITE_BACK | c.EPTP_FOUR_LEVELS)
+        write(Field.VIRTUAL_PROCESSOR_ID, 1)
+        write(Field.MSR_BITMAP, self.cpu.msr_bitmap.address)
+        write(Field.CR0_GUEST_HOST_MASK, 0)
+        write(Field.CR4_GUEST_HOST_MASK, c.CR4_VMXE)
+        self.cpu.setup_host_state()
+
+    def reset(self, init: bool) -> None:
+        """vmx_vcpu_reset(): real mode at the reset vector. SDM, "Processor State After Reset"."""
+        write = self.cpu.vmwrite
+        for number in range(16):
+            self.cpu.set_gpr(number, 0)
+        self.cpu.set_gpr(2, 0x600)  # EDX: family 6
+        for name in ("es", "ss", "ds", "fs", "gs"):
+            self.set_segment(name, kvm_segment(limit=0xFFFF, type=3, present=1, s=1))
+        self.set_segment("cs", kvm_segment(selector=0xF000, base=0xFFFF_0000, limit=0xFFFF, type=11, present=1, s=1))
+        self.set_segment("tr", kvm_segment(limit=0xFFFF, type=11, present=1))
+        self.set_segment("ldt", kvm_segment(limit=0xFFFF, type=2, present=1))
+        for name in TABLE_FIELDS:
+            self.set_table(name, 0, 0xFFFF)
+        self.set_control("efer", 0)
+        self.set_control("cr0", 0x6000_0010)
+        for name in ("cr2", "cr3", "cr4"):
+            self.set_control(name, 0)
+        write(Field.GUEST_RFLAGS, 2)
+        write(Field.GUEST_RIP, 0xFFF0)
+        write(Field.GUEST_RSP, 0)
+        write(Field.GUEST_DR7, 0x400)
+        write(Field.GUEST_INTERRUPTIBILITY_INFO, 0)
+        write(Field.GUEST_ACTIVITY_STATE, 0)
+        write(Field.GUEST_PENDING_DBG_EXCEPTIONS, 0)
+        write(Field.VM_ENTRY_INTR_INFO_FIELD, 0)
+        if not init:
+            write(Field.GUEST_IA32_PAT, PAT_RESET)
+            for field in (Field.GUEST_SYSENTER_CS, Field.GUEST_SYSENTER_ESP, Field.GUEST_SYSENTER_EIP):
+                write(field, 0)
+            self.set_control("xcr0", 1)
+
+    # ---- registers -----------------------------------------------------------------------------------
+
+    def get_gpr(self, number: int) -> int:
+        return self.cpu.vmread(Field.GUEST_RSP) if number == RSP else self.cpu.get_gpr(number)
+
+    def set_gpr(self, number: int, value: int) -> None:
+        if number == RSP:
+            self.cpu.vmwrite(Field.GUEST_RSP, value)
+        else:
+            self.cpu.set_gpr(number, value)
+
+    def get_rip(self) -> int:
+        return self.cpu.vmread(Field.GUEST_RIP)
+
+    def set_rip(self, value: int) -> None:
+        self.cpu.vmwrite(Field.GUEST_RIP, value & 0xFFFF_FFFF_FFFF_FFFF)
+
+    def get_rflags(self) -> int:
+        return self.cpu.vmread(Field.GUEST_RFLAGS)
+
+    def set_rflags(self, value: int) -> None:
+        self.cpu.vmwrite(Field.GUEST_RFLAGS, value & 0x3F_7FD7 | 2)
+
+    def get_segment(self, name: str) -> kvm_segment:
+        selector, base, limit, rights = (self.cpu.vmread(field) for field in SEGMENT_FIELDS[name])
+        unusable = rights >> 16 & 1
+        return kvm_segment(
+            selector=selector, base=base, limit=limit, type=rights & 15, s=rights >> 4 & 1, dpl=rights >> 5 & 3,
+            present=int(not unusable), avl=rights >> 12 & 1, l=rights >> 13 & 1, db=rights >> 14 & 1,
+            g=rights >> 15 & 1, unusable=unusable,
+        )  # fmt: skip
+
+    def set_segment(self, name: str, segment: kvm_segment) -> None:
+        rights = (
+            segment.type | segment.s << 4 | segment.dpl << 5 | segment.present << 7 | segment.avl << 12
+            | segment.l << 13 | segment.db << 14 | segment.g << 15
+        )  # fmt: skip
+        if segment.unusable or not segment.present:
+            rights = 1 << 16
+        elif self.unrestricted and name != "ldt":
+            rights |= 1  # accessed: an entry check that KVM satisfies for user space
+        for field, value in zip(
+            SEGMENT_FIELDS[name], (segment.selector, segment.base, segment.limit, rights), strict=True
+        ):
+            self.cpu.vmwrite(field, value)
+
+    def get_table(self, name: str) -> tuple[int, int]:
+        base, limit = TABLE_FIELDS[name]
+        return self.cpu.vmread(base), self.cpu.vmread(limit)
+
+    def set_table(self, name: str, base: int, limit: int) -> None:
+        for field, value in zip(TABLE_FIELDS[name], (base, limit), strict=True):
+            self.cpu.vmwrite(field, value)
+
+    def get_control(self, name: str) -> int:
+        match name:
+            case "cr0":
+                return self.cpu.vmread(Field.GUEST_CR0)
+            case "cr3":
+                return self.cpu.vmread(Field.GUEST_CR3)
+            case "cr4":
+                return self.cpu.vmread(Field.GUEST_CR4) & ~c.CR4_VMXE
+            case "efer":
+                return self.cpu.vmread(Field.GUEST_IA32_EFER)
+            case _:
+                return self.cpu.get_control(name)
+
+    def set_control(self, name: str, value: int) -> None:
+        match name:
+            case "cr0":
+                self.cpu.vmwrite(Field.GUEST_CR0, value | c.CR0_NE)
+                self.cpu.vmwrite(Field.CR0_READ_SHADOW, value)
+            case "cr3":
+                self.cpu.vmwrite(Field.GUEST_CR3, value)
+            case "cr4":
+                self.cpu.vmwrite(Field.GUEST_CR4, value | c.CR4_VMXE)
+                self.cpu.vmwrite(Field.CR4_READ_SHADOW, value)
+            case "efer":
+                self.cpu.vmwrite(Field.GUEST_IA32_EFER, value)
+                entry = self.cpu.vmread(Field.VM_ENTRY_CONTROLS) & ~c.ENTRY_IA32E
+                self.cpu.vmwrite(Field.VM_ENTRY_CONTROLS, entry | (c.ENTRY_IA32E if value & c.EFER_LMA else 0))
+            case _:
+                self.cpu.set_control(name, value)
+
+    def valid_controls(self, cr0: int, cr4: int, efer: int) -> bool:
+        return not (cr0 & ~CR0_VALID or cr4 & ~CR4_VALID or efer & ~EFER_VALID)
+
+    def state_loaded(self) -> None:
+        self.flush_tlb()
+
+    def get_debug(self, number: int) -> int:
+        return self.cpu.vmread(Field.GUEST_DR7) if number == 7 else self.cpu.get_debug(number)
+
+    def set_debug(self, number: int, value: int) -> None:
+        if number == 7:
+            self.cpu.vmwrite(Field.GUEST_DR7, value & 0xFFFF_2BFF | 0x400)
+        else:
+            self.cpu.set_debug(number, value)
+
+    def get_xsave(self) -> bytes:
+        return self.cpu.get_xsave()
+
+    def set_xsave(self, area: bytes) -> None:
+        self.cpu.set_xsave(area)
+
+    def get_msr(self, index: int) -> int | None:
+        if (field := MSR_FIELDS.get(index)) is not None:
+            return self.cpu.vmread(field)
+        return self.cpu.get_msr(index)
+
+    def set_msr(self, index: int, value: int) -> bool:
+        if index == 0xC000_0080:
+            if value & ~EFER_VALID:
+                return False
+            # LMA follows paging, not the write.
+            self.set_control("efer", value & ~c.EFER_LMA | self.get_control("efer") & c.EFER_LMA)
+            return True
+        if (field := MSR_FIELDS.get(index)) is not None:
+            self.cpu.vmwrite(field, value)
+            return True
+        return self.cpu.set_msr(index, value)
+
+    def set_tsc_offset(self, offset: int) -> None:
+        self.cpu.vmwrite(Field.TSC_OFFSET, offset)
+
+    def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
+        self.leaves = {(entry.function, entry.index if entry.flags & 1 else None): entry for entry in entries}
+        self.cpu.set_cpuid(entries)
+
+    # ---- events ----------------------------------------------------------------------------------------
+
+    def interrupt_allowed(self) -> bool:
+        return bool(self.get_rflags() & c.RFLAGS_IF) and not self.get_interrupt_shadow()
+
+    def nmi_allowed(self) -> bool:
+        return not self.cpu.vmread(Field.GUEST_INTERRUPTIBILITY_INFO) & (c.SHADOW_STI | c.SHADOW_MOV_SS | c.BLOCKED_NMI)
+
+    def get_interrupt_shadow(self) -> int:
+        """KVM_X86_SHADOW_INT_*: bit 0 MOV SS, bit 1 STI; the VMCS has them the other way round."""
+        bits = self.cpu.vmread(Field.GUEST_INTERRUPTIBILITY_INFO)
+        return (2 if bits & c.SHADOW_STI else 0) | (1 if bits & c.SHADOW_MOV_SS else 0)
+
+    def set_interrupt_shadow(self, bits: int) -> None:
+        old = self.cpu.vmread(Field.GUEST_INTERRUPTIBILITY_INFO) & ~(c.SHADOW_STI | c.SHADOW_MOV_SS)
+        new = old | (c.SHADOW_STI if bits & 2 else 0) | (c.SHADOW_MOV_SS if bits & 1 else 0)
+        self.cpu.vmwrite(Field.GUEST_INTERRUPTIBILITY_INFO, new)
+
+    def get_nmi_mask(self) -> bool:
+        return bool(self.cpu.vmread(Field.GUEST_INTERRUPTIBILITY_INFO) & c.BLOCKED_NMI)
+
+    def set_nmi_mask(self, masked: bool) -> None:
+        old = self.cpu.vmread(Field.GUEST_INTERRUPTIBILITY_INFO) & ~c.BLOCKED_NMI
+        self.cpu.vmwrite(Field.GUEST_INTERRUPTIBILITY_INFO, old | (c.BLOCKED_NMI if masked else 0))
+
+    def enable_irq_window(self) -> None:
+        self._window(c.PROC_INTERRUPT_WINDOW, True)
+
+    def enable_nmi_window(self) -> None:
+        self._window(c.PROC_NMI_WINDOW, True)
+
+    def inject_irq(self, vector: int) -> None:
+        self.cpu.vmwrite(Field.VM_ENTRY_INTR_INFO_FIELD, c.INFO_VALID | c.TYPE_EXTERNAL | vector)
+
+    def inject_nmi(self) -> None:
+        self.cpu.vmwrite(Field.VM_ENTRY_INTR_INFO_FIELD, c.INFO_VALID | c.TYPE_NMI | 2)
+
+    def inject_exception(self, exception: QueuedException) -> None:
+        info = c.INFO_VALID | c.TYPE_EXCEPTION | exception.vector
+        if exception.vector == 14:
+            self.set_control("cr2", exception.payload)
+        if exception.error_code is not None and self.get_control("cr0") & 1:
+            info |= c.INFO_ERROR_CODE
+            self.cpu.vmwrite(Field.VM_ENTRY_EXCEPTION_ERROR_CODE, exception.error_code)
+        if exception.vector in (3, 4):
+            info = info & ~c.TYPE_EXCEPTION | c.TYPE_SOFT_EXCEPTION
+            self.cpu.vmwrite(Field.VM_ENTRY_INSTRUCTION_LEN, 1)
+        self.cpu.vmwrite(Field.VM_ENTRY_INTR_INFO_FIELD, info)
+
+    def flush_tlb(self) -> None:
+        self.cpu.invalidate(self.vcpu.kvm.mmu.root | c.EPTP_WRITE_BACK | c.EPTP_FOUR_LEVELS)
+
+    def run(self) -> None:
+        """vmx_vcpu_run(): enter, and stay until the VM exit."""
+        self.cpu.enter()
+        self.cpu.vmwrite(Field.VM_ENTRY_INTR_INFO_FIELD, 0)
+        self.complete_interrupts()
+
+    def kick(self) -> None:
+        self.cpu.kick()

@@ -1,0 +1,381 @@
+"""The architecture's part of a vCPU: the run loop, event injection, halting, completion of accesses.
+
+Source: arch/x86/kvm/x86.c: kvm_arch_vcpu_ioctl_run(), vcpu_run(), vcpu_enter_guest(), vcpu_block().
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vmonty.kvm.soft import cpuid
+from vmonty.kvm.soft.events import EventIoctls
+from vmonty.kvm.soft.files import answers
+from vmonty.kvm.soft.lapic import Lapic
+from vmonty.kvm.soft.msrs import STORED, MsrIoctls
+from vmonty.kvm.soft.regs import RegisterIoctls
+from vmonty.kvm.soft.tsc import HOST_TSC_KHZ, read_tsc
+from vmonty.kvm.soft.user import Argument
+from vmonty.kvm.soft.vcpu_state import QueuedException
+from vmonty.kvm.soft.vmx.vmx import Vmx
+from vmonty.kvm.uapi import Exit, Requests, flags
+from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
+from vmonty.kvm.uapi.vcpu import kvm_cpuid2, kvm_cpuid_entry2
+
+if TYPE_CHECKING:
+    from vmonty.kvm.soft.kvm_main import Kvm
+
+SUPPORTED_CPUID = cpuid.supported
+RFLAGS_IF = 0x200
+APIC_BASE_DEFAULT, APIC_BASE_BSP = 0xFEE0_0900 & ~0x100, 0x100
+PIO_DATA_OFFSET = flags.KVM_PIO_PAGE_OFFSET * 4096
+GP_VECTOR = 13
+
+
+class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
+    """A vCPU of whichever vendor module is loaded."""
+
+    def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
+        super().__init__(kvm, vcpu_id)
+        self.stored_msrs = dict(STORED)
+        self.vendor = Vmx(self)
+        self._completion: Callable[[], bool] | None = None
+        self._tsc_offset = 0
+        self._cr8 = 0
+        self.pending_ioapic_eoi: list[int] = []
+        is_bsp = vcpu_id == kvm.boot_vcpu_id
+        self._apic_base = APIC_BASE_DEFAULT | (APIC_BASE_BSP if is_bsp else 0)
+        if kvm.irqchip_in_kernel:
+            self.apic = Lapic(self, kvm.irqs, kvm.timers, bsp=is_bsp)
+            kvm.irqs.add_apic(self.apic)
+            self.mp_state = flags.KVM_MP_STATE_RUNNABLE if is_bsp else flags.KVM_MP_STATE_UNINITIALIZED
+        self.set_guest_tsc(0)
+
+    def destroy(self) -> None:
+        """kvm_arch_vcpu_destroy()."""
+        if self.apic is not None:
+            self.kvm.irqs.remove_apic(self.apic)
+        self.vendor.destroy()
+
+    # ---- what the local APIC asks of its owner -------------------------------------------------------
+
+    def inject_nmi(self) -> None:
+        """kvm_inject_nmi()."""
+        self.nmi_pending = min(self.nmi_pending + 1, 2)
+        self.kick()
+
+    def guest_tsc(self) -> int:
+        """The guest's time-stamp counter now."""
+        return read_tsc() + self._tsc_offset & 0xFFFF_FFFF_FFFF_FFFF
+
+    def set_guest_tsc(self, value: int) -> None:
+        """Set the guest's time-stamp counter by its offset to the host's."""
+        self._tsc_offset = value - read_tsc()
+        self.vendor.set_tsc_offset(self._tsc_offset & 0xFFFF_FFFF_FFFF_FFFF)
+
+    def tsc_deadline_to_ns(self, deadline: int) -> int:
+        """When, in the host's monotonic nanoseconds, the guest's TSC reaches *deadline*."""
+        return time.monotonic_ns() + (deadline - self.guest_tsc()) * 1_000_000 // HOST_TSC_KHZ
+
+    # ---- APIC base and task priority ------------------------------------------------------------------
+
+    def get_apic_base(self) -> int:
+        """IA32_APIC_BASE."""
+        return self.apic.apic_base if self.apic is not None else self._apic_base
+
+    def set_apic_base(self, value: int) -> None:
+        """Set IA32_APIC_BASE."""
+        if self.apic is not None:
+            if not self.apic.set_base(value, host_initiated=True):
+                raise OSError(errno.EINVAL, "not a value that the APIC base takes")
+        self._apic_base = value
+
+    def get_cr8(self) -> int:
+        """The task priority."""
+        return self.apic.get_cr8() if self.apic is not None else self._cr8
+
+    def set_cr8(self, value: int) -> None:
+        """Set the task priority."""
+        if self.apic is not None:
+            self.apic.set_cr8(value)
+        self._cr8 = value & 15
+
+    # ---- CPUID, TSC ------------------------------------------------------------------------------------
+
+    @answers(Requests.KVM_SET_CPUID2)
+    def set_cpuid2(self, argument: Argument) -> None:
+        count = argument.get(kvm_cpuid2).nent
+        if count > cpuid.KVM_MAX_CPUID_ENTRIES:
+            raise OSError(errno.E2BIG, "too many leaves")
+        self.cpuid = argument.entries(kvm_cpuid2, kvm_cpuid_entry2, count)
+        self.vendor.set_cpuid(self.cpuid)
+        if self.apic is not None:
+            features = next((entry.ecx for entry in self.cpuid if entry.function == 1), 0)
+            sizes = next((entry.eax for entry in self.cpuid if entry.function == 0x8000_0008), 36)
+            self.apic.configure(
+                x2apic=bool(features >> 21 & 1), tsc_deadline=bool(features >> 24 & 1), phys_bits=sizes & 0xFF
+            )
+
+    @answers(Requests.KVM_GET_CPUID2)
+    def get_cpuid2(self, argument: Argument) -> None:
+        if argument.get(kvm_cpuid2).nent < len(self.cpuid):
+            raise OSError(errno.E2BIG, "there are more leaves")
+        argument.put(kvm_cpuid2(nent=len(self.cpuid)))
+        argument.write(b"".join(bytes(entry) for entry in self.cpuid), ctypes.sizeof(kvm_cpuid2))
+
+    @answers(Requests.KVM_GET_TSC_KHZ)
+    def get_tsc_khz(self, argument: Argument) -> int:
+        return HOST_TSC_KHZ
+
+    # ---- the run loop ------------------------------------------------------------------------------------
+
+    def request_tlb_flush(self) -> None:
+        """KVM_REQ_TLB_FLUSH: before the next instruction of the guest."""
+        self.tlb_flush_requested = True
+        self.vendor.kick()
+
+    def vcpu_run(self) -> int:
+        """kvm_arch_vcpu_ioctl_run(): 0 when user space must act. Raises OSError: EINTR, EAGAIN."""
+        if self.apic is None:
+            self.set_cr8(self.run.cr8)
+        if self.mp_state == flags.KVM_MP_STATE_UNINITIALIZED:
+            self._wait_for_init()
+        completion, self._completion = self._completion, None
+        if completion is not None and not completion():
+            self._save_run()
+            return 0
+        if self.run.immediate_exit:
+            raise OSError(errno.EINTR, "immediate_exit is set")
+        try:
+            self._loop()
+        finally:
+            self._save_run()
+        return 0
+
+    def _wait_for_init(self) -> None:
+        while not self._has_apic_events():
+            self._check_signal()
+            self.wake.wait()
+            self.wake.clear()
+        self._accept_apic_events()
+        raise OSError(errno.EAGAIN, "the vCPU has just been started")
+
+    def _check_signal(self) -> None:
+        if self.signal_pending or self.run.immediate_exit:
+            self.run.exit_reason = Exit.INTR
+            raise OSError(errno.EINTR, "a signal is pending")
+
+    def _loop(self) -> None:
+        while True:
+            if self._runnable():
+                if not self._enter_guest():
+                    return
+            else:
+                self._block()
+            if self._wants_interrupt_window():
+                self.run.exit_reason = Exit.IRQ_WINDOW_OPEN
+                return
+            if self.signal_pending:
+                self._check_signal()
+
+    def _runnable(self) -> bool:
+        return self.mp_state == flags.KVM_MP_STATE_RUNNABLE
+
+    def _block(self) -> None:
+        """vcpu_block(): wait for an event that makes the vCPU runnable."""
+        while not self._has_wakeup():
+            self._check_signal()
+            self.wake.wait()
+            self.wake.clear()
+        if self._has_apic_events():
+            self._accept_apic_events()
+        elif self.mp_state == flags.KVM_MP_STATE_HALTED:
+            self.mp_state = flags.KVM_MP_STATE_RUNNABLE
+
+    def _has_apic_events(self) -> bool:
+        return self.apic is not None and (self.apic.init_pending or self.apic.sipi_pending)
+
+    def _accept_apic_events(self) -> None:
+        """kvm_apic_accept_events(): INIT, then SIPI."""
+        if self.apic is not None:
+            self.apic.accept_events()
+
+    def init_received(self) -> None:
+        """INIT: reset, then wait for a SIPI unless this is the boot processor."""
+        assert self.apic is not None
+        self.vendor.reset(init=True)
+        self.apic.reset(init_event=True)
+        self.mp_state = flags.KVM_MP_STATE_RUNNABLE if self.apic.bsp else flags.KVM_MP_STATE_INIT_RECEIVED
+
+    def sipi_received(self, vector: int) -> None:
+        """kvm_vcpu_deliver_sipi_vector(): start in real mode at page *vector*, if waiting for it."""
+        if self.mp_state != flags.KVM_MP_STATE_INIT_RECEIVED:
+            return
+        self.sipi_vector = vector
+        segment = self.vendor.get_segment("cs")
+        segment.selector, segment.base = vector << 8, vector << 12
+        self.vendor.set_segment("cs", segment)
+        self.vendor.set_rip(0)
+        self.mp_state = flags.KVM_MP_STATE_RUNNABLE
+
+    def pv_unhalt(self) -> None:
+        """Another vCPU ends this one's halt."""
+        if self.mp_state == flags.KVM_MP_STATE_HALTED:
+            self.mp_state = flags.KVM_MP_STATE_RUNNABLE
+
+    def ioapic_eoi(self, vector: int) -> None:
+        """Split irqchip: the next exit tells user space of this EOI."""
+        self.pending_ioapic_eoi.append(vector)
+
+    def _has_wakeup(self) -> bool:
+        """kvm_arch_vcpu_runnable()."""
+        if self.mp_state == flags.KVM_MP_STATE_RUNNABLE or self._has_apic_events():
+            return True
+        if self.mp_state != flags.KVM_MP_STATE_HALTED:
+            return False
+        return bool(self.nmi_pending) or (bool(self.vendor.get_rflags() & RFLAGS_IF) and self._has_interrupt())
+
+    def _has_interrupt(self) -> bool:
+        if self.apic is None:
+            return self.user_interrupt is not None
+        return self.kvm.irqs.has_interrupt(self.apic)
+
+    def _take_interrupt(self) -> int | None:
+        if self.apic is None:
+            vector, self.user_interrupt = self.user_interrupt, None
+            return vector
+        return self.kvm.irqs.get_interrupt(self.apic)
+
+    def _wants_interrupt_window(self) -> bool:
+        """dm_request_for_irq_injection()."""
+        return self.apic is None and bool(self.run.request_interrupt_window) and self._ready_for_injection()
+
+    def _ready_for_injection(self) -> bool:
+        return self.user_interrupt is None and self.interrupt_injected is None and self.vendor.interrupt_allowed()
+
+    def _enter_guest(self) -> bool:
+        """vcpu_enter_guest(): True to go on, False for an exit to user space."""
+        if self._has_apic_events():
+            self._accept_apic_events()
+            if not self._runnable():
+                return True
+        if self.tlb_flush_requested:
+            self.tlb_flush_requested = False
+            self.vendor.flush_tlb()
+        self._inject_pending_event()
+        self.vendor.run()
+        return self.vendor.handle_exit()
+
+    def _inject_pending_event(self) -> None:
+        """kvm_check_and_inject_events(): one event a time, what was interrupted first."""
+        vendor = self.vendor
+        injected = True
+        if self.interrupt_injected is not None:
+            vector, self.interrupt_injected = self.interrupt_injected, None
+            vendor.inject_irq(vector)
+        elif self.nmi_injected:
+            self.nmi_injected = False
+            vendor.inject_nmi()
+        elif self.exception is not None:
+            exception, self.exception = self.exception, None
+            vendor.inject_exception(exception)
+        else:
+            injected = False
+        if self.nmi_pending:
+            if not injected and vendor.nmi_allowed():
+                self.nmi_pending -= 1
+                vendor.inject_nmi()
+                injected = True
+            if self.nmi_pending:
+                vendor.enable_nmi_window()
+        if self._has_interrupt():
+            if not injected and vendor.interrupt_allowed():
+                if (taken := self._take_interrupt()) is not None:
+                    vendor.inject_irq(taken)
+            else:
+                vendor.enable_irq_window()
+        elif self.apic is None and self.run.request_interrupt_window:
+            vendor.enable_irq_window()
+
+    def _save_run(self) -> None:
+        """post_kvm_run_save()."""
+        run = self.run
+        run.if_flag = int(bool(self.vendor.get_rflags() & RFLAGS_IF))
+        run.cr8 = self.get_cr8()
+        run.apic_base = self.get_apic_base()
+        run.ready_for_interrupt_injection = int(self.apic is not None or self._ready_for_injection())
+
+    # ---- what exit handlers share ---------------------------------------------------------------------------
+
+    def queue_exception(self, vector: int, error_code: int | None = None, payload: int = 0) -> None:
+        """kvm_queue_exception(): before the next instruction."""
+        self.exception = QueuedException(vector, error_code, payload)
+
+    def halt(self) -> bool:
+        """kvm_emulate_halt(): wait here with an in-kernel local APIC, else tell user space."""
+        if self.apic is not None:
+            self.mp_state = flags.KVM_MP_STATE_HALTED
+            return True
+        self.run.exit_reason = Exit.HLT
+        return False
+
+    def port_out(self, port: int, size: int, data: bytes) -> bool:
+        """Write *data*, a whole number of *size* units, to a port: the in-kernel bus, or user space."""
+        at = 0
+        while at < len(data) and self.kvm.buses.pio.write(port, size, int.from_bytes(data[at : at + size], "little")):
+            at += size
+        if at == len(data):
+            return True
+        self._exit_io(KVM_EXIT_IO_OUT, port, size, data[at:])
+        return False
+
+    def port_in(self, port: int, size: int, count: int, done: Callable[[bytes], bool]) -> bool:
+        """Read *count* units from a port and give them to *done*, now or when user space has answered.
+
+        *done* returns as an exit handler does: False when it needs user space itself.
+        """
+        data = b""
+        while len(data) < size * count:
+            value = self.kvm.buses.pio.read(port, size)
+            if value is None:
+                break
+            data += value.to_bytes(size, "little")
+        if len(data) == size * count:
+            return done(data)
+        had, rest = data, size * count - len(data)
+        self._exit_io(KVM_EXIT_IO_IN, port, size, bytes(rest))
+        self._completion = lambda: done(had + bytes(self.page[PIO_DATA_OFFSET : PIO_DATA_OFFSET + rest]))
+        return False
+
+    def _exit_io(self, direction: int, port: int, size: int, data: bytes) -> None:
+        run = self.run
+        run.exit_reason = Exit.IO
+        io = run.u.io
+        io.direction, io.size, io.port, io.count = direction, size, port, len(data) // size
+        io.data_offset = PIO_DATA_OFFSET
+        self.page[PIO_DATA_OFFSET : PIO_DATA_OFFSET + len(data)] = data
+
+    def mmio_write(self, gpa: int, data: bytes) -> bool:
+        """Write to where no memory is: the local APIC, the in-kernel bus, the coalesced ring, or user space."""
+        if self.kvm.mmio_write(self, gpa, data):
+            return True
+        self._exit_mmio(gpa, data, True)
+        return False
+
+    def mmio_read(self, gpa: int, size: int, done: Callable[[bytes], bool]) -> bool:
+        """Read where no memory is, and give the bytes to *done*, now or when user space has answered."""
+        value = self.kvm.mmio_read(self, gpa, size)
+        if value is not None:
+            return done(value)
+        self._exit_mmio(gpa, bytes(size), False)
+        self._completion = lambda: done(bytes(self.run.u.mmio.data[:size]))
+        return False
+
+    def _exit_mmio(self, gpa: int, data: bytes, is_write: bool) -> None:
+        self.run.exit_reason = Exit.MMIO
+        mmio = self.run.u.mmio
+        mmio.phys_addr, mmio.len, mmio.is_write = gpa, len(data), int(is_write)
+        mmio.data[: len(data)] = list(data)

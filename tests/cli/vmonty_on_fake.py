@@ -1,0 +1,68 @@
+"""``python -m cli.vmonty_on_fake GUEST ARGUMENT…``: vmonty whose accelerator kvm is a fake that plays GUEST."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from vmm.fake_kvm import FakeKvm
+from vmm.steps import Guest, In, Leave, Out, Wait
+from vmonty import kvm
+from vmonty.cli.main import main
+from vmonty.kvm.uapi import Exit
+
+POWER_OFF = Out(0x604, 5 << 10 | 1 << 13, 2)
+RESET = Out(0x64, 0xFE)
+
+
+def say(text: bytes) -> Guest:
+    """Print on COM1."""
+    for byte in text:
+        yield Out(0x3F8, byte)
+
+
+def echo(cpu: int) -> Guest:
+    """Print what comes in, until q (power-off), r (reset) or ! (triple fault)."""
+    yield Out(0x3FC, 0x0B)
+    yield Out(0x3F9, 1)
+    yield from say(b"ready\n")
+    endings = {ord("q"): POWER_OFF, ord("r"): RESET, ord("!"): Leave(Exit.SHUTDOWN)}
+    while True:
+        while not (yield In(0x3FD)) & 1:
+            yield Wait()
+        byte = yield In(0x3F8)
+        yield Out(0x3F8, byte)
+        if byte in endings:
+            yield endings[byte]
+
+
+def deaf(cpu: int) -> Guest:
+    """Never look at the input."""
+    yield from say(b"ready\n")
+    yield Wait()
+
+
+def flood(cpu: int) -> Guest:
+    """Print for ever."""
+    while True:
+        yield from say(b"more and more\n")
+
+
+def reset(cpu: int) -> Guest:
+    """Ask for a reset at once."""
+    yield from say(b"once\n")
+    yield RESET
+
+
+GUESTS: dict[str, Callable[[int], Guest]] = {"echo": echo, "deaf": deaf, "flood": flood, "reset": reset}
+_guest = echo
+
+
+def _made() -> FakeKvm:
+    return FakeKvm(_guest)
+
+
+if __name__ == "__main__":
+    _guest = GUESTS[sys.argv[1]]
+    kvm.PROVIDERS["linux"] = ("__main__", "_made")
+    main(sys.argv[2:])

@@ -1,0 +1,22 @@
+"""Options of the whole suite."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vmonty")
+    group.addoption(
+        "--provider",
+        metavar="NAME",
+        default=None,
+        help="the KVM under test: linux or soft; by default every one that this host has",
+    )
+    group.addoption(
+        "--kvm-headers",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="an include directory with kernel headers to compare the ABI with, before the system's (repeatable)",
+    )

@@ -1,0 +1,63 @@
+"""Where a KVM that the suite runs on is known to be wrong: each gap's tests are skips that say so.
+
+A gap is keyed by what the provider says about itself. It is no excuse for a missing capability: tests that
+need one ask for it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vmonty.kvm import linux
+
+PVM = "kvm_pvm"
+AMD_UNDER_TCG = "kvm_amd on an emulated CPU"
+
+# platform → gap → what the KVM does wrong
+GAPS: dict[str, dict[str, str]] = {
+    PVM: {
+        "iopl": "CPL3 code with IOPL 3 gets #GP for IN and OUT: only the TSS's permission bitmap is looked at",
+        "real-mode-idt-limit": "real mode is emulated, and the emulator delivers interrupts without looking at IDTR's limit",
+        "int3-cpl0": "CPL0 code is emulated, and the emulator does not know INT3",
+        "iret-protected": "32-bit CPL0 code is emulated, and the emulator does not know IRETD",
+        "int-n-cpl3": "INT n in CPL3 does not reach the guest's gate",
+        "irq-window": "emulated code runs on to its next exit: the opening of the interrupt window is not noticed",
+        "apic-isr": "an interrupt counts as ended when it is delivered: the local APIC never shows it in service, and"
+        " level-triggered ones come again before the EOI",
+        "set-tsc-khz": "KVM_SET_TSC_KHZ accepts frequencies that nothing can reach",
+        "io-exits": "the statistic io_exits stays 0: port accesses of emulated code are not counted",
+        "tsc-offset": "the guest's TSC is the host's: neither MSR 0x10 nor KVM_VCPU_TSC_OFFSET moves it",
+        "debug-cpl3": "single steps and breakpoints of CPL3 code become #DB of the guest or nothing, never Exit.DEBUG",
+        "watchpoint": "CPL0 code is emulated, and the emulator does not look at watchpoints; in CPL3 they never exit",
+        "sw-breakpoint": "INT3 never becomes Exit.DEBUG: emulated code cannot execute it, in CPL3 it is the guest's #BP",
+        "hypercall": "CPL0 code is emulated, and VMCALL and VMMCALL are patched and executed again for ever",
+    },
+    AMD_UNDER_TCG: {
+        "kvmclock-ctrl": "KVM_KVMCLOCK_CTRL is refused",
+        "set-tsc-khz": "KVM_SET_TSC_KHZ fails",
+        "hw-breakpoint": "the emulated CPU does not stop at hardware breakpoints of a nested guest",
+        "watchpoint": "the emulated CPU does not stop at watchpoints of a nested guest",
+        "sw-breakpoint": "the emulated CPU does not intercept INT3 of a nested guest",
+        "io-bitmap": "the emulated CPU takes a busy TSS for none, so CPL3 code gets #GP where its bitmap allows a port",
+    },
+}
+
+
+def platform(provider_name: str) -> str:
+    """What is under test: the provider's name, or for Linux's KVM its module and, where it matters, the CPU."""
+    if provider_name != "linux":
+        return provider_name
+    module = linux.vendor_module() or "kvm"
+    if module == "kvm_amd" and re.search(r"model name\s*: QEMU TCG", Path("/proc/cpuinfo").read_text()):
+        return AMD_UNDER_TCG
+    return module
+
+
+def why_skip(provider_name: str, gap: str) -> str | None:
+    """What is wrong there, or None when this KVM does not have *gap*. KeyError for a gap that no KVM has."""
+    if not any(gap in gaps for gaps in GAPS.values()):
+        raise KeyError(f"no platform has a known gap {gap!r}")
+    here = platform(provider_name)
+    reason = GAPS.get(here, {}).get(gap)
+    return None if reason is None else f"{here}: {reason}"

@@ -1,0 +1,1 @@
+"""The declared ABI against the kernel's headers."""

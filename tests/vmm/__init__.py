@@ -1,0 +1,1 @@
+"""The monitor: its devices as a driver sees them, boot, and whole machines on every KVM that is here."""
