@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vmonty import kvm
 from vmonty.base.errors import KvmError, KvmUnavailable, UsageError
@@ -14,7 +15,7 @@ from vmonty.kvm.uapi import Exit
 from vmonty.vmm.boot import longmode
 from vmonty.vmm.memory import GuestMemory
 
-# Accelerator, as QEMU calls it → provider of KVM.
+# Accelerator → provider of KVM, in the order in which auto tries them; soft is there always.
 ACCELERATORS = {"kvm": "linux", "soft": "soft"}
 
 # Below this a KVM emulates CPL 0 code instruction by instruction, and Linux would boot for minutes.
@@ -84,12 +85,22 @@ def choose(request: str) -> Choice:
         candidates = list(ACCELERATORS) if name == "auto" else [name]
         for candidate in candidates:
             try:
-                return _open(candidate, measured=name == "auto")
+                choice = _open(candidate, measured=name == "auto" and candidate != "soft")
+                if refusals:
+                    return replace(choice, reason=f"using {candidate}: {_brief(refusals[-1])}")
+                return choice
             except KvmUnavailable as refusal:
                 refusals.append(refusal)
     if len(refusals) == 1:
         raise refusals[0]
     raise KvmUnavailable(refusals[0].errno or 0, request, "; ".join(f"{r.call}: {r.remedy}" for r in refusals))
+
+
+def _brief(refusal: KvmUnavailable) -> str:
+    """Why something was not taken, without the remedy."""
+    if isinstance(refusal, KvmTooSlow):
+        return f"this host's {refusal.name} emulates kernel code, at {refusal.mips:.1f} MIPS"
+    return f"{refusal.call}: {os.strerror(refusal.errno or errno.EIO)}"
 
 
 def _open(name: str, measured: bool) -> Choice:
@@ -114,6 +125,8 @@ class KvmTooSlow(KvmUnavailable):
     """A KVM is there, but it emulates CPL 0 code."""
 
     def __init__(self, name: str, mips: float) -> None:
+        self.name = name
+        self.mips = mips
         super().__init__(
             errno.EOPNOTSUPP,
             f"accelerator {name}",

@@ -31,6 +31,4 @@ def supported() -> list[kvm_cpuid_entry2]:
         (0x8000_0001, 0, 0, 0, 0, _bits(0), _bits(11, 20, 26, 27, 29)),
         (0x8000_0008, 0, 0, 0x302E, 0, 0, 0),
     ]  # fmt: skip
-    return [
-        kvm_cpuid_entry2(function=f, index=i, flags=g, eax=a, ebx=b, ecx=c, edx=d) for f, i, g, a, b, c, d in rows
-    ]
+    return [kvm_cpuid_entry2(function=f, index=i, flags=g, eax=a, ebx=b, ecx=c, edx=d) for f, i, g, a, b, c, d in rows]

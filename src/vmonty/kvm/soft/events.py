@@ -59,6 +59,9 @@ class EventIoctls(VcpuState):
 
     @answers(Requests.KVM_GET_VCPU_EVENTS)
     def get_vcpu_events(self, argument: Argument) -> None:
+        argument.put(self.store_events())
+
+    def store_events(self) -> vcpu.kvm_vcpu_events:
         events = vcpu.kvm_vcpu_events(flags=VALID_FLAGS, sipi_vector=0)
         if (exception := self.exception) is not None:
             events.exception.injected = 1
@@ -71,11 +74,13 @@ class EventIoctls(VcpuState):
         events.nmi.injected = int(self.nmi_injected)
         events.nmi.pending = int(self.nmi_pending > 0)
         events.nmi.masked = int(self.vendor.get_nmi_mask())
-        argument.put(events)
+        return events
 
     @answers(Requests.KVM_SET_VCPU_EVENTS)
     def set_vcpu_events(self, argument: Argument) -> None:
-        events = argument.get(vcpu.kvm_vcpu_events)
+        self.load_events(argument.get(vcpu.kvm_vcpu_events))
+
+    def load_events(self, events: vcpu.kvm_vcpu_events) -> None:
         if events.flags & ~VALID_FLAGS or (events.exception.injected and events.exception.nr > 31):
             raise OSError(errno.EINVAL, "unknown flags, or no exception vector")
         self.exception = None

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from vmonty.base import hostcall
 from vmonty.kvm.soft.caps import CAPABILITIES, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
+from vmonty.kvm.soft.clock import ClockIoctls
 from vmonty.kvm.soft.files import KvmFile, answers
 from vmonty.kvm.soft.irqchip import IrqchipIoctls
 from vmonty.kvm.soft.memslots import Change, Memslots
@@ -26,8 +27,9 @@ from vmonty.kvm.uapi import Cap, Requests
 from vmonty.kvm.uapi.flags import KVM_API_VERSION, KVM_COALESCED_MMIO_PAGE_OFFSET
 from vmonty.kvm.uapi.run import kvm_run
 from vmonty.kvm.uapi.vcpu import kvm_cpuid2, kvm_cpuid_entry2
-from vmonty.kvm.uapi.vm import kvm_dirty_log, kvm_msr_list, kvm_userspace_memory_region
+from vmonty.kvm.uapi.vm import kvm_dirty_log, kvm_enable_cap, kvm_msr_list, kvm_userspace_memory_region
 
+KVM_MIN_ALLOC_MMU_PAGES = 64
 VCPU_MMAP_SIZE = 3 * mmap.PAGESIZE
 
 # Gives a file its descriptor: (file, name, bytes of its mapping).
@@ -104,11 +106,12 @@ def put_cpuid(argument: Argument, entries: list[kvm_cpuid_entry2]) -> None:
     argument.write(b"".join(bytes(entry) for entry in entries), ctypes.sizeof(kvm_cpuid2))
 
 
-class Kvm(IrqchipIoctls):
+class Kvm(IrqchipIoctls, ClockIoctls):
     """struct kvm: a virtual machine, and its fd."""
 
     def __init__(self, install: Install) -> None:
-        super().__init__()
+        IrqchipIoctls.__init__(self)
+        ClockIoctls.__init__(self)
         self._install = install
         self.lock = threading.RLock()
         self.memslots = Memslots()
@@ -116,6 +119,7 @@ class Kvm(IrqchipIoctls):
         self.vcpus: dict[int, KvmVcpuFile] = {}
         self.created_vcpus = 0
         self.boot_vcpu_id = 0
+        self.nr_mmu_pages = 0
         self.users_count = 1
 
     def get(self) -> None:
@@ -210,6 +214,22 @@ class Kvm(IrqchipIoctls):
         with self.lock:
             if self.created_vcpus:
                 raise OSError(errno.EINVAL, "there are vCPUs already")
+
+    @answers(Requests.KVM_SET_NR_MMU_PAGES)
+    def set_nr_mmu_pages(self, argument: Argument) -> None:
+        if argument.number < KVM_MIN_ALLOC_MMU_PAGES:
+            raise OSError(errno.EINVAL, "too few pages")
+        self.nr_mmu_pages = argument.number & 0x7FFF_FFFF
+
+    @answers(Requests.KVM_GET_NR_MMU_PAGES)
+    def get_nr_mmu_pages(self, argument: Argument) -> int:
+        return self.nr_mmu_pages
+
+    @answers(Requests.KVM_ENABLE_CAP)
+    def enable_cap(self, argument: Argument) -> None:
+        """kvm_vm_ioctl_enable_cap(): there is nothing to enable on a VM yet."""
+        argument.get(kvm_enable_cap)
+        raise OSError(errno.EINVAL, "no capability that can be enabled")
 
     @answers(Requests.KVM_SET_BOOT_CPU_ID)
     def set_boot_cpu_id(self, argument: Argument) -> None:

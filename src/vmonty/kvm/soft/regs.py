@@ -8,7 +8,7 @@ import errno
 from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.soft.vcpu_state import VcpuState
-from vmonty.kvm.uapi import Requests, vcpu
+from vmonty.kvm.uapi import Requests, flags, vcpu
 
 # kvm_regs' order by the processor's register numbers.
 GPRS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{number}" for number in range(8, 16)))
@@ -24,15 +24,21 @@ class RegisterIoctls(VcpuState):
 
     @answers(Requests.KVM_GET_REGS)
     def get_regs(self, argument: Argument) -> None:
-        self.complete_pending()
+        argument.put(self.store_regs())
+
+    def store_regs(self) -> vcpu.kvm_regs:
+        """__get_regs()."""
         regs = vcpu.kvm_regs(rip=self.vendor.get_rip(), rflags=self.vendor.get_rflags())
         for number, name in enumerate(GPRS):
             setattr(regs, name, self.vendor.get_gpr(number))
-        argument.put(regs)
+        return regs
 
     @answers(Requests.KVM_SET_REGS)
     def set_regs(self, argument: Argument) -> None:
-        regs = argument.get(vcpu.kvm_regs)
+        self.load_regs(argument.get(vcpu.kvm_regs))
+
+    def load_regs(self, regs: vcpu.kvm_regs) -> None:
+        """__set_regs()."""
         for number, name in enumerate(GPRS):
             self.vendor.set_gpr(number, getattr(regs, name))
         self.vendor.set_rip(regs.rip)
@@ -41,12 +47,36 @@ class RegisterIoctls(VcpuState):
 
     @answers(Requests.KVM_GET_SREGS)
     def get_sregs(self, argument: Argument) -> None:
-        self.complete_pending()
+        argument.put(self.store_sregs())
+
+    def store_sregs(self) -> vcpu.kvm_sregs:
+        """__get_sregs()."""
         sregs = vcpu.kvm_sregs()
         self.fill_sregs(sregs)
         if self.interrupt_injected is not None:
             sregs.interrupt_bitmap[self.interrupt_injected >> 6] |= 1 << (self.interrupt_injected & 63)
-        argument.put(sregs)
+        return sregs
+
+    def store_sync_regs(self) -> None:
+        """store_regs() of x86.c: what kvm_valid_regs asks for, after each run."""
+        wanted, regs = self.run.kvm_valid_regs, self.run.s.regs
+        if wanted & flags.KVM_SYNC_X86_REGS:
+            regs.regs = self.store_regs()
+        if wanted & flags.KVM_SYNC_X86_SREGS:
+            regs.sregs = self.store_sregs()
+        if wanted & flags.KVM_SYNC_X86_EVENTS:
+            regs.events = self.store_events()
+
+    def load_sync_regs(self) -> None:
+        """sync_regs(): what kvm_dirty_regs says user space has changed, before each run."""
+        dirty, regs = self.run.kvm_dirty_regs, self.run.s.regs
+        if dirty & flags.KVM_SYNC_X86_REGS:
+            self.load_regs(regs.regs)
+        if dirty & flags.KVM_SYNC_X86_SREGS:
+            self.load_sregs(regs.sregs)
+        if dirty & flags.KVM_SYNC_X86_EVENTS:
+            self.load_events(regs.events)
+        self.run.kvm_dirty_regs = 0
 
     @answers(Requests.KVM_GET_SREGS2)
     def get_sregs2(self, argument: Argument) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vmonty.kvm.soft.files import KvmFile
 from vmonty.kvm.uapi.run import kvm_run
-from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2, kvm_segment
+from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2, kvm_segment, kvm_vcpu_events
 
 if TYPE_CHECKING:
     from vmonty.kvm.soft.kvm_main import Kvm
@@ -66,6 +66,7 @@ class KvmX86Ops(Protocol):
     def inject_nmi(self) -> None: ...
     def inject_exception(self, exception: QueuedException) -> None: ...
     def flush_tlb(self) -> None: ...
+    def gva_to_gpa(self, linear: int) -> int | None: ...
     def run(self) -> None: ...
     def handle_exit(self) -> bool: ...
     def kick(self) -> None: ...
@@ -97,8 +98,13 @@ class VcpuState(KvmFile):
         self.tlb_flush_requested = False
         self.wake = threading.Event()
 
-    def complete_pending(self) -> None:
-        """State is read: nothing to do, as accesses are completed by the next run only."""
+    def store_events(self) -> kvm_vcpu_events:
+        """KVM_GET_VCPU_EVENTS' struct."""
+        raise AssertionError("EventIoctls has it")
+
+    def load_events(self, events: kvm_vcpu_events) -> None:
+        """Take KVM_SET_VCPU_EVENTS' struct. Raises OSError with EINVAL."""
+        raise AssertionError("EventIoctls has it")
 
     def guest_tsc(self) -> int:
         """The guest's time-stamp counter now."""

@@ -23,13 +23,15 @@ from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.soft.vmx.vmx import Vmx
 from vmonty.kvm.uapi import Exit, Requests, flags
 from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
-from vmonty.kvm.uapi.vcpu import kvm_cpuid2, kvm_cpuid_entry2
+from vmonty.kvm.uapi.vcpu import kvm_cpuid, kvm_cpuid2, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_translation
+from vmonty.kvm.uapi.vm import kvm_enable_cap
 
 if TYPE_CHECKING:
     from vmonty.kvm.soft.kvm_main import Kvm
 
 SUPPORTED_CPUID = cpuid.supported
 RFLAGS_IF = 0x200
+SYNC_FIELDS = flags.KVM_SYNC_X86_VALID_FIELDS
 APIC_BASE_DEFAULT, APIC_BASE_BSP = 0xFEE0_0900 & ~0x100, 0x100
 PIO_DATA_OFFSET = flags.KVM_PIO_PAGE_OFFSET * 4096
 GP_VECTOR = 13
@@ -46,6 +48,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
         self._tsc_offset = 0
         self._cr8 = 0
         self.pending_ioapic_eoi: list[int] = []
+        self.has_run = False
         is_bsp = vcpu_id == kvm.boot_vcpu_id
         self._apic_base = APIC_BASE_DEFAULT | (APIC_BASE_BSP if is_bsp else 0)
         if kvm.irqchip_in_kernel:
@@ -110,7 +113,26 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
         count = argument.get(kvm_cpuid2).nent
         if count > cpuid.KVM_MAX_CPUID_ENTRIES:
             raise OSError(errno.E2BIG, "too many leaves")
-        self.cpuid = argument.entries(kvm_cpuid2, kvm_cpuid_entry2, count)
+        self._take_cpuid(argument.entries(kvm_cpuid2, kvm_cpuid_entry2, count))
+
+    @answers(Requests.KVM_SET_CPUID)
+    def set_cpuid(self, argument: Argument) -> None:
+        """kvm_vcpu_ioctl_set_cpuid(): leaves without sub-leaves."""
+        count = argument.get(kvm_cpuid).nent
+        if count > cpuid.KVM_MAX_CPUID_ENTRIES:
+            raise OSError(errno.E2BIG, "too many leaves")
+        self._take_cpuid(
+            [
+                kvm_cpuid_entry2(function=old.function, eax=old.eax, ebx=old.ebx, ecx=old.ecx, edx=old.edx)
+                for old in argument.entries(kvm_cpuid, kvm_cpuid_entry, count)
+            ]
+        )
+
+    def _take_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
+        """kvm_set_cpuid(): after the first run only what is there already."""
+        if self.has_run and [bytes(entry) for entry in entries] != [bytes(entry) for entry in self.cpuid]:
+            raise OSError(errno.EINVAL, "CPUID is fixed once the vCPU has run")
+        self.cpuid = entries
         self.vendor.set_cpuid(self.cpuid)
         if self.apic is not None:
             features = next((entry.ecx for entry in self.cpuid if entry.function == 1), 0)
@@ -130,6 +152,21 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
     def get_tsc_khz(self, argument: Argument) -> int:
         return HOST_TSC_KHZ
 
+    @answers(Requests.KVM_TRANSLATE)
+    def translate(self, argument: Argument) -> None:
+        """kvm_arch_vcpu_ioctl_translate()."""
+        request = argument.get(kvm_translation)
+        found = self.vendor.gva_to_gpa(request.linear_address)
+        request.physical_address = 0xFFFF_FFFF_FFFF_FFFF if found is None else found
+        request.valid, request.writeable, request.usermode = int(found is not None), 1, 0
+        argument.put(request)
+
+    @answers(Requests.KVM_ENABLE_CAP)
+    def enable_cap(self, argument: Argument) -> None:
+        """kvm_vcpu_ioctl_enable_cap(): there is nothing to enable on a vCPU yet."""
+        argument.get(kvm_enable_cap)
+        raise OSError(errno.EINVAL, "no capability that can be enabled")
+
     # ---- the run loop ------------------------------------------------------------------------------------
 
     def request_tlb_flush(self) -> None:
@@ -143,12 +180,18 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
             self.set_cr8(self.run.cr8)
         if self.mp_state == flags.KVM_MP_STATE_UNINITIALIZED:
             self._wait_for_init()
+        if self.run.kvm_valid_regs & ~SYNC_FIELDS:
+            raise OSError(errno.EINVAL, "unknown register class in kvm_valid_regs")
+        if self.run.kvm_dirty_regs & ~SYNC_FIELDS:
+            raise OSError(errno.EINVAL, "unknown register class in kvm_dirty_regs")
+        self.load_sync_regs()
         completion, self._completion = self._completion, None
         if completion is not None and not completion():
             self._save_run()
             return 0
         if self.run.immediate_exit:
             raise OSError(errno.EINTR, "immediate_exit is set")
+        self.has_run = True
         try:
             self._loop()
         finally:
@@ -306,6 +349,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
         run.if_flag = int(bool(self.vendor.get_rflags() & RFLAGS_IF))
         run.cr8 = self.get_cr8()
         run.apic_base = self.get_apic_base()
+        self.store_sync_regs()
         run.ready_for_interrupt_injection = int(self.apic is not None or self._ready_for_injection())
 
     # ---- what exit handlers share ---------------------------------------------------------------------------

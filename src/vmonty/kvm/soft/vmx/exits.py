@@ -26,6 +26,8 @@ FAILED_ENTRY = 1 << 31
 MASK32 = 0xFFFF_FFFF
 EPT_WRITE_ACCESS = 2
 CR4_OSXSAVE, FEATURE_OSXSAVE = 1 << 18, 1 << 27
+CR0_PE, CR0_ET, CR0_NW, CR0_CD, CR0_PG = 1, 1 << 4, 1 << 29, 1 << 30, 1 << 31
+CR4_PAE, EFER_LME = 1 << 5, 1 << 8
 
 Handler = Callable[["VmxExits"], bool]
 
@@ -168,7 +170,11 @@ class VmxExits:
         return self._gp()
 
     def handle_vmcall(self) -> bool:
-        """kvm_emulate_hypercall(): -KVM_ENOSYS for what is not known."""
+        """kvm_emulate_hypercall(): -KVM_ENOSYS for what is not known, -KVM_EPERM outside of CPL 0."""
+        if self.cpu.vmread(Field.GUEST_SS_AR_BYTES) >> 5 & 3:
+            self.cpu.set_gpr(RAX, -1 & 0xFFFF_FFFF_FFFF_FFFF)
+            self._skip()
+            return True
         self.cpu.set_gpr(RAX, -1000 & 0xFFFF_FFFF_FFFF_FFFF)
         self._skip()
         return True
@@ -200,7 +206,34 @@ class VmxExits:
             vendor.flush_tlb()
             self._skip()
             return True
+        if number == 0:
+            return self._handle_cr0(qualification, kind, register)
         return self._internal_error(flags.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, [28, qualification])
+
+    def _handle_cr0(self, qualification: int, kind: int, register: int) -> bool:
+        """handle_set_cr0(): MOV, CLTS and LMSW where NE, which VMX wants set, would change."""
+        vendor = self.vcpu.vendor
+        old = vendor.get_control("cr0")
+        if kind == 0:
+            value = vendor.get_gpr(register) & 0xFFFF_FFFF_FFFF_FFFF
+        elif kind == 2:
+            value = old & ~8
+        else:
+            value = old & ~0xE | qualification >> 16 & 0xF
+        if value >> 32 or (value & CR0_PG and not value & CR0_PE) or (value & CR0_NW and not value & CR0_CD):
+            return self._gp()
+        if (old ^ value) & CR0_PG:
+            efer = vendor.get_control("efer")
+            if value & CR0_PG and efer & EFER_LME:
+                if not vendor.get_control("cr4") & CR4_PAE or vendor.get_segment("cs").l:
+                    return self._gp()
+                vendor.set_control("efer", efer | c.EFER_LMA)
+            elif not value & CR0_PG:
+                vendor.set_control("efer", efer & ~c.EFER_LMA)
+        vendor.set_control("cr0", value | CR0_ET)
+        vendor.flush_tlb()
+        self._skip()
+        return True
 
     def handle_io(self) -> bool:
         """IN, OUT, INS, OUTS. SDM, "Exit Qualification for I/O Instructions"."""

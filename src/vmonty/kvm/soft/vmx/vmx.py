@@ -78,7 +78,7 @@ class Vmx(VmxExits):
         write(Field.EPT_POINTER, self.vcpu.kvm.mmu.root | c.EPTP_WRITE_BACK | c.EPTP_FOUR_LEVELS)
         write(Field.VIRTUAL_PROCESSOR_ID, 1)
         write(Field.MSR_BITMAP, self.cpu.msr_bitmap.address)
-        write(Field.CR0_GUEST_HOST_MASK, 0)
+        write(Field.CR0_GUEST_HOST_MASK, c.CR0_NE)
         write(Field.CR4_GUEST_HOST_MASK, c.CR4_VMXE)
         self.cpu.setup_host_state()
 
@@ -170,7 +170,8 @@ class Vmx(VmxExits):
     def get_control(self, name: str) -> int:
         match name:
             case "cr0":
-                return self.cpu.vmread(Field.GUEST_CR0)
+                own = self.cpu.vmread(Field.CR0_READ_SHADOW) & c.CR0_NE
+                return self.cpu.vmread(Field.GUEST_CR0) & ~c.CR0_NE | own
             case "cr3":
                 return self.cpu.vmread(Field.GUEST_CR3)
             case "cr4":
