@@ -46,6 +46,7 @@ COMPILED = [
     "vmonty.cpu.vmx_checks",
     "vmonty.cpu.legacy",
     "vmonty.cpu.vmx",
+    "vmonty.cpu.inspection",
 ]
 
 # Called while the guest's vector state is live in the host's registers: no vector register, and no loop

@@ -69,10 +69,13 @@ def examine() -> Report:
         with kvm.open("linux") as system:
             needed = [capabilities(system), kernel_speed(system)]
             rows += [needed[0], limits(system), needed[1]]
+    if soft := "soft" in accel.ACCELERATORS:
+        rows.append(software())
+        soft = rows[-1].verdict is Verdict.OK
     rows += [tun(), vhost(), huge_pages(), memory(), disk()]
     # Capabilities may be worse than wished for, but kernel code must run at speed.
-    usable = bool(needed) and needed[0].verdict is not Verdict.MISSING and needed[1].verdict is Verdict.OK
-    return Report(rows, "kvm" if usable else None)
+    hardware = bool(needed) and needed[0].verdict is not Verdict.MISSING and needed[1].verdict is Verdict.OK
+    return Report(rows, "kvm" if hardware else "soft" if soft else None)
 
 
 def processor() -> Row:
@@ -169,6 +172,16 @@ def kernel_speed(system: System) -> Row:
             "auto will not choose this KVM; use a host whose KVM runs on vmx or svm", data,
         )  # fmt: skip
     return Row("kernel code", Verdict.OK, text, data=data)
+
+
+def software() -> Row:
+    """Our own KVM on our own CPU, which needs nothing of the host's kernel."""
+    try:
+        with kvm.open(accel.ACCELERATORS["soft"]) as system:
+            mips = accel.measure_cpl0(system)
+    except KvmError as error:
+        return Row("software CPU", Verdict.MISSING, f"cannot be run: {error}", error.remedy or "build vmonty again")
+    return Row("software CPU", Verdict.OK, f"CPL 0 runs at {mips:,.1f} MIPS", data={"cpl0_mips": round(mips, 1)})
 
 
 def tun() -> Row:

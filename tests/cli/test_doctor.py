@@ -18,6 +18,7 @@ from vmonty import host, kvm
 from vmonty.host import Report, Row, Verdict
 from vmonty.kvm import linux
 from vmonty.kvm.uapi import Cap, Exit
+from vmonty.vmm import accel
 
 from .conftest import Result
 
@@ -32,7 +33,8 @@ def chosen() -> Any:
 
 @pytest.fixture
 def host_with(monkeypatch: pytest.MonkeyPatch) -> Host:
-    """Let the host's KVM be this provider."""
+    """Let the host's KVM be this provider, and the only one."""
+    monkeypatch.setattr(accel, "ACCELERATORS", {"kvm": "linux"})
 
     def choose(provider: object) -> None:
         _provider[:] = [provider]
@@ -113,6 +115,30 @@ def test_a_slow_kvm(vmonty: Run, host_with: Host) -> None:
     assert rows["kernel code"]["verdict"] == "warning"
     assert "emulated, too slow to boot" in rows["kernel code"]["text"]
     assert "auto will not choose this KVM" in rows["kernel code"]["remedy"]
+
+
+def test_the_software_cpu_steps_in(vmonty: Run, host_with: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host_with(running_at(1))
+    monkeypatch.setitem(accel.ACCELERATORS, "soft", "soft")
+    monkeypatch.setitem(kvm.PROVIDERS, "soft", (__name__, "software"))
+    status, report, rows = examined(vmonty)
+    assert (status, report["accelerator"]) == (0, "soft")
+    assert rows["kernel code"]["verdict"] == "warning"
+    assert rows["software CPU"]["verdict"] == "ok"
+    host_with(running_at(3000))
+    assert examined(vmonty)[1]["accelerator"] == "kvm", "hardware comes first"
+
+
+def software() -> FakeKvm:
+    return running_at(700)
+
+
+def test_a_software_cpu_that_cannot_run(vmonty: Run, host_with: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host_with(FakeKvm(refuses={"KVM_CREATE_VM": errno.ENOMEM}))
+    monkeypatch.setitem(accel.ACCELERATORS, "soft", "linux")
+    status, report, rows = examined(vmonty)
+    assert (status, report["usable"]) == (1, False)
+    assert rows["software CPU"]["verdict"] == "missing"
 
 
 def test_no_device(vmonty: Run, host_with: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ GAPS: dict[str, dict[str, str]] = {
         " level-triggered ones come again before the EOI",
         "set-tsc-khz": "KVM_SET_TSC_KHZ accepts frequencies that nothing can reach",
         "io-exits": "the statistic io_exits stays 0: port accesses of emulated code are not counted",
+        "tpr-access": "KVM_TPR_ACCESS_REPORTING is accepted and no access is ever reported",
         "tsc-offset": "the guest's TSC is the host's: neither MSR 0x10 nor KVM_VCPU_TSC_OFFSET moves it",
         "debug-cpl3": "single steps and breakpoints of CPL3 code become #DB of the guest or nothing, never Exit.DEBUG",
         "watchpoint": "CPL0 code is emulated, and the emulator does not look at watchpoints; in CPL3 they never exit",

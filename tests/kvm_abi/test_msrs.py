@@ -25,8 +25,9 @@ UNKNOWN = 0x4B000001  # between the ranges that processors and KVM use
 TSC = 0x10
 ROUND_TRIPS = [
     ("sysenter-cs", 0x174, 0x1230),
-    ("sysenter-esp", 0x175, 0x7FFFFFFF0000),
-    ("sysenter-eip", 0x176, 0x7FFFFFFF1000),
+    # Processors of AMD keep 32 bits of these two.
+    ("sysenter-esp", 0x175, 0x7FFF0000),
+    ("sysenter-eip", 0x176, 0x7FFF1000),
     ("star", 0xC0000081, 0x0023001000000000),
     ("lstar", 0xC0000082, 0x7FFFFFFF2000),
     ("cstar", 0xC0000083, 0x7FFFFFFF3000),

@@ -58,6 +58,17 @@ def members(layout: Layout, prefix: str = "", base: int = 0) -> Iterator[tuple[s
             yield from members(element, f"{inner}." if inner else "", offset)
 
 
+def inner_layouts(layout: Layout) -> Iterator[Layout]:
+    """The structs and unions that *layout* has as members, at any depth."""
+    for _, kind, *_ in layout._fields_:
+        element = kind
+        while hasattr(element, "_length_"):
+            element = element._type_
+        if issubclass(element, ctypes.Structure | ctypes.Union):
+            yield element
+            yield from inner_layouts(element)
+
+
 def bit_fields(layout: Layout) -> dict[str, str]:
     """Bit field → the whole layout in hexadecimal with all of that field's bits set."""
     rows = {}

@@ -15,6 +15,7 @@ INCLUDES = "#include <linux/kvm.h>\n#include <asm/kvm.h>\n#include <linux/kvm_pa
 OURS = ("linux/kvm.h", "asm/kvm.h", "linux/kvm_para.h", "asm/kvm_para.h")
 # Some of the headers' macros use the kernel's own, which user space lacks.
 PRELUDE = f"""\
+#include <errno.h>
 #include <stdio.h>
 #include <string.h>
 #include <stddef.h>

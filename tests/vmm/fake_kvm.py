@@ -131,12 +131,11 @@ class FakeKvm:
         cpu = self.cpus[fd]
         run = kvm_run.from_buffer(cpu.page)
         self._complete(cpu, run)
-        if run.immediate_exit:
-            return -errno.EINTR
         with self._changed:
             cpu.thread, cpu.kicked = threading.get_ident(), False
         try:
-            return self._play(cpu, run)
+            # Only now: a kick from here on finds the thread, an earlier one has left its mark.
+            return -errno.EINTR if run.immediate_exit else self._play(cpu, run)
         finally:
             with self._changed:
                 cpu.thread = 0

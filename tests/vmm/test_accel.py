@@ -95,9 +95,20 @@ def test_a_list_falls_back(offer: Offer) -> None:
     offer("slow", FakeKvm(spinning(1)))
     choice = choose("absent:slow")
     assert choice.name == "slow"
+    assert choice.reason == "using slow: open /dev/nothing: No such file or directory"
     choice.system.close()
     choice = choose("auto:slow")
-    assert choice.reason == "using slow, as asked"
+    assert re.fullmatch(r"using slow: this host's slow emulates kernel code, at [01]\.\d MIPS", choice.reason)
+    choice.system.close()
+
+
+def test_the_software_cpu_is_there_always_and_not_measured(offer: Offer) -> None:
+    offer("kvm", FakeKvm(spinning(1)))
+    soft = offer("soft", FakeKvm(spinning(1)))
+    choice = choose("auto")
+    assert choice.name == "soft"
+    assert "this host's kvm emulates kernel code" in choice.reason
+    assert "KVM_RUN" not in soft.calls
     choice.system.close()
 
 

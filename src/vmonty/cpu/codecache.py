@@ -460,6 +460,7 @@ def cache_flush(s):
     for k in range(PAGE_BUCKETS):
         c.page_buckets[k] = 0
     c.flushes += 1
+    s.page_slots_used = 0
     shadow_reset(s)
     jump_cache_clear(s)
 
@@ -529,6 +530,9 @@ def _page_add(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), host_pa
         p.next = c.page_buckets[h]
         c.page_buckets[h] = c.pages_used
     if p.first == 0:
+        for k in range(s.page_slots_used):
+            if s.page_slots[k].host == host_page:
+                s.page_slots[k].negated_tag = cython.cast(uint64_t, 1) << 62
         for t in range(TLB_SETS):
             for k in range(TLB_ENTRIES):
                 if s.tlb_write[t][k].host == host_page:

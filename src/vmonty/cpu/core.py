@@ -67,6 +67,17 @@ class Cpu:
             reason = run_cpu(self.s)
         return EXIT_REASONS[reason]
 
+    @property
+    def state_address(self) -> int:
+        """Where the CpuState lies, for compiled modules that are called from Python."""
+        return cython.cast(uint64_t, self.s)
+
+    def interrupt(self, vector: int) -> None:
+        """Assert INTR with a vector, from any thread: taken when the guest allows it."""
+        self.s.interrupt_vector = vector
+        self.s.interrupt_line = 1
+        self.s.run = 0
+
     def kick(self) -> None:
         """Make run() return soon with "run_flag"; any thread may call it."""
         self.s.kick = 1

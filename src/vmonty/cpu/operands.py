@@ -45,7 +45,7 @@ from cython.cimports.vmonty.cpu.decode import (
     OpRow,
     operand_bytes,
 )
-from cython.cimports.vmonty.cpu.state import FS, TLB_ENTRIES
+from cython.cimports.vmonty.cpu.state import FS, PAGE_SLOTS, TLB_ENTRIES
 from cython.cimports.vmonty.cpu.tlb import (
     SLOW_ALIGNED,
     SLOW_GROUP,
@@ -62,6 +62,7 @@ from cython.cimports.vmonty.cpu.translate import (
     Group,
     STUB_MEMORY,
     STUB_MEMORY_LIVE,
+    STUB_SLOT,
     Stub,
 )
 
@@ -194,6 +195,13 @@ def _stub(w: cython.pointer(Work), kind: cython.int, patch: cython.p_uchar, what
     k.ea.displacement = ea.displacement
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _is_loaded(w: cython.pointer(Work), g: cython.int) -> cython.int:
+    return g >= 0 and (w.loaded >> g) & 1
+
+
 def emit_access(w, i, ea, size, access, stack):
     """Emit the way to one memory operand; w.base and w.index then address it in the host.
 
@@ -253,6 +261,25 @@ def emit_access(w, i, ea, size, access, stack):
         table = displacement(w.s, cython.address(w.s.tlb_read[w.s.tlb_set][0]))
     if constant:
         slot = cython.cast(int32_t, (cython.cast(uint64_t, ea.displacement) >> 12) & (TLB_ENTRIES - 1)) * 16
+    if i.flags_in == 0 and w.in_loop and not constant and not i.group and w.s.page_slots_used < PAGE_SLOTS \
+            and not _is_loaded(w, ea.base) and not _is_loaded(w, ea.index):
+        slot = displacement(w.s, cython.address(w.s.page_slots[w.s.page_slots_used]))
+        w.s.page_slots[w.s.page_slots_used].negated_tag = cython.cast(uint64_t, 1) << 62
+        w.s.page_slots_used += 1
+        op_mem(a, 0, 1, 0x03, S0, RBP_HOST, NONE, 0, slot)
+        alu_imm(a, 1, 7, S0, 4096 - size)
+        put8(a, 0x0F)
+        put8(a, 0x80 | CC_A)
+        at = a.at
+        put32(a, 0)
+        load(a, S1, RBP_HOST, slot + 8)
+        _stub(w, STUB_SLOT, at, what, ea)
+        w.stub[w.stubs - 1].slot = slot
+        w.stub[w.stubs - 1].table = table
+        w.stub[w.stubs - 1].size = size
+        w.base = S0
+        w.index = S1
+        return
     if i.flags_in == 0:
         if constant:
             op_mem(a, 0, 1, 0x03, S0, RBP_HOST, NONE, 0, table + slot)

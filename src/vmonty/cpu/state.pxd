@@ -164,6 +164,7 @@ cdef enum:
 cdef enum:
     TLB_BITS = 10
     TLB_ENTRIES = 1024
+    PAGE_SLOTS = 1024        # accesses in loops that remember their last page
     TLB_SETS = 3             # supervisor, user, supervisor with EFLAGS.AC under SMAP
     FETCH_BITS = 8
     FETCH_ENTRIES = 256
@@ -370,6 +371,9 @@ cdef struct CpuState:
     uint8_t host_xsave[64]
     uint64_t jump_negated[3][4096]   # by tlb_set: minus the guest rip, and the code for it
     uint64_t jump_code[3][4096]
+    TlbEntry page_slots[1024]    # each belongs to one instruction of one block
+    uint32_t page_slots_used
+    uint32_t page_slots_pad
     FetchEntry fetch[2][256]
     TlbEntry tlb_read[3][1024]
     TlbEntry tlb_write[3][1024]

@@ -430,10 +430,21 @@ def fetch_page(s, va, why):
     return e
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _clear_slots(s: cython.pointer(CpuState)) -> cython.void:
+    """Make loops forget the pages they are in."""
+    k: uint32_t
+    for k in range(s.page_slots_used):
+        s.page_slots[k].negated_tag = cython.cast(uint64_t, 1) << 62
+
+
 def flush_all(s):
     """Forget every translation of linear addresses, global ones as well."""
     k: cython.int
     n: cython.int
+    _clear_slots(s)
     for n in range(TLB_SETS):
         for k in range(TLB_ENTRIES):
             s.tlb_read[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
@@ -451,6 +462,7 @@ def flush_non_global(s):
     """Forget the translations that a load of CR3 forgets. Global data entries go too: they come back cheaply."""
     k: cython.int
     n: cython.int
+    _clear_slots(s)
     for n in range(TLB_SETS):
         for k in range(TLB_ENTRIES):
             s.tlb_read[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
@@ -468,6 +480,7 @@ def flush_page(s, va):
     """Forget one page (INVLPG), global or not."""
     k: cython.int = (va >> 12) & (TLB_ENTRIES - 1)
     n: cython.int
+    _clear_slots(s)
     for n in range(TLB_SETS):
         s.tlb_read[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
         s.tlb_write[n][k].negated_tag = cython.cast(uint64_t, 1) << 62

@@ -26,6 +26,7 @@ cdef enum:
     STUB_MEMORY_LIVE = 2
     STUB_LINK = 3
     STUB_LOOKUP = 4
+    STUB_SLOT = 5
 
 # An effective address in guest terms, so that it can be computed again in a slow path.
 cdef struct Ea:
@@ -43,6 +44,9 @@ cdef struct Stub:
     int kind
     uint8_t *patch           # the rel32 that goes to the stub
     uint8_t *back
+    int32_t slot             # STUB_SLOT: displacements of its slot and of the TLB it is filled from
+    int32_t table
+    int size
     uint32_t what            # memory: word for memory_slow; link: its number
     uint64_t target
     Ea ea
@@ -76,6 +80,8 @@ cdef struct Work:
     int disp
     int groups
     uint32_t plain
+    uint32_t in_loop         # the block jumps back to itself or close before: accesses remember their page
+    uint32_t loaded          # registers that the block loads from memory
     Group group[8]
     int closed               # the block has its exits
     uint8_t *window          # the bytes of the first page

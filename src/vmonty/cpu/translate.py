@@ -9,6 +9,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     CC_E,
     CC_NE,
     NONE,
+    alu_imm,
     call_to,
     here,
     jmp_to,
@@ -24,6 +25,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     put8,
     put16,
     put32,
+    rorx,
     store,
 )
 from cython.cimports.vmonty.cpu.codecache import (
@@ -96,7 +98,7 @@ from cython.cimports.vmonty.cpu.operands import (
     home,
     host,
 )
-from cython.cimports.vmonty.cpu.state import MODE_LONG64
+from cython.cimports.vmonty.cpu.state import MODE_LONG64, TLB_ENTRIES
 from cython.cimports.vmonty.cpu.tlb import fetch_page
 
 # ---- exits ---------------------------------------------------------------------------------------------
@@ -794,6 +796,7 @@ def _emit_stubs(w: cython.pointer(Work)) -> cython.void:
     a: cython.pointer(Assembler) = w.a
     n: cython.int
     k: cython.pointer(Stub)
+    at: cython.p_uchar
     for n in range(w.stubs):
         k = cython.address(w.stub[n])
         _patch32(k.patch, a.at)
@@ -806,9 +809,24 @@ def _emit_stubs(w: cython.pointer(Work)) -> cython.void:
             jmp_to(a, w.c.leave_next if w.single else w.c.lookup[w.s.tlb_set])
         else:
             emit_ea(w, cython.address(k.ea))
+            if k.kind == STUB_SLOT:  # flags are dead: look into the TLB, remember the page, go on
+                rorx(a, 0, S1, S0, 8)
+                alu_imm(a, 0, 4, S1, (TLB_ENTRIES - 1) << 4)
+                op_mem(a, 0, 1, 0x8B, S2, RBP_HOST, S1, 0, k.table)
+                lea(a, S0, S0, S2, 0, 0)
+                alu_imm(a, 1, 7, S0, 4096 - k.size)
+                put8(a, 0x77)
+                put8(a, 0)
+                at = a.at
+                op_mem(a, 0, 1, 0x8B, S1, RBP_HOST, S1, 0, k.table + 8)
+                store(a, S2, RBP_HOST, k.slot)
+                store(a, S1, RBP_HOST, k.slot + 8)
+                jmp_to(a, cython.cast(uint64_t, k.back) + a.delta)
+                at[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, at)
+                emit_ea(w, cython.address(k.ea))
             push_imm32(a, k.what)
             call_to(a, w.c.memory_slow)
-            if k.kind == STUB_MEMORY:
+            if k.kind != STUB_MEMORY_LIVE:
                 mov_imm(a, S1, 0)
             else:
                 mov_rr(a, S1, S0)
@@ -912,6 +930,30 @@ def _live_out(w: cython.pointer(Work)) -> cython.int:
     return F_ALL
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _find_loop(w: cython.pointer(Work)) -> cython.void:
+    """See whether the block is (the end of) a loop, and which registers it loads from memory.
+
+    Accesses in a loop remember their last page, which saves the way through the TLB; not those by a register that was
+    loaded from memory, as pointer chasing seldom stays in a page.
+    """
+    i: cython.pointer(Insn) = cython.address(w.insns[w.count - 1])
+    cls: cython.int = ROW[i.row].cls
+    target: uint64_t = i.rip + i.length + i.immediate
+    k: cython.int
+    w.in_loop = 0
+    w.loaded = 0
+    if w.single or (cls != C_JCC and cls != C_JMP) or target > w.block.rip or w.block.rip - target > 256:
+        return
+    w.in_loop = 1
+    for k in range(w.count):
+        i = cython.address(w.insns[k])
+        if ROW[i.row].cls == C_COPY and i.has_memory and i.map == 0 and i.opcode == 0x8B:
+            w.loaded |= cython.cast(uint32_t, 1) << i.reg
+
+
 def translate_block(s, rip, page, single, plain, why):
     """Translate the block at ``rip``, whose code lies in ``page``; NULL with ``why`` when it cannot be fetched.
 
@@ -959,6 +1001,7 @@ def translate_block(s, rip, page, single, plain, why):
         return cython.NULL
     b.is_global = w.is_global
     analyse(cython.address(w.insns[0]), w.count, _live_out(cython.address(w)))
+    _find_loop(cython.address(w))
     if not single and not plain:
         find_groups(cython.address(w))
     for k in range(w.count):

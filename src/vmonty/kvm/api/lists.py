@@ -10,7 +10,7 @@ from typing import Any
 from vmonty.base.layout import flexible
 from vmonty.kvm.api.handle import Handle
 from vmonty.kvm.uapi import Ioctl
-from vmonty.kvm.uapi.vcpu import kvm_cpuid2
+from vmonty.kvm.uapi.vcpu import kvm_cpuid2, kvm_cpuid_entry2
 from vmonty.kvm.uapi.vm import kvm_msr_list
 
 # What KVM accepts at most for CPUID: KVM_MAX_CPUID_ENTRIES of arch/x86/include/asm/kvm_host.h.
@@ -41,13 +41,18 @@ def msr_indices(handle: Handle, request: Ioctl) -> list[int]:
     return list(full.indices[: full.nmsrs])
 
 
-def get_cpuid(handle: Handle, request: Ioctl, room: int = MAX_CPUID_ENTRIES) -> list[CpuidEntry]:
-    """Run a request that fills a kvm_cpuid2 with up to *room* entries."""
-    table: Any = flexible(kvm_cpuid2, room)(nent=room)
+def get_cpuid(handle: Handle, request: Ioctl) -> list[CpuidEntry]:
+    """Run a request of the system file that fills a kvm_cpuid2 and tells how many entries it has."""
+    table: Any = flexible(kvm_cpuid2, MAX_CPUID_ENTRIES)(nent=MAX_CPUID_ENTRIES)
     handle.ioctl(request, table)
+    return cpuid_entries(table.entries[: table.nent])
+
+
+def cpuid_entries(entries: Iterable[kvm_cpuid_entry2]) -> list[CpuidEntry]:
+    """Python's own copies of *entries*."""
     return [
         CpuidEntry(entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx)
-        for entry in table.entries[: table.nent]
+        for entry in entries
     ]
 
 
@@ -61,4 +66,4 @@ def cpuid_table(entries: Iterable[CpuidEntry]) -> Any:
     return table
 
 
-__all__ = ["MAX_CPUID_ENTRIES", "CpuidEntry", "cpuid_table", "get_cpuid", "msr_indices"]
+__all__ = ["MAX_CPUID_ENTRIES", "CpuidEntry", "cpuid_entries", "cpuid_table", "get_cpuid", "msr_indices"]

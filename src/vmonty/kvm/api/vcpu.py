@@ -13,7 +13,7 @@ from vmonty.base.layout import Array, flexible
 from vmonty.base.ram import Ram
 from vmonty.kvm.api.device import Device
 from vmonty.kvm.api.handle import Handle
-from vmonty.kvm.api.lists import MAX_CPUID_ENTRIES, CpuidEntry, cpuid_table, get_cpuid
+from vmonty.kvm.api.lists import MAX_CPUID_ENTRIES, CpuidEntry, cpuid_entries, cpuid_table
 from vmonty.kvm.api.provider import Provider
 from vmonty.kvm.api.stats import Stats
 from vmonty.kvm.uapi import Exit, Requests, irq, vcpu
@@ -21,6 +21,8 @@ from vmonty.kvm.uapi.flags import KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_DIRTY_LOG_
 from vmonty.kvm.uapi.nested import kvm_nested_state
 from vmonty.kvm.uapi.run import kvm_coalesced_mmio, kvm_coalesced_mmio_ring, kvm_dirty_gfn, kvm_run
 
+# What no entry that KVM fills in has in its padding.
+_UNWRITTEN = [0xFFFFFFFF] * 3
 _EXITS = {int(reason): reason for reason in Exit}
 
 
@@ -236,7 +238,13 @@ class Vcpu(Handle):
 
     def get_cpuid2(self, room: int = MAX_CPUID_ENTRIES) -> list[CpuidEntry]:
         """KVM_GET_CPUID2. Raises KvmError with E2BIG when there are more than *room* leaves."""
-        return get_cpuid(self, Requests.KVM_GET_CPUID2, room)
+        table: Any = flexible(vcpu.kvm_cpuid2, room)(nent=room)
+        # Linux before 6.2 does not tell how many leaves it has written: a mark shows those that it has not.
+        for entry in table.entries:
+            entry.padding[:] = _UNWRITTEN
+        self.ioctl(Requests.KVM_GET_CPUID2, table)
+        written = [entry for entry in table.entries[: table.nent] if list(entry.padding) != _UNWRITTEN]
+        return cpuid_entries(written)
 
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ: the guest's TSC frequency in kHz."""

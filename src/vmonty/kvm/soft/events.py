@@ -24,9 +24,7 @@ class EventIoctls(VcpuState):
             raise OSError(errno.EINVAL, "a vector is a byte")
         if self.apic is not None:
             raise OSError(errno.ENXIO, "the interrupt controller is in the kernel")
-        if self.user_interrupt is not None:
-            raise OSError(errno.EEXIST, "an interrupt is queued")
-        self.user_interrupt = vector
+        self.interrupt_injected = vector
 
     @answers(Requests.KVM_NMI)
     def nmi(self, argument: Argument) -> None:
@@ -81,7 +79,9 @@ class EventIoctls(VcpuState):
         self.load_events(argument.get(vcpu.kvm_vcpu_events))
 
     def load_events(self, events: vcpu.kvm_vcpu_events) -> None:
-        if events.flags & ~VALID_FLAGS or (events.exception.injected and events.exception.nr > 31):
+        if events.flags & ~VALID_FLAGS or (
+            events.exception.injected and (events.exception.nr > 31 or events.exception.nr == 2)
+        ):
             raise OSError(errno.EINVAL, "unknown flags, or no exception vector")
         self.exception = None
         if events.exception.injected:

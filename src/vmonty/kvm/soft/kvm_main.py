@@ -18,7 +18,7 @@ from vmonty.kvm.soft.caps import CAPABILITIES, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
 from vmonty.kvm.soft.clock import ClockIoctls
 from vmonty.kvm.soft.files import KvmFile, answers
 from vmonty.kvm.soft.irqchip import IrqchipIoctls
-from vmonty.kvm.soft.memslots import Change, Memslots
+from vmonty.kvm.soft.memslots import KVM_USER_MEM_SLOTS, Change, Memslots
 from vmonty.kvm.soft.mmu.tdp import TdpMmu
 from vmonty.kvm.soft.msrs import MSRS_TO_SAVE
 from vmonty.kvm.soft.user import Argument
@@ -94,7 +94,7 @@ class KvmDevice(KvmFile):
 
     @answers(Requests.KVM_GET_EMULATED_CPUID)
     def get_emulated_cpuid(self, argument: Argument) -> None:
-        put_cpuid(argument, [])
+        put_cpuid(argument, [kvm_cpuid_entry2(function=1, ecx=1 << 22)])  # MOVBE, which the emulator knows
 
 
 def put_cpuid(argument: Argument, entries: list[kvm_cpuid_entry2]) -> None:
@@ -193,6 +193,8 @@ class Kvm(IrqchipIoctls, ClockIoctls):
         """kvm_get_dirty_log_protect()."""
         request = argument.get(kvm_dirty_log)
         with self.lock:
+            if request.slot & 0xFFFF >= KVM_USER_MEM_SLOTS:
+                raise OSError(errno.EINVAL, "no such slot can be")
             slot = self.memslots.get(request.slot & 0xFFFF)
             if request.slot >> 16 or slot is None or not slot.dirty:
                 raise OSError(errno.ENOENT, "the slot keeps no dirty log")

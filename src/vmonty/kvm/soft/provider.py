@@ -6,13 +6,15 @@ import errno
 import mmap
 import os
 import threading
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING
 
 from vmonty.base import hostcall
 from vmonty.base.errors import KvmUnavailable
 from vmonty.kvm.soft.files import KvmFile
 from vmonty.kvm.soft.kvm_main import KvmDevice, KvmVcpuFile
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class SoftKvm:

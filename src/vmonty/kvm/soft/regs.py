@@ -119,7 +119,10 @@ class RegisterIoctls(VcpuState):
             valid = not sregs.efer & EFER_LMA and not sregs.cs.l
         if not valid or sregs.cr0 >> 32 or (sregs.cr0 & CR0_PG and not sregs.cr0 & CR0_PE):
             raise OSError(errno.EINVAL, "control registers contradict each other")
-        if not self.vendor.valid_controls(sregs.cr0, sregs.cr4, sregs.efer):
+        long_mode = sregs.efer & EFER_LMA
+        if not self.vendor.valid_controls(sregs.cr0, sregs.cr4, sregs.efer) or (
+            long_mode and not self.vendor.valid_cr3(sregs.cr3)
+        ):
             raise OSError(errno.EINVAL, "control registers have reserved bits set")
         self.set_apic_base(sregs.apic_base)
         for name in ("gdt", "idt"):

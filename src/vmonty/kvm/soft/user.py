@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from typing import Any, TypeVar
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmonty.base import hostcall
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 T = TypeVar("T", bound=ctypes.Structure)
 

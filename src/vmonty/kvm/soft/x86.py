@@ -283,13 +283,12 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
 
     def _has_interrupt(self) -> bool:
         if self.apic is None:
-            return self.user_interrupt is not None
+            return False
         return self.kvm.irqs.has_interrupt(self.apic)
 
     def _take_interrupt(self) -> int | None:
         if self.apic is None:
-            vector, self.user_interrupt = self.user_interrupt, None
-            return vector
+            return None
         return self.kvm.irqs.get_interrupt(self.apic)
 
     def _wants_interrupt_window(self) -> bool:
@@ -297,7 +296,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
         return self.apic is None and bool(self.run.request_interrupt_window) and self._ready_for_injection()
 
     def _ready_for_injection(self) -> bool:
-        return self.user_interrupt is None and self.interrupt_injected is None and self.vendor.interrupt_allowed()
+        return self.interrupt_injected is None and self.vendor.interrupt_allowed()
 
     def _enter_guest(self) -> bool:
         """vcpu_enter_guest(): True to go on, False for an exit to user space."""

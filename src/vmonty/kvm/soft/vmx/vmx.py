@@ -36,6 +36,7 @@ MSR_FIELDS = {
 CR0_VALID = 0xE005_003F
 CR4_VALID = 0x0037_17FF
 EFER_VALID = 0xD01
+PHYSICAL_BITS = 46
 PAT_RESET = 0x0007_0406_0007_0406
 
 
@@ -103,6 +104,7 @@ class Vmx(VmxExits):
         write(Field.GUEST_RIP, 0xFFF0)
         write(Field.GUEST_RSP, 0)
         write(Field.GUEST_DR7, 0x400)
+        self.cpu.set_debug(6, 0xFFFF_0FF0)
         write(Field.GUEST_INTERRUPTIBILITY_INFO, 0)
         write(Field.GUEST_ACTIVITY_STATE, 0)
         write(Field.GUEST_PENDING_DBG_EXCEPTIONS, 0)
@@ -200,6 +202,9 @@ class Vmx(VmxExits):
 
     def valid_controls(self, cr0: int, cr4: int, efer: int) -> bool:
         return not (cr0 & ~CR0_VALID or cr4 & ~CR4_VALID or efer & ~EFER_VALID)
+
+    def valid_cr3(self, cr3: int) -> bool:
+        return not cr3 >> PHYSICAL_BITS
 
     def state_loaded(self) -> None:
         self.flush_tlb()

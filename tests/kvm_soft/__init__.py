@@ -1,0 +1,1 @@
+"""KVM in software: unit tests of its parts, with virtual clocks and fake neighbours."""
