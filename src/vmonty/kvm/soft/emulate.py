@@ -1,7 +1,7 @@
 """The instruction emulator, for accesses to where no memory is.
 
-It decodes what compilers and kernels use on device registers: moves with and without extension, string moves and stores,
-exchange and the read-modify-write forms. Source: SDM, "Instruction Format", "Opcode Map".
+It decodes what compilers and kernels use on device registers: moves with and without extension, string stores,
+and the read-modify-write forms. Source: SDM, "Instruction Format", "Opcode Map".
 """
 
 from __future__ import annotations

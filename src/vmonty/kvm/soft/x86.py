@@ -91,9 +91,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
 
     def set_apic_base(self, value: int) -> None:
         """Set IA32_APIC_BASE."""
-        if self.apic is not None:
-            if not self.apic.set_base(value, host_initiated=True):
-                raise OSError(errno.EINVAL, "not a value that the APIC base takes")
+        if self.apic is not None and not self.apic.set_base(value, host_initiated=True):
+            raise OSError(errno.EINVAL, "not a value that the APIC base takes")
         self._apic_base = value
 
     def get_cr8(self) -> int:

@@ -1,4 +1,7 @@
-"""Numbers of the VMCS's controls. SDM, "VM-Execution Control Fields", "VM-Exit Control Fields", "VM-Entry Control Fields"."""
+"""Numbers of the VMCS's controls.
+
+SDM, "VM-Execution Control Fields", "VM-Exit Control Fields", "VM-Entry Control Fields".
+"""
 
 from __future__ import annotations
 

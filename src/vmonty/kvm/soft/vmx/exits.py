@@ -99,7 +99,7 @@ class VmxExits:
         run = self.vcpu.run
         run.exit_reason = Exit.INTERNAL_ERROR
         run.u.internal.suberror, run.u.internal.ndata = suberror, len(data)
-        run.u.internal.data[: len(data)] = data
+        run.u.internal.data[: len(data)] = [*data]
         return False
 
     def _gp(self) -> bool:

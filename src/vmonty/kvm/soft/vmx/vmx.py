@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from vmonty.kvm.soft.x86 import VcpuX86
 
 RSP = 4
+SEGMENTS = {"es": "ES", "cs": "CS", "ss": "SS", "ds": "DS", "fs": "FS", "gs": "GS", "ldt": "LDTR", "tr": "TR"}
 SEGMENT_FIELDS = {
     name: tuple(Field[f"GUEST_{field}_{part}"] for part in ("SELECTOR", "BASE", "LIMIT", "AR_BYTES"))
-    for name, field in (
-        ("es", "ES"), ("cs", "CS"), ("ss", "SS"), ("ds", "DS"), ("fs", "FS"), ("gs", "GS"), ("ldt", "LDTR"), ("tr", "TR"),
-    )
-}  # fmt: skip
+    for name, field in SEGMENTS.items()
+}
 TABLE_FIELDS = {
     "gdt": (Field.GUEST_GDTR_BASE, Field.GUEST_GDTR_LIMIT),
     "idt": (Field.GUEST_IDTR_BASE, Field.GUEST_IDTR_LIMIT),
