@@ -54,6 +54,8 @@ class EventIoctls(VcpuState):
             raise OSError(errno.EINVAL, "there is no local APIC in the kernel")
         if not self.apic.set_state(argument.get(irq.kvm_lapic_state)):
             raise OSError(errno.EINVAL, "the APIC ID is another vCPU's")
+        if self.kvm.irqs.ioapic is not None:
+            self.kvm.irqs.ioapic.restore_rtc_tracking(self.apic)
 
     @answers(Requests.KVM_GET_VCPU_EVENTS)
     def get_vcpu_events(self, argument: Argument) -> None:

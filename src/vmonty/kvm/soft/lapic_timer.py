@@ -94,7 +94,8 @@ class ApicTimer:
         if self.mode == TSC_DEADLINE or not self._period_ns or not self.initial_count:
             return 0
         left = max(0, self._target_ns - self._clock.now_ns())
-        return min(left, self._period_ns) // self.divisor & 0xFFFFFFFF
+        # A period that was stretched shows its initial count longer.
+        return min(left // self.divisor, self.initial_count)
 
     def restart(self, tdcr: int, initial_count: int, current_count: int) -> None:
         """Go on from saved registers (the mode is set). A deadline stays.
