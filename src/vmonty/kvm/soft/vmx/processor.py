@@ -6,9 +6,11 @@ Today each vCPU has a processor of its own, so its translations and TLB are alwa
 from __future__ import annotations
 
 from vmonty.base.ram import Ram
+from vmonty.cpu import models
 from vmonty.cpu.core import Cpu
 from vmonty.cpu.vmcs import REVISION, Field
 from vmonty.cpu.vmx import Vmx as VmxInstructions
+from vmonty.kvm.soft.cpuid import OFFERED
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
 
 XSAVE_SIZE = 832
@@ -44,6 +46,7 @@ class Processor:
     def __init__(self) -> None:
         self._pages = Ram(3 * 4096, "vmonty-vmcs")
         self._cpu = Cpu()
+        models.install(self._cpu, models.parse(OFFERED))
         self._vmx = VmxInstructions(self._cpu)
         vmxon, vmcs, bitmap = (Page(self._pages, 4096 * index) for index in range(3))
         for region in (0, 4096):

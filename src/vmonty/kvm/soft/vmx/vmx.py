@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmonty.cpu import models
 from vmonty.cpu.vmcs import Field
+from vmonty.kvm.soft.cpuid import OFFERED
 from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.soft.vmx import controls as c
 from vmonty.kvm.soft.vmx.exits import VmxExits
@@ -33,9 +35,9 @@ MSR_FIELDS = {
     0xC000_0101: Field.GUEST_GS_BASE,
 }  # fmt: skip
 CR0_VALID = 0xE005_003F
-CR4_VALID = 0x0037_17FF
+CR4_VALID = models.cr4_bits(models.parse(OFFERED))
 EFER_VALID = 0xD01
-PHYSICAL_BITS = 46
+PHYSICAL_BITS = models.PHYSICAL_BITS
 PAT_RESET = 0x0007_0406_0007_0406
 
 
