@@ -14,6 +14,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the KVM under test: linux or soft; by default every one that this host has",
     )
     group.addoption(
+        "--try-known-gaps",
+        action="store_true",
+        help="run also the tests that the KVM under test is known to fail, to see whether it still does",
+    )
+    group.addoption(
         "--kvm-headers",
         metavar="DIR",
         action="append",

@@ -1,0 +1,1 @@
+"""Widths, layouts, guest RAM, errors."""

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 
 from tests.cpu.native import CODE, CODE_SIZE, DATA, DATA_SIZE, Native
+
 from vmonty.cpu import core, decode, isa
 
 TESTED_CLASSES = {"copy", "lea", "nop", "btm", "moffs", "xlat", "push", "pop", "pushi", "pushm", "popm", "leave", "string",
@@ -25,7 +26,21 @@ ARITHMETIC = 0x8D5
 FLAG_POSITIONS = {1: 0x1, 2: 0x4, 4: 0x10, 8: 0x40, 16: 0x80, 32: 0x800}
 EDGES = [0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF,
          0x8000000000000000, 0xFFFFFFFFFFFFFFFF, 0x0123456789ABCDEF]  # fmt: skip
-EDGE_FLOATS = [0.0, -0.0, 1.0, -1.0, 1.5, 3.14159, 1e30, -1e-30, float("inf"), float("-inf"), float("nan"), 2.0**31, 2.0**63]
+EDGE_FLOATS = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    1.5,
+    3.14159,
+    1e30,
+    -1e-30,
+    float("inf"),
+    float("-inf"),
+    float("nan"),
+    2.0**31,
+    2.0**63,
+]
 
 
 def flag_bits(letters: int) -> int:
@@ -73,7 +88,9 @@ class Maker:
         struct.pack_into("<II", image, 24, 0x1F80 | rng.choice([0, 0, 0x2000, 0x4000, 0x6000, 0x8040]), 0xFFFF)
         for n in range(8):
             if rng.random() < 0.5:
-                image[32 + 16 * n : 42 + 16 * n] = rng.randbytes(8) + struct.pack("<H", rng.choice([0x3FFF, 0xBFFE, 0x4005]))
+                image[32 + 16 * n : 42 + 16 * n] = rng.randbytes(8) + struct.pack(
+                    "<H", rng.choice([0x3FFF, 0xBFFE, 0x4005])
+                )
         image[4] = rng.getrandbits(8)
         for base in (160, 576):
             for n in range(32):
@@ -138,16 +155,16 @@ class Maker:
         index = 0
         if row.reg >= 0:
             reg = row.reg
-        if any(l in letters for l in "PQ") and row.reg < 0:
+        if any(letter in letters for letter in "PQ") and row.reg < 0:
             reg &= 7 if "P" in letters else 15
         form = row.form
         if not form:
-            form = rng.choice("rm") if any(l in letters for l in "EWQ") else ("m" if "M" in letters else "r")
+            form = rng.choice("rm") if any(letter in letters for letter in "EWQ") else ("m" if "M" in letters else "r")
         if row.map == 0 and 0xD8 <= row.opcode <= 0xDF and row.modrm < 0:
             form = "m"
         # Masked moves and FBSTP touch only a part, in an order of their own: kept away from faults.
         inside = "MASKMOV" in row.name or row.name == "FBSTP"
-        aligned = "al" in attributes and rng.random() < 0.9 or inside
+        aligned = ("al" in attributes and rng.random() < 0.9) or inside
         if row.modrm >= 0:
             modrm = bytes([row.modrm])
             reg = rm = 0
@@ -221,7 +238,7 @@ class Maker:
                 immediate += struct.pack("<Q", self.target(False))
         opcode = row.opcode
         if row.vex:
-            vvvv = rng.randrange(16) if any(l in letters for l in "HB") else 0
+            vvvv = rng.randrange(16) if any(letter in letters for letter in "HB") else 0
             third = w << 7 | (~vvvv & 15) << 3 | length << 2 | row.prefix
             second = (0 if reg >= 8 else 0x80) | (0 if index >= 8 else 0x40) | (0 if rm >= 8 else 0x20) | row.map
             return bytes([0xC4, second, third, opcode]) + modrm + sib + immediate
@@ -274,7 +291,7 @@ class Maker:
             case.rows.append(row)
             killed = row.flags_written
             if "shift" in row.attributes and not got["immediate"] & (
-                63 if got["operand_size"] == 8 and row.opcode & 1 or row.map else 31
+                63 if (got["operand_size"] == 8 and row.opcode & 1) or row.map else 31
             ):
                 continue
             case.undefined = case.undefined & ~flag_bits(killed) | flag_bits(row.flags_undefined)
@@ -358,15 +375,21 @@ class Bench:
                 return f"#PF address {event['payload']:#x} not {address:#x}"
         if cpu.registers != theirs.registers:
             mine, other = struct.unpack("<16Q", cpu.registers), struct.unpack("<16Q", theirs.registers)
-            return "; ".join(f"r{n} {a:#x} not {b:#x}" for n, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b)
+            return "; ".join(
+                f"r{n} {a:#x} not {b:#x}" for n, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b
+            )
         if vector < 0:
             difference = (cpu["rflags"] ^ theirs.flags) & ARITHMETIC & ~case.undefined
             if difference:
-                return f"flags {cpu['rflags'] & ARITHMETIC:#x} not {theirs.flags & ARITHMETIC:#x}, differ {difference:#x}"
+                return (
+                    f"flags {cpu['rflags'] & ARITHMETIC:#x} not {theirs.flags & ARITHMETIC:#x}, differ {difference:#x}"
+                )
         if self.memory[0x200000 : 0x200000 + DATA_SIZE] != self.native.data.raw:
             mine, other = self.memory[0x200000 : 0x200000 + DATA_SIZE], self.native.data.raw
             where = next(n for n in range(DATA_SIZE) if mine[n] != other[n])
-            return f"memory at {DATA + where:#x}: {mine[where:where + 16].hex()} not {other[where:where + 16].hex()}"
+            return (
+                f"memory at {DATA + where:#x}: {mine[where : where + 16].hex()} not {other[where : where + 16].hex()}"
+            )
         if vector >= 0:
             return ""  # some instructions change x87 tags or MXCSR status before they fault
         return self._vectors(cpu.xsave, theirs.xsave)
@@ -394,7 +417,7 @@ class Bench:
         if a == b:
             return ""
         where = next(n for n in range(832) if a[n] != b[n])
-        return f"vector state at {where}: {a[where & ~15:(where & ~15) + 16].hex()} not {b[where & ~15:(where & ~15) + 16].hex()}"
+        return f"vector state at {where}: {a[where & ~15 : (where & ~15) + 16].hex()} not {b[where & ~15 : (where & ~15) + 16].hex()}"
 
 
 def run(cases: int, seed: int, name: str = "", length: int = 0, stop_after: int = 20) -> tuple[int, list[str]]:
@@ -417,7 +440,9 @@ def run(cases: int, seed: int, name: str = "", length: int = 0, stop_after: int 
             continue
         verdict = bench.compare(case)
         if verdict:
-            problems.append(f"{'+'.join(r.name for r in case.rows)} {case.code.hex()} undefined={case.undefined:#x}: {verdict}")
+            problems.append(
+                f"{'+'.join(r.name for r in case.rows)} {case.code.hex()} undefined={case.undefined:#x}: {verdict}"
+            )
     return done, problems
 
 

@@ -46,12 +46,14 @@ class Machine:
         self.cpu = Cpu()
         self.cpu.add_region(0, self.ram.view(0, SIZE))
         gdt = [
-            0, descriptor(access=0x9B, flags=0xA), descriptor(), descriptor(access=0xF3), descriptor(access=0xFB, flags=0xA),
+            0, descriptor(access=0x9B, flags=0xA), descriptor(), descriptor(access=0xF3),
+            descriptor(access=0xFB, flags=0xA),
             descriptor(access=0x9B, flags=0xC), 0, descriptor(TSS, 0x67, 0x89, 0), 0,
         ]  # fmt: skip
         self.ram.write(GDT, struct.pack(f"<{len(gdt)}Q", *gdt))
         for vector in range(256):
             self.ram.write(IDT + 16 * vector, gate64(HANDLERS + 16 * vector))
+            self.ram.write(HANDLERS + 16 * vector, b"\xf4")
         self.ram.write_u64(TSS + 4, STACK0)
         self.ram.write_u64(TSS + 0x24, STACK_IST)
         self.ram.write_u64(TABLES, TABLES + 0x1007)
@@ -97,6 +99,11 @@ class Machine:
         self.ram.write(at, code)
         self["rip"] = at
         return self.cpu.run()
+
+    @property
+    def handler(self) -> int:
+        """The vector whose handler ran (it halts at once)."""
+        return (self["rip"] - 1 - HANDLERS) // 16
 
     def deliver(self, vector: int, error_code: int = -1, address: int = 0, kind: int = 3, length: int = 0) -> str:
         return inspection.raise_and_deliver(self.cpu, vector, error_code, address, kind, length)

@@ -36,7 +36,10 @@ def test_lengths(bits: int) -> None:
     for _ in range(20000):
         code = rng.randbytes(15)
         if rng.random() < 0.3:
-            code = rng.choice([b"\x0f", b"\x66\x0f", b"\xf3\x0f", b"\x0f\x38", b"\xc5", b"\xc4\xe2", b"\x66\x0f\x3a"]) + code
+            code = (
+                rng.choice([b"\x0f", b"\x66\x0f", b"\xf3\x0f", b"\x0f\x38", b"\xc5", b"\xc4\xe2", b"\x66\x0f\x3a"])
+                + code
+            )
         verdict = _judge(code[:15], bits)
         if verdict.startswith("length"):
             wrong.append((code.hex(), verdict))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 
 import pytest
+from tests.cpu.flat import CODE, STACK, Machine
 
-from tests.cpu.machine import CODE, STACK, Machine
+from vmonty.cpu import core
 
 
-@pytest.fixture()
+@pytest.fixture
 def machine() -> Machine:
     """A machine at CPL 0."""
     return Machine()
@@ -170,3 +172,33 @@ def test_cache_is_bounded() -> None:
     machine.load(bytes(code) + b"\xf4")
     assert machine.cpu.run() == "halt"
     assert machine.cpu["rax"] == sum(n % 100 + 1 for n in range(2000))
+
+
+def test_code_written_by_another_processor() -> None:
+    """One processor spins in a loop until the other overwrites its jump. SDM, "Handling ... Cross-Modifying Code"."""
+    spinning = Machine()
+    writing = Machine(spinning.memory)
+    spinning.load("f3 90  eb fc  b8 05 00 00 00  f4")
+    writing.load("66 c7 04 25 02 00 10 00 90 90  f4", CODE + 0x3000)  # mov word [0x100002], 0x9090
+    writing.cpu["rip"] = CODE + 0x3000
+    thread = threading.Thread(target=spinning.cpu.run)
+    thread.start()
+    time.sleep(0.1)
+    assert writing.cpu.run() == "halt"
+    thread.join(5)
+    stuck = thread.is_alive()
+    spinning.cpu.kick()
+    thread.join(5)
+    assert not stuck
+    assert spinning.cpu["rax"] == 5
+
+
+def test_code_written_by_a_device(machine: Machine) -> None:
+    """Host software that writes guest memory says so, and old translations go."""
+    assert machine.run("b8 01 00 00 00  f4") == "halt"
+    machine.load("b8 02 00 00 00  f4")
+    address = ctypes.addressof(ctypes.c_char.from_buffer(machine.memory))
+    core.memory_written(address + CODE, 6)
+    machine.cpu["rip"] = CODE
+    assert machine.cpu.run() == "halt"
+    assert machine.cpu["rax"] == 2

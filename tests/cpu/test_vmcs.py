@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 import vmonty.cpu.vmcs as vmcs
 from vmonty.base.ram import Ram
 from vmonty.cpu.core import Cpu

@@ -17,7 +17,9 @@ RAM_SIZE = 2 << 20
 
 
 class Guest:
-    """2 MiB of memory, identity page tables of 1 GiB (2 MiB present), 64-bit mode at CPL 0, IDT gate n → HANDLERS + 16 n."""
+    """2 MiB of memory, identity page tables of 1 GiB (2 MiB present), 64-bit mode at CPL 0, IDT gate n →
+    HANDLERS + 16 n.
+    """
 
     def __init__(self) -> None:
         self.cpu = Cpu(4 << 20)
@@ -102,6 +104,7 @@ class Guest:
         """Put code (hex) at CODE and enter there; with none, go on. Gives the exit reason."""
         if code:
             self.ram.write(CODE, bytes.fromhex(code))
+            self.cpu.flush_code()  # the processor doesn't see the host's own writes
             self[F.GUEST_RIP] = CODE
         return self.vmx.run()
 

@@ -6,6 +6,8 @@ vector on port 0x30 and ends with an EOI. (Ports 0x20 and 0x21 are the PIC's.)
 
 from __future__ import annotations
 
+import time
+
 from vmonty.testing.guests import Mode, TinyGuest
 
 APIC, IOAPIC = 0xFEE00000, 0xFEC00000
@@ -45,8 +47,7 @@ def handler(vector: int, after: str = "") -> str:
 def redirect(pin: int, low: int, high: int = 0) -> str:
     """Write the redirection entry of I/O APIC *pin* (82093AA, "IOREDTBL")."""
     return "".join(
-        store(IOAPIC, 0x10 + 2 * pin + index) + store(IOAPIC + 0x10, value)
-        for index, value in ((1, high), (0, low))
+        store(IOAPIC, 0x10 + 2 * pin + index) + store(IOAPIC + 0x10, value) for index, value in ((1, high), (0, low))
     )
 
 
@@ -91,14 +92,19 @@ PIC_READY, PIC_REPORT = 0x80, 0x90
 
 
 def interrupted(guest: TinyGuest) -> int:
-    """The vector that the next handler reports. A KVM that emulates code may take some turns to deliver it."""
-    return out_of(guest, REPORT, limit=1000)
+    """The vector that the next handler reports.
+
+    That may take some turns of the ready loop: an irqfd's work is done on another thread of the kernel, and a KVM
+    that emulates code looks for interrupts only now and then.
+    """
+    return out_of(guest, REPORT)
 
 
-def out_of(guest: TinyGuest, port: int, limit: int = 200_000) -> int:
+def out_of(guest: TinyGuest, port: int, limit_s: float = 20.0) -> int:
     """The value of the next OUT to *port*; the guest's turns of its ready loop are passed over."""
-    for _ in range(limit):
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end:
         found, value = guest.out()
         if found == port:
             return value
-    raise AssertionError(f"the guest looped {limit} times without an OUT to {port:#x}")
+    raise AssertionError(f"no OUT to {port:#x} came within {limit_s:g} s")

@@ -18,29 +18,26 @@ AMD_UNDER_TCG = "kvm_amd on an emulated CPU"
 GAPS: dict[str, dict[str, str]] = {
     PVM: {
         "iopl": "CPL3 code with IOPL 3 gets #GP for IN and OUT: only the TSS's permission bitmap is looked at",
-        "real-mode-idt-limit": "real mode is emulated, and the emulator delivers interrupts without looking at IDTR's limit",
+        "real-mode-idt-limit": "real mode is emulated, and the emulator does not look at IDTR's limit",
         "int3-cpl0": "CPL0 code is emulated, and the emulator does not know INT3",
         "iret-protected": "32-bit CPL0 code is emulated, and the emulator does not know IRETD",
         "int-n-cpl3": "INT n in CPL3 does not reach the guest's gate",
         "irq-window": "emulated code runs on to its next exit: the opening of the interrupt window is not noticed",
         "apic-isr": "an interrupt counts as ended when it is delivered: the local APIC never shows it in service, and"
         " level-triggered ones come again before the EOI",
-        "set-tsc-khz": "KVM_SET_TSC_KHZ accepts frequencies that nothing can reach",
         "io-exits": "the statistic io_exits stays 0: port accesses of emulated code are not counted",
         "tpr-access": "KVM_TPR_ACCESS_REPORTING is accepted and no access is ever reported",
         "tsc-offset": "the guest's TSC is the host's: neither MSR 0x10 nor KVM_VCPU_TSC_OFFSET moves it",
         "debug-cpl3": "single steps and breakpoints of CPL3 code become #DB of the guest or nothing, never Exit.DEBUG",
         "watchpoint": "CPL0 code is emulated, and the emulator does not look at watchpoints; in CPL3 they never exit",
-        "sw-breakpoint": "INT3 never becomes Exit.DEBUG: emulated code cannot execute it, in CPL3 it is the guest's #BP",
+        "sw-breakpoint": "INT3 is never Exit.DEBUG: emulated code cannot execute it, in CPL3 it is the guest's #BP",
         "hypercall": "CPL0 code is emulated, and VMCALL and VMMCALL are patched and executed again for ever",
     },
     AMD_UNDER_TCG: {
-        "kvmclock-ctrl": "KVM_KVMCLOCK_CTRL is refused",
-        "set-tsc-khz": "KVM_SET_TSC_KHZ fails",
         "hw-breakpoint": "the emulated CPU does not stop at hardware breakpoints of a nested guest",
         "watchpoint": "the emulated CPU does not stop at watchpoints of a nested guest",
         "sw-breakpoint": "the emulated CPU does not intercept INT3 of a nested guest",
-        "io-bitmap": "the emulated CPU takes a busy TSS for none, so CPL3 code gets #GP where its bitmap allows a port",
+        "io-bitmap": "the emulated CPU takes a busy TSS for none: CPL3 code gets #GP for ports that are allowed",
     },
 }
 

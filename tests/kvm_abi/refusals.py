@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from vmonty.base.errors import KvmError
+
+
+def outcome(call: Callable[[], object], *codes: int) -> int:
+    """0 when *call* works, else its errno, which must be one of *codes*."""
+    try:
+        call()
+    except KvmError as error:
+        number = error.errno or 0
+    else:
+        number = 0
+    if number not in (0, *codes):
+        raise AssertionError(f"{errno.errorcode[number]} is none of {[errno.errorcode[code] for code in codes]}")
+    return number
 
 
 @contextlib.contextmanager

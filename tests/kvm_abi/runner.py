@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 
-from vmonty.base.errors import HandleClosed
 from vmonty.kvm.api import Vcpu
 from vmonty.kvm.uapi import Exit
 

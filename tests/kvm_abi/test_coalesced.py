@@ -1,4 +1,7 @@
-"""Coalesced MMIO and ports: writes collect in a ring instead of exiting. Source: api.rst, KVM_(UN)REGISTER_COALESCED_MMIO."""
+"""Coalesced MMIO and ports: writes collect in a ring instead of exiting.
+
+Source: api.rst, KVM_(UN)REGISTER_COALESCED_MMIO.
+"""
 
 from __future__ import annotations
 

@@ -198,7 +198,9 @@ class TestDirtyRing:
         memory = Ram(1024 * PAGE_SIZE)
         configured.set_user_memory_region(SLOT, BASE, memory, flags=KVM_MEM_LOG_DIRTY_PAGES)
         with configured.create_vcpu() as vcpu:
-            source = f"mov ebx, {BASE:#x}\n again: mov [rbx], al\n add rbx, 0x1000\n cmp rbx, {BASE + 1024 * PAGE_SIZE:#x}\n"
+            source = (
+                f"mov ebx, {BASE:#x}\n again: mov [rbx], al\n add rbx, 0x1000\n cmp rbx, {BASE + 1024 * PAGE_SIZE:#x}\n"
+            )
             load(vcpu, ram, Mode.LONG, f"{source} jne again\n out 0x10, al")
             assert vcpu.run() is Exit.DIRTY_RING_FULL
             ring = vcpu.dirty_ring(self.SIZE)

@@ -21,7 +21,8 @@ LOOP = "again: out 0x10, al\n jmp again"
 
 def handler(mode: Mode, value: int = VECTOR) -> str:
     """Report *value* on port 0x20 and go on."""
-    return f"push {'rax' if mode.long else 'ax'}\n mov al, {value}\n out 0x20, al\n pop {'rax' if mode.long else 'ax'}\n {RETURN[mode]}"
+    register = "rax" if mode.long else "ax"
+    return f"push {register}\n mov al, {value}\n out 0x20, al\n pop {register}\n {RETURN[mode]}"
 
 
 def enable_interrupts(guest: TinyGuest) -> None:

@@ -31,7 +31,9 @@ def count_fds() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=lambda order: "".join("svc"[i] for i in order))
+@pytest.mark.parametrize(
+    "order", list(itertools.permutations(range(3))), ids=lambda order: "".join("svc"[i] for i in order)
+)
 def test_close_in_any_order(provider: WatchedProvider, order: tuple[int, ...]) -> None:
     """System, VM and vCPU; what is still open goes on working."""
     system = System(provider)

@@ -97,7 +97,9 @@ MODIFYING = [
 )
 def test_read_modify_write(guest: TinyGuest, template: str, before: int, after: int) -> None:
     """One instruction, two exits: its read, then its write."""
-    guest.load(Mode.PROTECTED, f"{prelude(Mode.PROTECTED)} mov eax, 0x3c\n {template.format(operand(Mode.PROTECTED))}\n hlt")
+    guest.load(
+        Mode.PROTECTED, f"{prelude(Mode.PROTECTED)} mov eax, 0x3c\n {template.format(operand(Mode.PROTECTED))}\n hlt"
+    )
     expect_mmio(guest, MMIO, 4, write=False)
     answer(guest, before.to_bytes(4, "little"))
     assert expect_mmio(guest, MMIO, 4, write=True) == after.to_bytes(4, "little")

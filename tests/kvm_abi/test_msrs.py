@@ -82,7 +82,9 @@ def test_non_canonical_address(vcpu: Vcpu) -> None:
 
 def test_guest_reads_what_user_space_set(guest: TinyGuest) -> None:
     guest.vcpu.set_msrs({0x176: 0x12345678})
-    guest.load(Mode.LONG, "mov ecx, 0x176\n rdmsr\n out 0x10, eax\n mov eax, 0x99\n xor edx, edx\n wrmsr\n out 0x11, al")
+    guest.load(
+        Mode.LONG, "mov ecx, 0x176\n rdmsr\n out 0x10, eax\n mov eax, 0x99\n xor edx, edx\n wrmsr\n out 0x11, al"
+    )
     assert guest.out() == (0x10, 0x12345678)
     assert guest.out()[0] == 0x11
     assert guest.vcpu.get_msrs([0x176]) == {0x176: 0x99}

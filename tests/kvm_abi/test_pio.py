@@ -29,7 +29,10 @@ def test_in(guest: TinyGuest, mode: Mode, size: int, register: str) -> None:
     io = guest.vcpu.kvm_run.u.io
     assert (io.direction, io.size, io.port, io.count) == (KVM_EXIT_IO_IN, size, PORT, 1)
     guest.vcpu.io_data()[:] = bytes.fromhex("11223344")[:size]
-    assert guest.out() == (0x10, int.from_bytes(bytes.fromhex("11223344")[:size] + bytes([0xAA] * (4 - size)), "little"))
+    assert guest.out() == (
+        0x10,
+        int.from_bytes(bytes.fromhex("11223344")[:size] + bytes([0xAA] * (4 - size)), "little"),
+    )
 
 
 def test_immediate_port(guest: TinyGuest) -> None:
@@ -84,7 +87,9 @@ def test_rep_outs(guest: TinyGuest, mode: Mode, size: int, suffix: str) -> None:
 @pytest.mark.parametrize(("size", "suffix"), STRINGS, ids=["insb", "insw", "insd"])
 def test_rep_ins(guest: TinyGuest, mode: Mode, size: int, suffix: str) -> None:
     """``rep ins`` of five elements lands in guest memory; one exit may carry several (kvm_run.io.count)."""
-    guest.load(mode, f"cld\n mov edi, {DATA}\n mov ecx, 5\n mov dx, {PORT:#x}\n rep ins{suffix}\n mov al, 1\n out 0x10, al")
+    guest.load(
+        mode, f"cld\n mov edi, {DATA}\n mov ecx, 5\n mov dx, {PORT:#x}\n rep ins{suffix}\n mov al, 1\n out 0x10, al"
+    )
     wanted = bytes(range(0x40, 0x40 + 5 * size))
     given = 0
     while given < len(wanted):

@@ -7,7 +7,7 @@ import errno
 
 import pytest
 
-from vmonty.kvm.api import CpuidEntry, System, Vcpu
+from vmonty.kvm.api import CpuidEntry, Vcpu
 from vmonty.kvm.uapi import Cap, Requests
 from vmonty.kvm.uapi.flags import (
     KVM_MP_STATE_HALTED,
@@ -18,7 +18,7 @@ from vmonty.kvm.uapi.flags import (
     KVM_X86_REG_TYPE_MSR,
 )
 from vmonty.kvm.uapi.irq import kvm_lapic_state
-from vmonty.kvm.uapi.vcpu import kvm_regs, kvm_xsave
+from vmonty.kvm.uapi.vcpu import kvm_regs
 from vmonty.testing.guests import CR4_PAE, DATA, EFER_LMA, EFER_LME, Mode, TinyGuest, load
 
 from .refusals import refused
@@ -169,84 +169,6 @@ class TestSregs2:
             guest.vcpu.set_sregs2(sregs)
 
 
-def test_fpu_round_trip(vcpu: Vcpu) -> None:
-    fpu = vcpu.get_fpu()
-    assert fpu.fcw in (0x37F, 0x40), "INIT or reset state"
-    fpu.fcw, fpu.ftwx = 0x27F, 0xFF  # Linux ignores mxcsr (kvm_arch_vcpu_ioctl_set_fpu); XSAVE carries it
-    for index, register in enumerate(fpu.xmm):
-        register[:] = [index] * 16
-    for index, register in enumerate(fpu.fpr):
-        register[:10] = [0x10 + index] * 10
-    vcpu.set_fpu(fpu)
-    again = vcpu.get_fpu()
-    assert (again.fcw, again.ftwx) == (0x27F, 0xFF)
-    assert [bytes(register) for register in again.xmm] == [bytes([index]) * 16 for index in range(16)]
-    assert [bytes(register)[:10] for register in again.fpr] == [bytes([0x10 + index]) * 10 for index in range(8)]
-
-
-@pytest.fixture
-def vector_guest(guest: TinyGuest) -> TinyGuest:
-    """It has loaded XMM0 (until then KVM may take SSE for unused), and will store it when it goes on."""
-    guest.ram.write(DATA, b"from the guest!!")
-    guest.load(Mode.USER, f"movups xmm0, [abs {DATA}]\n out 0x10, al\n movups [abs {DATA + 16}], xmm0\n out 0x11, al")
-    assert guest.out()[0] == 0x10
-    guest.vcpu.complete_io()
-    return guest
-
-
-def test_fpu_and_guest(vector_guest: TinyGuest) -> None:
-    fpu = vector_guest.vcpu.get_fpu()
-    assert bytes(fpu.xmm[0]) == b"from the guest!!"
-    fpu.xmm[0][:] = list(b"into the guest!!")
-    vector_guest.vcpu.set_fpu(fpu)
-    assert vector_guest.out()[0] == 0x11
-    assert vector_guest.ram.read(DATA + 16, 16) == b"into the guest!!"
-
-
-def test_xsave_and_guest(vector_guest: TinyGuest) -> None:
-    """The legacy region of the area: XMM0 at 160; XSTATE_BV at 512 says what is valid (SDM, "XSAVE Area")."""
-    area = bytearray(vector_guest.vcpu.get_xsave())
-    assert area[160:176] == b"from the guest!!"
-    assert area[512] & 2
-    area[160:176] = b"into the guest!!"
-    vector_guest.vcpu.set_xsave(kvm_xsave.from_buffer(area))
-    assert vector_guest.out()[0] == 0x11
-    assert vector_guest.ram.read(DATA + 16, 16) == b"into the guest!!"
-
-
-def test_xsave2(vector_guest: TinyGuest) -> None:
-    """As long as KVM_CAP_XSAVE2 says, and the same state; where that is absent, the request is refused."""
-    size = vector_guest.vm.check_extension(Cap.XSAVE2)
-    if size == 0:
-        with refused(errno.ENOTTY, errno.EINVAL):
-            vector_guest.vcpu.get_xsave2(4096)
-        return
-    area = vector_guest.vcpu.get_xsave2(size)
-    assert len(area) == size >= 4096
-    assert area[160:176] == b"from the guest!!"
-
-
-def test_xsave_with_an_impossible_component(vcpu: Vcpu) -> None:
-    area = bytearray(vcpu.get_xsave())
-    area[519] |= 0x40
-    with refused(errno.EINVAL):
-        vcpu.set_xsave(kvm_xsave.from_buffer(area))
-
-
-def test_xcrs(guest: TinyGuest, system: System) -> None:
-    if not any(entry.function == 1 and entry.ecx >> 26 & 1 for entry in system.supported_cpuid()):
-        pytest.skip("this KVM offers guests no XSAVE")
-    guest.vcpu.set_cpuid2(system.supported_cpuid())
-    assert guest.vcpu.get_xcrs() == {0: 1}
-    guest.vcpu.set_xcrs({0: 3})
-    assert guest.vcpu.get_xcrs() == {0: 3}
-    with refused(errno.EINVAL):
-        guest.vcpu.set_xcrs({0: 2})  # x87 must be on
-    with refused(errno.EINVAL):
-        guest.vcpu.set_xcrs({0: 1 << 62 | 3})
-    assert guest.vcpu.get_xcrs() == {0: 3}
-
-
 def test_debugregs_round_trip(vcpu: Vcpu) -> None:
     registers = vcpu.get_debugregs()
     assert (registers.dr6, registers.dr7) == (0xFFFF0FF0, 0x400)
@@ -332,7 +254,10 @@ def test_one_reg(vcpu: Vcpu) -> None:
 
 
 def test_setting_up_long_mode_in_the_guest(guest: TinyGuest, cpuid: list[CpuidEntry]) -> None:
-    """WRMSR takes EFER.LME only if CPUID shows long mode. The guest goes from protected to 64-bit mode by itself; user space sees each step in sregs."""
+    """The guest goes from protected to 64-bit mode by itself, and user space sees it in sregs.
+
+    WRMSR takes EFER.LME only if CPUID shows long mode.
+    """
     guest.load(Mode.LONG, "hlt")  # only for its tables
     load(
         guest.vcpu, guest.ram, Mode.PROTECTED,

@@ -1,4 +1,7 @@
-"""Getting out of KVM_RUN: immediate_exit, kick, signals and their mask. Source: api.rst, KVM_RUN, KVM_SET_SIGNAL_MASK."""
+"""Getting out of KVM_RUN: immediate_exit, kick, signals and their mask.
+
+Source: api.rst, KVM_RUN, KVM_SET_SIGNAL_MASK.
+"""
 
 from __future__ import annotations
 

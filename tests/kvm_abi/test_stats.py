@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 
 import pytest
@@ -45,7 +46,7 @@ def test_descriptors(vcpu: Vcpu) -> None:
     """Every value lies behind the other; units and exponents are those of the format."""
     with vcpu.stats() as stats:
         offsets = sorted((entry.offset, entry.size) for entry in stats.descriptors)
-        for (offset, size), (following, _) in zip(offsets, offsets[1:], strict=False):
+        for (offset, size), (following, _) in itertools.pairwise(offsets):
             assert offset + 8 * size <= following
         by_name = {entry.name: entry for entry in stats.descriptors}
         assert (by_name["exits"].unit, by_name["exits"].exponent, by_name["exits"].size) == ("", 0, 1)

@@ -109,7 +109,9 @@ def test_supported_cpuid(cpuid: list[CpuidEntry]) -> None:
         assert features.edx >> bit & 1, f"CPUID.1:EDX bit {bit}"
     assert leaves[0x80000001, 0].edx >> 29 & 1, "long mode"
     signature = leaves[0x40000000, 0]
-    assert b"".join(r.to_bytes(4, "little") for r in (signature.ebx, signature.ecx, signature.edx)) == b"KVMKVMKVM\0\0\0"
+    assert (
+        b"".join(r.to_bytes(4, "little") for r in (signature.ebx, signature.ecx, signature.edx)) == b"KVMKVMKVM\0\0\0"
+    )
 
 
 def test_emulated_cpuid(system: System) -> None:

@@ -106,8 +106,9 @@ class TestPit:
         source = "".join(
             f"mov al, {value:#x}\n out {port:#x}, al\n" for port, value in ((0x43, 0x34), (0x40, 0xFF), (0x40, 0xFF))
         )
-        chipped.load(Mode.LONG, f"{source} mov al, 0\n out 0x43, al\n in al, 0x40\n mov bl, al\n in al, 0x40\n mov ah, al\n"
-                     " mov al, bl\n out 0x90, ax")  # fmt: skip
+        latch = "mov al, 0\n out 0x43, al\n"
+        read = "in al, 0x40\n mov bl, al\n in al, 0x40\n mov ah, al\n mov al, bl\n out 0x90, ax"
+        chipped.load(Mode.LONG, source + latch + read)
         port, value = chipped.out()
         assert (port, 0 < value <= 0xFFFF) == (0x90, True)
 

@@ -26,14 +26,16 @@ def constants() -> dict[str, int]:
     return named
 
 
+def _is_layout(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, ctypes.Structure | ctypes.Union)
+
+
 def layouts() -> dict[str, Layout]:
     """Every struct and union: name → class."""
     found: dict[str, Layout] = {}
     for info in pkgutil.iter_modules(uapi.__path__):
         module = importlib.import_module(f"vmonty.kvm.uapi.{info.name}")
-        for name, value in vars(module).items():
-            if isinstance(value, type) and issubclass(value, ctypes.Structure | ctypes.Union) and name.startswith("kvm_"):
-                found[name] = value
+        found |= {name: value for name, value in vars(module).items() if name.startswith("kvm_") and _is_layout(value)}
     return found
 
 
@@ -78,7 +80,7 @@ def bit_fields(layout: Layout) -> dict[str, str]:
             setattr(value, name, (1 << width[0]) - 1)
             rows[name] = bytes(value).hex()
         else:
-            element, path = dict((n, k) for n, k, *_ in layout._fields_)[name], name
+            element, path = {field: kind for field, kind, *_ in layout._fields_}[name], name
             while hasattr(element, "_length_"):
                 element, path = element._type_, f"{path}[0]"
             if not issubclass(element, ctypes.Structure | ctypes.Union) or getattr(layout, name).size == 0:

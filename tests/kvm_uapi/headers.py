@@ -56,7 +56,11 @@ class Headers:
             return "no C compiler (on Debian or Ubuntu: apt-get install gcc libc6-dev)"
         done = self.run_compiler(["-fsyntax-only"], INCLUDES)
         first = next(iter(done.stderr.splitlines()), "")
-        return f"no KVM headers (on Debian or Ubuntu: apt-get install linux-libc-dev): {first}" if done.returncode else None
+        return (
+            f"no KVM headers (on Debian or Ubuntu: apt-get install linux-libc-dev): {first}"
+            if done.returncode
+            else None
+        )
 
     @cached_property
     def text(self) -> str:

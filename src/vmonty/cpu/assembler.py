@@ -5,7 +5,6 @@ in bits 8 and 9: 0x8B, 0x1AF for 0F AF, 0x2F0 for 0F 38 F0. The caller guarantee
 SDM, "Instruction Format".
 """
 
-
 import cython
 
 
@@ -153,7 +152,7 @@ def mov_imm(a, reg, value):
             put8(a, 0x41)
         put8(a, 0xB8 | (reg & 7))
         put32(a, value)
-    elif cython.cast(int64_t, value)  >> 31 == -1:
+    elif cython.cast(int64_t, value) >> 31 == -1:
         put8(a, 0x49 if reg >= 8 else 0x48)
         put8(a, 0xC7)
         put8(a, 0xC0 | (reg & 7))

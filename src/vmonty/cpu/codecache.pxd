@@ -28,6 +28,7 @@ cdef enum:
 
 cdef struct Block:
     uint64_t rip
+    uint64_t linear          # rip plus the code segment's base
     uint64_t host_page       # host address of the first page that its code lies in
     uint64_t host_page2      # second page, or 0
     uint32_t key
@@ -97,6 +98,7 @@ cdef struct CodeCache:
     uint64_t careful_access
     uint64_t careful_commit
     uint64_t call_helper
+    uint64_t to_linear       # rcx = offset, immediate pushed: rcx = linear address after the segment's checks
     uint64_t lookup[3]       # r15 = guest rip: jump through the jump cache of a TLB set
     uint64_t copy[4]         # void copy(to, from, count): rep movs by log2 size
     uint64_t fill[4]         # void fill(to, count, value): rep stos
@@ -111,9 +113,31 @@ ctypedef void (*string_function)(uint64_t, uint64_t, uint64_t) noexcept nogil
 cdef extern from "<sys/mman.h>" nogil:
     int memfd_create(const char *name, unsigned int flags)
 
+cdef extern from * nogil:
+    int lock_take "__sync_lock_test_and_set"(int *lock, int value)
+    void lock_drop "__sync_lock_release"(int *lock)
+    int add_byte "__sync_fetch_and_add"(uint8_t *at, int value)
+
+# All processors of this process, and for each page of host memory (by the low 22 bits of its number) how many of them
+# hold translations of code in it.
+cdef enum:
+    CODE_COUNTERS = 4194304
+
+cdef CpuState *processors[256]
+cdef int processors_count
+cdef int processors_lock
+cdef uint8_t *code_counters
+
+cdef int register_processor(CpuState *s) noexcept
+cdef void unregister_processor(CpuState *s) noexcept
+# Tell every other processor (s NULL: every one) that a page with code was written.
+cdef void announce_write(CpuState *s, uint64_t host_page) noexcept nogil
+# Drop what others announced; the dispatcher calls it when the run flag went 0.
+cdef void drain_writes(CpuState *s) noexcept nogil
+
 cdef int32_t displacement(CpuState *s, void *field) noexcept nogil
 cdef CodeCache *cache_new(CpuState *s, uint64_t size, void *memory_slow, void *careful_access, void *careful_commit,
-                          void *call_helper) noexcept nogil
+                          void *call_helper, void *to_linear) noexcept nogil
 cdef void cache_free(CpuState *s) noexcept nogil
 cdef void cache_flush(CpuState *s) noexcept nogil
 cdef Block *block_find(CodeCache *c, uint64_t rip, uint64_t host_page, uint32_t key) noexcept nogil

@@ -27,7 +27,6 @@ from cython.cimports.posix.unistd import close, ftruncate
 from cython.cimports.vmonty.cpu.assembler import (
     NONE,
     alu_imm,
-    call_to,
     here,
     jmp_to,
     lea,
@@ -40,12 +39,12 @@ from cython.cimports.vmonty.cpu.assembler import (
     op_reg,
     pext_mem,
     put8,
-    put32,
     store,
     store32,
     store_imm32,
 )
 from cython.cimports.vmonty.cpu.state import ARITHMETIC_FLAGS, JUMP_CACHE_ENTRIES, SHADOW_STACK, TLB_ENTRIES, TLB_SETS
+
 
 def displacement(s, field):
     """Give the displacement from rbp of a field of the state."""
@@ -279,6 +278,7 @@ def _memory_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), sav
     c.careful_access = _call_c(c, s, functions[1], 2, saved, 1)
     c.careful_commit = _call_c(c, s, functions[2], 0, saved, 0)
     c.call_helper = _call_c(c, s, functions[3], 1, saved, 0)
+    c.to_linear = _call_c(c, s, functions[4], 2, saved, 1)
     k: cython.int
     for k in range(TLB_SETS):
         c.lookup[k] = here(a)
@@ -343,7 +343,7 @@ def _memory_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), sav
     put8(a, 0xC3)
 
 
-def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper):
+def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper, to_linear):
     """Make the cache and its stubs; NULL when the host gives no memory. ``size`` in bytes."""
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), _map(cython.sizeof(CodeCache)))
     if c == cython.NULL:
@@ -386,6 +386,7 @@ def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper)
     functions[1] = careful_access
     functions[2] = careful_commit
     functions[3] = call_helper
+    functions[4] = to_linear
     _enter_leave(c, s)
     c.first = c.a.at - c.writable
     s.translator = c
@@ -449,6 +450,9 @@ def cache_flush(s):
     """Drop every translation."""
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     k: cython.int
+    for k in range(cython.cast(cython.int, c.pages_used)):
+        if c.pages[k].first:
+            add_byte(_counter(c.pages[k].host_page), -1)
     c.a.at = c.writable + c.first
     c.blocks_used = 0
     c.links_used = 0
@@ -505,22 +509,123 @@ def _page_find(c: cython.pointer(CodeCache), host_page: uint64_t) -> cython.poin
     return cython.NULL
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _counter(host_page: uint64_t) -> cython.p_uchar:
+    return code_counters + ((host_page >> 12) & (CODE_COUNTERS - 1))
+
+
 def is_code_page(s, host_page):
-    """Tell whether translations of that page exist: then it may not be in a write TLB."""
-    p: cython.pointer(CodePage) = _page_find(
-        cython.cast(cython.pointer(CodeCache), s.translator), host_page & ~cython.cast(uint64_t, 0xFFF)
-    )
-    return p != cython.NULL and p.first != 0
+    """Tell whether any processor has translations of that page: then it may not be in a write TLB."""
+    return _counter(host_page)[0] != 0
+
+
+def register_processor(s):
+    """Enter a processor into the list. Call with the GIL held; -1 when there is no room or no memory."""
+    global code_counters, processors_count
+    k: cython.int
+    if code_counters == cython.NULL:
+        code_counters = cython.cast(cython.p_uchar, _map(CODE_COUNTERS))
+        if code_counters == cython.NULL:
+            return -1
+    for k in range(processors_count):
+        if processors[k] == cython.NULL:
+            processors[k] = s
+            return 0
+    if processors_count >= 256:
+        return -1
+    processors[processors_count] = s
+    processors_count += 1
+    return 0
+
+
+def unregister_processor(s):
+    """Take a processor out of the list. Call with the GIL held, the processor idle."""
+    k: cython.int
+    cache_flush(s)
+    while lock_take(cython.address(processors_lock), 1):
+        pass
+    for k in range(processors_count):
+        if processors[k] == s:
+            processors[k] = cython.NULL
+    lock_drop(cython.address(processors_lock))
+
+
+def announce_write(s, host_page):
+    """Queue a written page for every processor but ``s`` and get them to look."""
+    k: cython.int
+    t: cython.pointer(CpuState)
+    while lock_take(cython.address(processors_lock), 1):
+        pass
+    for k in range(processors_count):
+        t = processors[k]
+        if t == cython.NULL or t == s:
+            continue
+        if t.code_queue_count < 64:
+            t.code_queue[t.code_queue_count] = host_page
+            t.code_queue_count += 1
+        else:
+            t.code_queue_all = 1
+        t.run = 0
+    lock_drop(cython.address(processors_lock))
+
+
+def drain_writes(s):
+    """Drop the translations of pages that others wrote."""
+    pages: uint64_t[64]
+    n: uint32_t
+    k: uint32_t
+    everything: uint32_t
+    while lock_take(cython.address(processors_lock), 1):
+        pass
+    n = s.code_queue_count
+    for k in range(n):
+        pages[k] = s.code_queue[k]
+    everything = s.code_queue_all
+    s.code_queue_count = 0
+    s.code_queue_all = 0
+    lock_drop(cython.address(processors_lock))
+    if everything:
+        cache_flush(s)
+    else:
+        for k in range(n):
+            _drop_page(s, pages[k])
+    if n:
+        shadow_reset(s)
 
 
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _page_add(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), host_page: uint64_t) -> cython.pointer(CodePage):
-    p: cython.pointer(CodePage) = _page_find(c, host_page)
-    h: uint32_t
+def _forget_writable(s: cython.pointer(CpuState), host_page: uint64_t) -> cython.void:
+    """Take a page out of a processor's write tables.
+
+    Another processor may have looked its entry up just before and store a moment later: code that is written while it
+    is first translated elsewhere, without synchronisation, may be seen in either state. What it writes after the next
+    poll is seen.
+    """
     k: cython.int
     t: cython.int
+    n: cython.int = s.page_slots_used
+    for k in range(n):
+        if s.page_slots[k].host == host_page:
+            s.page_slots[k].negated_tag = cython.cast(uint64_t, 1) << 62
+    for t in range(TLB_SETS):
+        for k in range(TLB_ENTRIES):
+            if s.tlb_write[t][k].host == host_page:
+                s.tlb_write[t][k].negated_tag = cython.cast(uint64_t, 1) << 62
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _page_add(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), host_page: uint64_t) -> cython.pointer(
+    CodePage
+):
+    p: cython.pointer(CodePage) = _page_find(c, host_page)
+    h: uint32_t
+    n: cython.int
     if p == cython.NULL:
         h = _page_bucket(host_page)
         p = cython.address(c.pages[c.pages_used])
@@ -530,13 +635,13 @@ def _page_add(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), host_pa
         p.next = c.page_buckets[h]
         c.page_buckets[h] = c.pages_used
     if p.first == 0:
-        for k in range(s.page_slots_used):
-            if s.page_slots[k].host == host_page:
-                s.page_slots[k].negated_tag = cython.cast(uint64_t, 1) << 62
-        for t in range(TLB_SETS):
-            for k in range(TLB_ENTRIES):
-                if s.tlb_write[t][k].host == host_page:
-                    s.tlb_write[t][k].negated_tag = cython.cast(uint64_t, 1) << 62
+        add_byte(_counter(host_page), 1)
+        while lock_take(cython.address(processors_lock), 1):
+            pass
+        for n in range(processors_count):
+            if processors[n] != cython.NULL:
+                _forget_writable(processors[n], host_page)
+        lock_drop(cython.address(processors_lock))
     return p
 
 
@@ -605,25 +710,36 @@ def block_invalidate(s, b):
 
 
 def code_written(s, host_page):
-    """Drop the translations of a page that is about to be written; tells how many. Dispatcher or careful code only."""
-    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    """Drop the translations of a page that is being written; tells how many of ours. Not from translated blocks."""
     host_page &= ~cython.cast(uint64_t, 0xFFF)
+    count: cython.int = _drop_page(s, host_page)
+    if _counter(host_page)[0]:
+        announce_write(s, host_page)
+    if count:
+        s.code_page_written = 1
+    return count
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _drop_page(s: cython.pointer(CpuState), host_page: uint64_t) -> cython.int:
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     p: cython.pointer(CodePage) = _page_find(c, host_page)
     b: cython.pointer(Block)
     n: uint32_t
     count: cython.int = 0
-    if p == cython.NULL:
+    if p == cython.NULL or p.first == 0:
         return 0
     n = p.first
     p.first = 0
+    add_byte(_counter(host_page), -1)
     while n:
         b = cython.address(c.blocks[n - 1])
         n = b.page_next if b.host_page == host_page else b.page_next2
         if b.valid:
             block_invalidate(s, b)
             count += 1
-    if count:
-        s.code_page_written = 1
     return count
 
 

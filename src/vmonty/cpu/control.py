@@ -1,6 +1,7 @@
 """Control and debug registers, and the other privileged instructions that change or show the processor.
 
-Each function asks first whether the guest's hypervisor intercepts the instruction. SDM, "Instructions That Cause VM Exits".
+Each function asks first whether the guest's hypervisor intercepts the instruction. SDM, "Instructions That Cause VM
+Exits".
 """
 
 import cython
@@ -34,6 +35,7 @@ from cython.cimports.vmonty.cpu.state import (
     CS,
     EFER_LMA,
     EFER_LME,
+    FLAG_RF,
     GO_ON,
     LEAVE_EVENT,
     LEAVE_NEXT,
@@ -164,7 +166,14 @@ def load_pdptes(s, cr0, cr3, cr4):
         return GO_ON
     t.fault = 0
     t.linear = 0
-    host = nested_host(s, cr3 & cython.cast(uint64_t, 0xFFFFFFE0), NESTED_READ, cython.address(t), cython.address(size), cython.address(granted))
+    host = nested_host(
+        s,
+        cr3 & cython.cast(uint64_t, 0xFFFFFFE0),
+        NESTED_READ,
+        cython.address(t),
+        cython.address(size),
+        cython.address(granted),
+    )
     if host == 0:
         if t.fault:
             return record_fault(s, cython.address(t))
@@ -451,6 +460,7 @@ def _debug_checks(s, dr, register, load, length):
         s.dr[7] &= ~cython.cast(uint64_t, 0x2000)
         raise_exception(s, 1)
         s.event.payload = 0x2000
+        s.event.is_fault = 1
         return LEAVE_EVENT
     return GO_ON
 
@@ -470,6 +480,7 @@ def mov_to_dr(s, dr, register, length):
     elif dr == 7:
         value = (value & cython.cast(uint64_t, 0xFFFF2BFF)) | 0x400
     s.dr[dr] = value
+    s.rflags &= ~cython.cast(uint64_t, FLAG_RF)  # kept lazily while no breakpoint is enabled
     mode_changed(s)
     return LEAVE_NEXT
 

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import cython
-from cython.cimports.vmonty.cpu.codecache import CodeCache, cache_flush
+from cython.cimports.vmonty.cpu.codecache import CODE_COUNTERS, CodeCache, announce_write, cache_flush, code_counters
 from cython.cimports.vmonty.cpu.dispatch import cpu_free, cpu_new, run_cpu
 from cython.cimports.vmonty.cpu.state import CS
 from cython.cimports.vmonty.cpu.tlb import flush_all, mode_changed
 
 EXIT_REASONS = ("none", "halt", "shutdown", "mmio", "pio", "vm", "run_flag", "budget", "debug", "internal")
 
-_REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
+_REGISTERS = (
+    "rax",
+    "rcx",
+    "rdx",
+    "rbx",
+    "rsp",
+    "rbp",
+    "rsi",
+    "rdi",
+    "r8",
+    "r9",
+    "r10",
+    "r11",
+    "r12",
+    "r13",
+    "r14",
+    "r15",
+)
 
 
 @cython.cclass
@@ -185,3 +202,17 @@ class Cpu:
         """Translator counters."""
         c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), self.s.translator)
         return {"blocks": c.blocks_used, "bytes": c.a.at - c.writable, "flushes": c.flushes, "links": c.links_used}
+
+
+def memory_written(address: cython.ulonglong, size: cython.ulonglong) -> None:
+    """Tell all processors that host memory was written other than by them (a device, a loader, a debugger).
+
+    Cheap when no code lies there. Must be called after the write and before the guest is told of it.
+    """
+    page: uint64_t = address & ~cython.cast(uint64_t, 0xFFF)
+    if code_counters == cython.NULL:
+        return
+    while page < address + size:
+        if code_counters[(page >> 12) & (CODE_COUNTERS - 1)]:
+            announce_write(cython.NULL, page)
+        page += 4096

@@ -1,4 +1,6 @@
-"""CPUID: answers from the processor's table, with the few bits that follow its state. SDM, "CPUID—CPU Identification"."""
+"""CPUID: answers from the processor's table, with the few bits that follow its state. SDM, "CPUID—CPU
+Identification".
+"""
 
 import cython
 from cython.cimports.libc.stdlib import calloc, free

@@ -204,7 +204,7 @@ def decode(code, available, rip, code_size, i):
     entry: cython.ushort
     size: cython.int
     address_prefix: cython.int = 0
-    limit: cython.int = available if available < 15 else 15
+    limit: cython.int = min(15, available)
     short: cython.int = DECODE_TRUNCATED if available < 15 else DECODE_TOO_LONG
     i.rip = rip
     i.immediate = 0
@@ -276,9 +276,20 @@ def decode(code, available, rip, code_size, i):
             if at >= limit:
                 return short
             byte = code[at]
-            if byte == 0x66 or byte == 0x67 or byte == 0xF0 or byte == 0xF2 or byte == 0xF3 or byte == 0x26 \
-                    or byte == 0x2E or byte == 0x36 or byte == 0x3E or byte == 0x64 or byte == 0x65 \
-                    or (byte & 0xF0) == 0x40:
+            if (
+                byte == 0x66
+                or byte == 0x67
+                or byte == 0xF0
+                or byte == 0xF2
+                or byte == 0xF3
+                or byte == 0x26
+                or byte == 0x2E
+                or byte == 0x36
+                or byte == 0x3E
+                or byte == 0x64
+                or byte == 0x65
+                or (byte & 0xF0) == 0x40
+            ):
                 i.rex = 0
                 continue
             break
@@ -365,6 +376,19 @@ def decode(code, available, rip, code_size, i):
             return DECODE_INVALID
     if i.map == 0 and byte == 0x90 and i.rex & 1 and not i.vex:
         entry = ROOT[0][0][0x91][0]  # xchg r8, rax
+    if not long_mode and i.map == 0 and not i.vex and (byte & 0xF0) == 0x40:  # INC, DEC: as FF /0, FF /1
+        entry = GROUP[ROOT[0][0][0xFF][0] & 0x7FFF][8 + (byte & 8) + (byte & 7)]
+        i.opcode = 0xFF
+        i.row = entry
+        i.modrm = 0xC0 | (byte & 15)
+        i.mod = 3
+        i.reg = byte >> 3 & 1
+        i.rm = byte & 7
+        i.address_size = code_size
+        i.operand_size = (6 - code_size) if i.prefix66 else code_size
+        i.w = 0
+        i.length = at
+        return DECODE_INVALID if i.lock else at
     r: cython.pointer(OpRow) = cython.address(ROW[entry])
     i.row = entry
     # ---- sizes --------------------------------------------------------------------------------------
@@ -373,9 +397,7 @@ def decode(code, available, rip, code_size, i):
         if attributes & A_I64:
             return DECODE_INVALID
         i.address_size = 4 if address_prefix else 8
-        if attributes & A_F64:
-            i.operand_size = 8
-        elif i.w:
+        if attributes & A_F64 or i.w:
             i.operand_size = 8
         elif i.prefix66:
             i.operand_size = 2

@@ -22,15 +22,19 @@ from cython.cimports.vmonty.cpu.codecache import (
     block_find,
     cache_free,
     cache_new,
+    drain_writes,
     enter_function,
     jump_cache_clear,
     link_to,
+    register_processor,
     shadow_reset,
+    unregister_processor,
     vector_function,
 )
 from cython.cimports.vmonty.cpu.decode import Insn, decode
-from cython.cimports.vmonty.cpu.events import attention, deliver, poll
+from cython.cimports.vmonty.cpu.events import attention, breakpoint_fault, deliver, instruction_done, poll, stepping
 from cython.cimports.vmonty.cpu.hosttraps import SIGFPE, SIGILL, SIGSEGV, prepare_thread, unwatch, watch
+from cython.cimports.vmonty.cpu.paging import swap32
 from cython.cimports.vmonty.cpu.ports import complete
 from cython.cimports.vmonty.cpu.state import (
     CS,
@@ -41,8 +45,6 @@ from cython.cimports.vmonty.cpu.state import (
     EXIT_NONE,
     EXIT_PIO,
     EXIT_RUN_FLAG,
-    FLAG_TF,
-    FetchEntry,
     JUMP_CACHE_ENTRIES,
     LEAVE_CAREFUL,
     LEAVE_EVENT,
@@ -51,8 +53,10 @@ from cython.cimports.vmonty.cpu.state import (
     LEAVE_NEXT,
     LEAVE_PLAIN,
     LEAVE_RETRY,
+    MODE_LONG64,
     SHADOW_MOV_SS,
     SHADOW_STI,
+    FetchEntry,
     raise_error,
     raise_exception,
     state_free,
@@ -66,6 +70,7 @@ from cython.cimports.vmonty.cpu.tlb import (
     flush_all,
     memory_slow,
     mode_changed,
+    to_linear,
 )
 from cython.cimports.vmonty.cpu.translate import KEY_PLAIN, KEY_SINGLE, translate_block
 
@@ -100,7 +105,6 @@ def _trap(s: cython.pointer(CpuState)) -> cython.int:
     offset: uint64_t
     k: uint32_t
     n: uint32_t = 0
-    i: cython.pointer(Insn)
     if b == cython.NULL:
         return -1
     offset = s.trap_rip - cython.cast(uint64_t, c.executable) - b.entry
@@ -113,7 +117,7 @@ def _trap(s: cython.pointer(CpuState)) -> cython.int:
     if s.trap_signal == SIGFPE:
         if s.trap_code == 1 or s.trap_code == 2:
             raise_exception(s, 0)
-        elif _is_x87(s, s.rip):
+        elif _is_x87(s, b.linear + (s.rip - b.rip)):
             raise_exception(s, 16)
         else:
             raise_exception(s, 19)
@@ -148,7 +152,9 @@ def _is_x87(s: cython.pointer(CpuState), rip: uint64_t) -> cython.int:
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _remember(s: cython.pointer(CpuState), page: cython.pointer(FetchEntry), rip: uint64_t, code: uint64_t) -> cython.void:
+def _remember(
+    s: cython.pointer(CpuState), page: cython.pointer(FetchEntry), rip: uint64_t, code: uint64_t
+) -> cython.void:
     """Enter a block into the jump cache of the current TLB set."""
     h: cython.int = (rip >> 2) & (JUMP_CACHE_ENTRIES - 1)
     s.jump_negated[s.tlb_set][h] = 0 - rip
@@ -191,7 +197,7 @@ def _after_helper(s: cython.pointer(CpuState), i: cython.pointer(Insn), r: cytho
     """Finish an instruction that the dispatcher had executed."""
     if r == 0 or r == LEAVE_NEXT:
         s.rip = i.rip + i.length
-    if r == 0 or r == LEAVE_NEXT or r == LEAVE_JUMP:
+    if r == 0 or r in (LEAVE_NEXT, LEAVE_JUMP):
         s.mmio_count = 0
         s.interruptibility &= ~shadow
 
@@ -210,9 +216,12 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
     r: cython.int
     single: uint32_t
     plain: uint32_t = 0
+    before: uint64_t
     shadow: uint32_t
     link: cython.long
     flushes: uint64_t
+    linear: uint64_t
+    code_base: uint64_t = 1
     code: uint64_t
     enter: enter_function = cython.cast(enter_function, cython.cast(cython.p_void, c.enter))
     link = -1
@@ -226,7 +235,11 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
                 return
             continue
         if s.run == 0:
-            s.run = 1
+            # A locked operation: what the kicker wrote before it cleared the flag is seen below.
+            swap32(cython.address(s.run), 0, 1)
+            link = -1
+            if s.code_queue_count:
+                drain_writes(s)
             if s.kick:
                 s.kick = 0
                 s.exit.reason = EXIT_RUN_FLAG
@@ -242,9 +255,21 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             link = -1
             _new_key(s)
         shadow = s.interruptibility & (SHADOW_STI | SHADOW_MOV_SS)
-        single = 1 if s.careful_next or s.budget or shadow or s.rflags & FLAG_TF else 0
+        single = 1 if s.careful_next or s.budget or shadow or stepping(s) else 0
+        before = s.rflags
+        if s.dr[7] & 0xFF and breakpoint_fault(s):
+            continue
         s.careful_next = 0
-        page = fetch_page(s, s.rip, cython.address(why))
+        linear = s.rip
+        if s.mode != MODE_LONG64:
+            if s.rip > s.segs[CS].limit:
+                raise_error(s, 13, 0)
+                continue
+            linear = cython.cast(uint32_t, s.rip + s.segs[CS].base)
+            if s.segs[CS].base != code_base:  # return predictions hold offsets
+                code_base = s.segs[CS].base
+                shadow_reset(s)
+        page = fetch_page(s, linear, cython.address(why))
         if page == cython.NULL or page.host == 0:
             if page != cython.NULL:
                 s.exit.reason = EXIT_INTERNAL
@@ -281,7 +306,7 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             if link >= 0:
                 if not c.links[link].cross_page or page.is_global:
                     link_to(c, link, b)
-            else:
+            elif s.mode == MODE_LONG64:
                 _remember(s, page, s.rip, code)
         link = -1
         plain = 0
@@ -290,9 +315,9 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
         if out == OUT_LINK:
             link = s.leave_argument
             s.rip = c.links[link].target
-        elif out == OUT_INDIRECT or out == OUT_POLL:
+        elif out in (OUT_INDIRECT, OUT_POLL):
             pass
-        elif out == OUT_SYSTEM or out == OUT_FAULT:
+        elif out in (OUT_SYSTEM, OUT_FAULT):
             i = cython.address(c.side[s.leave_argument])
             s.rip = i.rip
             if out == OUT_FAULT:
@@ -305,7 +330,7 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             _after_helper(s, i, r, shadow)
             if r == LEAVE_EXIT:
                 return
-            if single and _stepped(s, r):
+            if single and _stepped(s, r, before):
                 return
         elif out == OUT_NEXT:
             s.mmio_count = 0
@@ -314,7 +339,7 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
                 shadow_reset(s)
             if s.exit.reason:
                 return
-            if _stepped(s, 0):
+            if _stepped(s, 0, before):
                 return
         elif out == OUT_TRAP:
             if _trap(s) < 0:
@@ -331,7 +356,7 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             s.interruptibility &= ~shadow
             if s.code_page_written:
                 shadow_reset(s)
-            if single and _stepped(s, 0):
+            if single and _stepped(s, 0, before):
                 return
         # LEAVE_EVENT, LEAVE_RETRY: go round again
 
@@ -341,7 +366,7 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
 @cython.exceptval(check=False)
 def _second_page(s: cython.pointer(CpuState), b: cython.pointer(Block), why: cython.p_int) -> cython.int:
     """Check the page that the block's last instruction reaches into; drops the block when it has moved."""
-    page: cython.pointer(FetchEntry) = fetch_page(s, (b.rip | 0xFFF) + 1, why)
+    page: cython.pointer(FetchEntry) = fetch_page(s, (b.linear | 0xFFF) + 1, why)
     if page == cython.NULL:
         return 0
     if page.host != b.host_page2:
@@ -354,10 +379,11 @@ def _second_page(s: cython.pointer(CpuState), b: cython.pointer(Block), why: cyt
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _stepped(s: cython.pointer(CpuState), r: cython.int) -> cython.int:
+def _stepped(s: cython.pointer(CpuState), r: cython.int, before: uint64_t) -> cython.int:
     """Count an instruction that ran alone; 1 when the budget is used up."""
-    if r == LEAVE_EVENT or r == LEAVE_RETRY:
+    if r in (LEAVE_EVENT, LEAVE_RETRY):
         return 0
+    instruction_done(s, before)
     if s.budget:
         s.budget -= 1
         if s.budget == 0:
@@ -373,6 +399,8 @@ def run_cpu(s):
     if s.exit.reason == EXIT_PIO:
         complete(s)
     _resume_mmio(s)
+    if s.code_queue_count:
+        drain_writes(s)
     s.in_run = 1
     cython.cast(vector_function, cython.cast(cython.p_void, c.load_vectors))(s)
     _dispatch(s)
@@ -394,6 +422,7 @@ def cpu_new(cache_size):
             cython.cast(cython.p_void, careful_access),
             cython.cast(cython.p_void, careful_commit),
             cython.cast(cython.p_void, _call_helper),
+            cython.cast(cython.p_void, to_linear),
         )
         == cython.NULL
     ):
@@ -416,7 +445,7 @@ def cpu_new(cache_size):
     s.pat = 0x0007040600070406
     flush_all(s)
     mode_changed(s)
-    if watch(s) < 0:
+    if watch(s) < 0 or register_processor(s) < 0:
         return cython.NULL
     return s
 
@@ -424,5 +453,6 @@ def cpu_new(cache_size):
 def cpu_free(s):
     """Give everything back."""
     unwatch(s)
+    unregister_processor(s)
     cache_free(s)
     state_free(s)

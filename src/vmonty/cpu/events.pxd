@@ -28,7 +28,16 @@ cdef inline bint attention(CpuState *s) noexcept nogil:
     return (s.interrupt_line | s.nmi_line | s.pending_debug | s.guest_mode | s.activity) != 0
 
 
-# The checked privilege of stack pushes of an event: implicit supervisor, or user.
+cdef inline bint stepping(CpuState *s) noexcept nogil:
+    """Must instructions run one by one: TF, or a breakpoint that is enabled? (RF matters only with those.)"""
+    return (s.rflags & 0x100) != 0 or (s.dr[7] & 0xFF) != 0
+
+
+# Before an instruction with DR7 enables: 1 when an instruction breakpoint at rip recorded #DB.
+cdef bint breakpoint_fault(CpuState *s) noexcept nogil
+# After one that ran alone; before: RFLAGS when it began.
+cdef void instruction_done(CpuState *s, uint64_t before) noexcept nogil
+
 cdef int _deliver_one(CpuState *s) noexcept nogil
 cdef int _class(uint32_t vector) noexcept nogil
 cdef int _exception_exit(CpuState *s) noexcept nogil

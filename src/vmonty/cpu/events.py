@@ -1,6 +1,8 @@
-"""Exceptions, interrupts and INT n. SDM, "Interrupt and Exception Handling"; under VMX, "VM Exits" and "Event Injection".
+"""Exceptions, interrupts and INT n. SDM, "Interrupt and Exception Handling"; under VMX, "VM Exits" and "Event
+Injection".
 
-``deliver`` takes the event recorded in ``s.event`` to its handler. While it does, ``s.vectoring`` describes the event in VMX format:
+``deliver`` takes the event recorded in ``s.event`` to its handler. While it does, ``s.vectoring`` describes the event
+in VMX format:
 a fault on the way combines with it (double fault, triple fault), and a VM exit on the way reports it.
 """
 
@@ -179,7 +181,7 @@ def _through_idt(s, external):
         rip += s.event.instruction_length
         if s.mode != MODE_LONG64:
             rip &= cython.cast(uint64_t, 0xFFFFFFFF)
-    elif kind == EVENT_EXCEPTION and vector != 1:
+    elif kind == EVENT_EXCEPTION and (vector != 1 or s.event.is_fault):
         flags |= FLAG_RF  # faults resume their instruction without its breakpoint
     if long_mode(s):
         r = _long(s, external, flags, rip)
@@ -191,7 +193,7 @@ def _through_idt(s, external):
         return r
     if kind == EVENT_EXCEPTION and vector == 14:
         s.cr2 = payload
-    elif vector == 1 and (kind == EVENT_EXCEPTION or kind == EVENT_PRIVILEGED):
+    elif vector == 1 and (kind in (EVENT_EXCEPTION, EVENT_PRIVILEGED)):
         s.dr[6] = (s.dr[6] & ~cython.cast(uint64_t, 0xF)) | payload
         s.dr[7] &= ~cython.cast(uint64_t, 0x2000)
     elif kind == EVENT_NMI:
@@ -594,9 +596,10 @@ def sti(s):
             s.interruptibility |= SHADOW_STI
         return LEAVE_NEXT
     if (s.mode == MODE_VM86 and (s.cr4 & CR4_VME)) or (s.mode != MODE_VM86 and s.cpl == 3 and (s.cr4 & CR4_PVI)):
-        if (s.rflags & FLAG_VIP) == 0:
-            s.rflags |= FLAG_VIF
-            return LEAVE_NEXT
+        if s.rflags & FLAG_VIP:
+            return raise_error(s, 13, 0)
+        s.rflags |= FLAG_VIF
+        return LEAVE_NEXT
     return raise_error(s, 13, 0)
 
 
@@ -648,6 +651,34 @@ def _debug_trap(s):
     s.event.payload = s.pending_debug
     s.pending_debug = 0
     return deliver(s)
+
+
+def breakpoint_fault(s):
+    """SDM, "Instruction-Breakpoint Exception Condition": a fault before the instruction, unless RF is set."""
+    i: uint32_t
+    linear: uint64_t = s.rip
+    hit: uint64_t = 0
+    if s.rflags & FLAG_RF:
+        return False
+    if s.mode != MODE_LONG64:
+        linear = (linear + s.segs[CS].base) & cython.cast(uint64_t, 0xFFFFFFFF)
+    for i in range(4):
+        if (s.dr[7] >> (2 * i)) & 3 and (s.dr[7] >> (16 + 4 * i)) & 15 == 0 and s.dr[i] == linear:
+            hit |= cython.cast(uint64_t, 1) << i
+    if hit == 0:
+        return False
+    raise_exception(s, 1)
+    s.event.payload = hit
+    s.event.is_fault = 1
+    return True
+
+
+def instruction_done(s, before):
+    """RF lasts for one instruction (the one that IRET sets it for); TF traps behind it. SDM, "Debug Exceptions"."""
+    if before & FLAG_RF:
+        s.rflags &= ~cython.cast(uint64_t, FLAG_RF)
+    if before & FLAG_TF:
+        s.pending_debug |= 0x4000
 
 
 def _interrupts_open(s):

@@ -1,8 +1,8 @@
 """Saving and restoring the x87, SSE and AVX state for the guest: FXSAVE, XSAVE, FNSTENV, FNSAVE and their reverse.
 
 The guest's state is live in the host's registers, so the host's own instruction does the work on a buffer of ours,
-through a stub of the code cache. The last-instruction and last-operand pointers would show where our code lies: they are
-stored as zero. What the host's instruction would fault on is checked first. SDM, "XSAVE-Supported Features and
+through a stub of the code cache. The last-instruction and last-operand pointers would show where our code lies: they
+are stored as zero. What the host's instruction would fault on is checked first. SDM, "XSAVE-Supported Features and
 State-Component Bitmaps", "Operation of XRSTOR".
 """
 

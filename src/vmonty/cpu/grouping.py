@@ -9,7 +9,7 @@ A register that only moves by constants (push, pop, add, sub, inc, dec, lea) kee
 """
 
 import cython
-from cython.cimports.libc.stdint import int32_t, int64_t, uint64_t
+from cython.cimports.libc.stdint import int32_t, int64_t
 from cython.cimports.vmonty.cpu.assembler import NONE
 from cython.cimports.vmonty.cpu.decode import (
     A_ALIGN,
@@ -61,11 +61,16 @@ def _join(w: cython.pointer(Work), number: cython.int, base: cython.int, index: 
     k = w.groups - 1
     while k >= 0:
         g = cython.address(w.group[k])
-        if g.base == base and g.index == index and (index == NONE or g.scale == scale) \
-                and g.base_version == version[base] and (index == NONE or g.index_version == version[index]) \
-                and (stack or g.write == write):
-            new_low = low if low < g.low else g.low
-            new_high = low + size if low + size > g.high else g.high
+        if (
+            g.base == base
+            and g.index == index
+            and (index == NONE or g.scale == scale)
+            and g.base_version == version[base]
+            and (index == NONE or g.index_version == version[index])
+            and (stack or g.write == write)
+        ):
+            new_low = min(g.low, low)
+            new_high = max(g.high, low + size)
             if new_high - new_low <= HULL_LIMIT:
                 g.low = new_low
                 g.high = new_high
@@ -187,9 +192,17 @@ def find_groups(w):
         size = i.operand_size
         if i.fault:
             break
-        if cls == C_COPY or cls == C_LEA or cls == C_NOP or cls == C_EMMS:
-            if cls == C_COPY and i.has_memory and i.base >= 0 and i.base != RIP_BASE and i.segment < FS \
-                    and i.address_size == 8 and 0 < i.memory_size <= 64 and not ROW[i.row].attributes & A_ALIGN:
+        if cls in (C_COPY, C_LEA, C_NOP, C_EMMS):
+            if (
+                cls == C_COPY
+                and i.has_memory
+                and i.base >= 0
+                and i.base != RIP_BASE
+                and i.segment < FS
+                and i.address_size == 8
+                and 0 < i.memory_size <= 64
+                and not ROW[i.row].attributes & A_ALIGN
+            ):
                 by = i.displacement + delta[i.base]
                 if i.index >= 0:
                     by += delta[i.index] << i.scale
@@ -200,7 +213,7 @@ def find_groups(w):
                     delta[n] += by
                 else:
                     _writes(i, cython.address(version[0]))
-        elif cls == C_PUSH or cls == C_PUSHI:
+        elif cls in (C_PUSH, C_PUSHI):
             _join(w, k, 4, NONE, 0, cython.address(version[0]), delta[4] - size, size, 1)
             delta[4] -= size
         elif cls == C_POP:
@@ -211,11 +224,10 @@ def find_groups(w):
             _join(w, k, 4, NONE, 0, cython.address(version[0]), delta[4] - 8, 8, 1)
         elif cls == C_RET:
             _join(w, k, 4, NONE, 0, cython.address(version[0]), delta[4], 8, 0)
-        elif cls == C_BTM or cls == C_MOFFS or cls == C_XLAT or cls == C_JCC or cls == C_JMP or cls == C_JMPI \
-                or cls == C_CALLI or cls == C_LOOP or cls == C_PUSHM or cls == C_POPM or cls == C_LEAVE:
+        elif cls in (C_BTM, C_MOFFS, C_XLAT, C_JCC, C_JMP, C_JMPI, C_CALLI, C_LOOP, C_PUSHM, C_POPM, C_LEAVE):
             if cls == C_PUSHM:
                 delta[4] -= size
-            elif cls == C_POPM or cls == C_LEAVE:
+            elif cls in (C_POPM, C_LEAVE):
                 _new_versions(cython.address(version[0]))
             else:
                 _writes(i, cython.address(version[0]))

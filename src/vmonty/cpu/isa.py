@@ -618,7 +618,7 @@ class Row:
     @property
     def has_modrm(self) -> bool:
         """Tell whether a modrm byte follows the opcode."""
-        if self.reg >= 0 or self.modrm >= 0 or self.form or 0xD8 <= self.opcode <= 0xDF and self.map == 0:
+        if self.reg >= 0 or self.modrm >= 0 or self.form or (0xD8 <= self.opcode <= 0xDF and self.map == 0):
             return True
         return any(o.letter in "EGVWMRUPQN" for o in self.operands)
 
@@ -649,7 +649,7 @@ def _row(spec: str, name: str, operands: str, *attributes: str) -> list[Row]:
         opcode_map = 1 + ("0F", "0F38", "0F3A").index(parts.pop(0))
     text = parts[0]
     reg, form, modrm, count = -1, "", -1, 1
-    if text.endswith("m") or text.endswith("r"):
+    if text.endswith(("m", "r")):
         text, form = text[:-1], text[-1]
     if "=" in text:
         text, byte = text.split("=")

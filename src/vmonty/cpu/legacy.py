@@ -88,7 +88,9 @@ def _push_all(s, size):
         return r
     for k in range(8):
         if size == 4:
-            cython.cast(cython.pointer(uint32_t), cython.address(frame[4 * (7 - k)]))[0] = cython.cast(uint32_t, s.gpr[k])
+            cython.cast(cython.pointer(uint32_t), cython.address(frame[4 * (7 - k)]))[0] = cython.cast(
+                uint32_t, s.gpr[k]
+            )
         else:
             frame[2 * (7 - k)] = cython.cast(uint8_t, s.gpr[k])
             frame[2 * (7 - k) + 1] = cython.cast(uint8_t, s.gpr[k] >> 8)

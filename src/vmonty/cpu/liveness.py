@@ -57,8 +57,7 @@ def live_at(code, available, rip, code_size):
             return live | open_
         cls = ROW[i.row].cls
         live |= flags_read(cython.address(i)) & open_
-        if cls == C_COPY or cls == C_LEA or cls == C_NOP or cls == C_PUSH or cls == C_POP or cls == C_PUSHI \
-                or cls == C_LEAVE or cls == C_BTM or cls == C_MOFFS:
+        if cls in (C_COPY, C_LEA, C_NOP, C_PUSH, C_POP, C_PUSHI, C_LEAVE, C_BTM, C_MOFFS):
             open_ &= ~flags_killed(cython.address(i))
         else:
             return live | open_

@@ -1,7 +1,9 @@
 """CPU models: names and feature flags as QEMU has them, turned into CPUID answers.
 
-A model is offered only with what the processor underneath (copied vector instructions run on it) and our translator have; a flag
-that was asked for by name and can't be had is an error. Sources: SDM, "CPUID—CPU Identification"; APM, "Function 8000_0001h".
+A model is offered only with what the processor underneath (copied vector instructions run on it) and our translator
+have; a flag
+that was asked for by name and can't be had is an error. Sources: SDM, "CPUID—CPU Identification"; APM, "Function
+8000_0001h".
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from functools import cache
 from pathlib import Path
 
 from vmonty.base.errors import UsageError
+from vmonty.cpu.core import Cpu
+from vmonty.cpu.cpuid import set_table
 
 # Feature → (leaf, subleaf, register, bit). Names are QEMU's; aliases below.
 _WORDS: dict[tuple[int, int, str], str] = {
@@ -30,7 +34,11 @@ _WORDS: dict[tuple[int, int, str], str] = {
     (7, 0, "edx"): "- - - - fsrm - - - - - - - - - - - - - - - - - - - - - - - - - - -",
     (0xD, 1, "eax"): "xsaveopt xsavec xgetbv1 - - - - - - - - - - - - - - - - - - - - - - - - - - - - -",
     (0x80000001, 0, "edx"): "- - - - - - - - - - - syscall - - - - - - - - nx - - - - fxsr-opt pdpe1gb rdtscp - lm - -",
-    (0x80000001, 0, "ecx"): "lahf-lm - svm - cr8legacy abm - - 3dnowprefetch - - - - - - - - - - - - - - - - - - - - - - -",
+    (
+        0x80000001,
+        0,
+        "ecx",
+    ): "lahf-lm - svm - cr8legacy abm - - 3dnowprefetch - - - - - - - - - - - - - - - - - - - - - - -",
     (0x80000007, 0, "edx"): "- - - - - - - - invtsc - - - - - - - - - - - - - - - - - - - - - - -",
     (6, 0, "eax"): "- - arat - - - - - - - - - - - - - - - - - - - - - - - - - - - - -",
 }
@@ -45,20 +53,102 @@ ALIASES = {
 
 # Names that exist in QEMU but that we never offer.
 NEVER = frozenset(
-    "avx512f avx512dq avx512cd avx512bw avx512vl avx512ifma avx512vbmi avx512_vnni avx512-vnni mpx hle rtm pku ospke la57 sgx "
-    "intel-pt cet-ss cet-ibt xsaves amx-tile amx-int8 amx-bf16 3dnow 3dnowext xop fma4 tbm sse4a misalignsse osvw "
-    "spec-ctrl stibp ssbd md-clear ibpb arch-capabilities vaes vpclmulqdq gfni mwaitx clzero xsaveerptr "
-    "perfctr-core topoext wbnoinvd ds ss ht tm pbe acpi dtes64 ds-cpl smx est tm2 cid xtpr pdcm dca f16".split()
+    [
+        "avx512f",
+        "avx512dq",
+        "avx512cd",
+        "avx512bw",
+        "avx512vl",
+        "avx512ifma",
+        "avx512vbmi",
+        "avx512_vnni",
+        "avx512-vnni",
+        "mpx",
+        "hle",
+        "rtm",
+        "pku",
+        "ospke",
+        "la57",
+        "sgx",
+        "intel-pt",
+        "cet-ss",
+        "cet-ibt",
+        "xsaves",
+        "amx-tile",
+        "amx-int8",
+        "amx-bf16",
+        "3dnow",
+        "3dnowext",
+        "xop",
+        "fma4",
+        "tbm",
+        "sse4a",
+        "misalignsse",
+        "osvw",
+        "spec-ctrl",
+        "stibp",
+        "ssbd",
+        "md-clear",
+        "ibpb",
+        "arch-capabilities",
+        "vaes",
+        "vpclmulqdq",
+        "gfni",
+        "mwaitx",
+        "clzero",
+        "xsaveerptr",
+        "perfctr-core",
+        "topoext",
+        "wbnoinvd",
+        "ds",
+        "ss",
+        "ht",
+        "tm",
+        "pbe",
+        "acpi",
+        "dtes64",
+        "ds-cpl",
+        "smx",
+        "est",
+        "tm2",
+        "cid",
+        "xtpr",
+        "pdcm",
+        "dca",
+        "f16",
+    ]
 )
 
 # Executed natively by the translated code: the host must have them. (/proc/cpuinfo's name when it differs.)
 _HOST_NAMES = {
     "sse3": "pni", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "sha-ni": "sha_ni", "abm": "abm", "lahf-lm": "lahf_lm",
 }  # fmt: skip
-_NATIVE = (
-    "sse3 ssse3 sse4.1 sse4.2 pclmulqdq aes avx avx2 fma f16c bmi1 bmi2 adx movbe popcnt abm sha-ni rdrand rdseed cx16 "
-    "clflushopt clwb xsaveopt xsavec"
-).split()
+_NATIVE = [
+    "sse3",
+    "ssse3",
+    "sse4.1",
+    "sse4.2",
+    "pclmulqdq",
+    "aes",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "bmi1",
+    "bmi2",
+    "adx",
+    "movbe",
+    "popcnt",
+    "abm",
+    "sha-ni",
+    "rdrand",
+    "rdseed",
+    "cx16",
+    "clflushopt",
+    "clwb",
+    "xsaveopt",
+    "xsavec",
+]
 
 _BASE64 = (
     "fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2 syscall nx lm "
@@ -93,7 +183,9 @@ class Model:
     brand: str
 
 
-def _model(name: str, vendor: str, family: int, model: int, stepping: int, features: str, level: int, brand: str) -> Model:
+def _model(
+    name: str, vendor: str, family: int, model: int, stepping: int, features: str, level: int, brand: str
+) -> Model:
     return Model(name, vendor, family, model, stepping, frozenset(features.split()), level, brand)
 
 
@@ -120,7 +212,8 @@ MODELS: dict[str, Model] = {
 
 # Features that are meaningless without others.
 _NEEDS = {
-    "avx": ("xsave",), "avx2": ("avx",), "fma": ("avx",), "f16c": ("avx",), "xsaveopt": ("xsave",), "xsavec": ("xsave",),
+    "avx": ("xsave",), "avx2": ("avx",), "fma": ("avx",), "f16c": ("avx",), "xsaveopt": ("xsave",),
+    "xsavec": ("xsave",),
     "xgetbv1": ("xsave",), "lm": ("pae",), "syscall": ("lm",), "pcid": ("lm",), "pdpe1gb": ("lm",),
     "ssse3": ("sse3",), "sse4.1": ("ssse3",), "sse4.2": ("sse4.1",), "sse2": ("sse",), "sse3": ("sse2",),
     "bmi1": ("avx",), "bmi2": ("avx",),
@@ -261,7 +354,9 @@ def cpuid_rows(configuration: Configuration, apic_id: int = 0, threads: int = 1)
         if avx:
             rows.append((0xD, 2, XSAVE_AVX_SIZE, XSAVE_AVX_OFFSET, 0, 0))
     edx_high = bits(0x80000001, 0, "edx")
-    if amd:  # AMD repeats the common bits. APM, "Function 8000_0001h—Extended Processor and Processor Feature Identifiers"
+    if (
+        amd
+    ):  # AMD repeats the common bits. APM, "Function 8000_0001h—Extended Processor and Processor Feature Identifiers"
         edx_high |= edx_low & 0x0183F3FF
     top = 0x8000000A if "svm" in features else 0x80000008
     rows += [
@@ -299,3 +394,12 @@ def xcr0_bits(configuration: Configuration) -> int:
     if "xsave" not in configuration.features:
         return 1
     return 7 if "avx" in configuration.features else 3
+
+
+def install(cpu: Cpu, configuration: Configuration, apic_id: int = 0, threads: int = 1) -> None:
+    """Give a processor the CPUID answers and register bits of a configuration."""
+    set_table(
+        cpu.state_address, cpuid_rows(configuration, apic_id, threads), cr4_bits(configuration),
+        efer_bits(configuration),
+        xcr0_bits(configuration),
+    )  # fmt: skip

@@ -62,7 +62,9 @@ def tables() -> tuple[bytes, bytes, bytes]:
     groups: dict[tuple[int, ...], int] = {}
     for (vex, opcode_map, opcode), rows in by_opcode.items():
         for prefix in range(4):
-            found = sorted((i for i in rows if i[1].prefix == prefix or i[1].prefix < 0 and not vex), key=_specificity)
+            found = sorted(
+                (i for i in rows if i[1].prefix == prefix or (i[1].prefix < 0 and not vex)), key=_specificity
+            )
             if not found:
                 continue
             at = ((vex * 4 + opcode_map) * 256 + opcode) * 4 + prefix

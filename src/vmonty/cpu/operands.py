@@ -45,12 +45,13 @@ from cython.cimports.vmonty.cpu.decode import (
     OpRow,
     operand_bytes,
 )
-from cython.cimports.vmonty.cpu.state import FS, PAGE_SLOTS, TLB_ENTRIES
+from cython.cimports.vmonty.cpu.state import FS, PAGE_SLOTS, SS, TLB_ENTRIES
 from cython.cimports.vmonty.cpu.tlb import (
     SLOW_ALIGNED,
     SLOW_GROUP,
     SLOW_OFFSET,
     SLOW_READ,
+    SLOW_SEGMENT_SHIFT,
     SLOW_SIZE_SHIFT,
     SLOW_STACK,
     SLOW_WRITE,
@@ -59,10 +60,10 @@ from cython.cimports.vmonty.cpu.translate import (
     EA_BIT,
     EA_PLAIN,
     EA_XLAT,
-    Group,
     STUB_MEMORY,
     STUB_MEMORY_LIVE,
     STUB_SLOT,
+    Group,
     Stub,
 )
 
@@ -90,7 +91,7 @@ def ea_of(w, i, ea):
     ea.scale = i.scale
     ea.displacement = i.displacement
     ea.address_size = i.address_size
-    ea.segment = i.segment if i.segment >= FS else NONE
+    ea.segment = i.segment if i.segment >= FS or w.code_size != 8 else NONE
     ea.special = EA_PLAIN
     if i.base == RIP_BASE:
         ea.base = NONE
@@ -105,8 +106,8 @@ def ea_stack(w, offset, ea):
     ea.index = NONE
     ea.scale = 0
     ea.displacement = offset
-    ea.address_size = 8
-    ea.segment = NONE
+    ea.address_size = w.stack_size
+    ea.segment = NONE if w.code_size == 8 else SS
     ea.special = EA_PLAIN
 
 
@@ -138,6 +139,20 @@ def _emit_bit_offset(w: cython.pointer(Work), ea: cython.pointer(Ea)) -> cython.
         lea(w.a, S0, S0, S1, 1, 0)
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _emit_segment(w: cython.pointer(Work), ea: cython.pointer(Ea)) -> cython.void:
+    """Outside 64-bit mode, turn the offset in rcx into a linear address; flat segments need nothing."""
+    if ea.segment == NONE:
+        return
+    if (ea.segment == 0 or ea.segment == 2 or ea.segment == 3) and w.s.block_key & 0x80:
+        return
+    push_imm32(w.a, ea.what | (cython.cast(uint32_t, ea.segment) << SLOW_SEGMENT_SHIFT))
+    call_to(w.a, w.c.to_linear)
+    op_reg(w.a, 0, 0, 0x8B, S0, S0)
+
+
 def emit_ea(w, ea):
     """Emit the linear address into rcx; clobbers r12, and r15 for bit offsets. The flags stay."""
     a: cython.pointer(Assembler) = w.a
@@ -161,14 +176,18 @@ def emit_ea(w, ea):
             mov_rr(a, S0, b)
         else:
             op_mem(a, 0, wide, 0x8D, S0, b, x, ea.scale, cython.cast(int32_t, ea.displacement))
-        if ea.address_size == 2:
-            op_reg(a, 0, 0, 0x1B7, S0, S0)
+    if ea.address_size == 2:
+        op_reg(a, 0, 0, 0x1B7, S0, S0)
+    elif ea.address_size == 4 and ea.base == NONE and ea.index == NONE:
+        op_reg(a, 0, 0, 0x8B, S0, S0)
     if ea.special == EA_BIT:
         _emit_bit_offset(w, ea)
     elif ea.special == EA_XLAT:
         op_reg(a, 0, 0, 0x1B6, S1, 0)
         op_mem(a, 0, wide, 0x8D, S0, S0, S1, 0, 0)
-    if ea.segment != NONE:
+    if w.code_size != 8:
+        _emit_segment(w, ea)
+    elif ea.segment != NONE:
         load(a, S1, RBP_HOST, displacement(w.s, cython.address(w.s.segs[ea.segment].base)))
         lea(a, S0, S0, S1, 0, 0)
 
@@ -193,6 +212,7 @@ def _stub(w: cython.pointer(Work), kind: cython.int, patch: cython.p_uchar, what
     k.ea.bit_register = ea.bit_register
     k.ea.operand_size = ea.operand_size
     k.ea.displacement = ea.displacement
+    k.ea.what = ea.what
 
 
 @cython.cfunc
@@ -213,7 +233,9 @@ def emit_access(w, i, ea, size, access, stack):
     at: cython.p_uchar
     whole: Ea
     g: cython.pointer(Group)
-    constant: cython.int = ea.base == NONE and ea.index == NONE and ea.segment == NONE and ea.special == EA_PLAIN
+    constant: cython.int = (
+        ea.base == NONE and ea.index == NONE and ea.segment == NONE and ea.special == EA_PLAIN and w.code_size == 8
+    )
     slot: int32_t = 0
     if access & 1:
         what |= SLOW_READ
@@ -248,6 +270,7 @@ def emit_access(w, i, ea, size, access, stack):
         what = (cython.cast(uint32_t, i.rip - w.block.rip) & SLOW_OFFSET) | SLOW_GROUP
         what |= SLOW_WRITE if g.write else SLOW_READ
         what |= cython.cast(uint32_t, size) << SLOW_SIZE_SHIFT
+    ea.what = what
     emit_ea(w, ea)
     if w.single:
         push_imm32(a, what)
@@ -261,8 +284,15 @@ def emit_access(w, i, ea, size, access, stack):
         table = displacement(w.s, cython.address(w.s.tlb_read[w.s.tlb_set][0]))
     if constant:
         slot = cython.cast(int32_t, (cython.cast(uint64_t, ea.displacement) >> 12) & (TLB_ENTRIES - 1)) * 16
-    if i.flags_in == 0 and w.in_loop and not constant and not i.group and w.s.page_slots_used < PAGE_SLOTS \
-            and not _is_loaded(w, ea.base) and not _is_loaded(w, ea.index):
+    if (
+        i.flags_in == 0
+        and w.in_loop
+        and not constant
+        and not i.group
+        and w.s.page_slots_used < PAGE_SLOTS
+        and not _is_loaded(w, ea.base)
+        and not _is_loaded(w, ea.index)
+    ):
         slot = displacement(w.s, cython.address(w.s.page_slots[w.s.page_slots_used]))
         w.s.page_slots[w.s.page_slots_used].negated_tag = cython.cast(uint64_t, 1) << 62
         w.s.page_slots_used += 1
@@ -537,10 +567,13 @@ def emit_copy(w, i):
         if rm < 0:
             if r.cls == C_BTM:  # in memory a bit offset would reach beyond the operand
                 direct = 0
-            elif e_access == 1:
-                direct = 1
-            elif e_size == 8 and not e_narrow and (g == NONE or host(g) >= 0) and not i.opcode == 0x87 \
-                    and r.letter[0] == ord("E"):
+            elif e_access == 1 or (
+                e_size == 8
+                and not e_narrow
+                and (g == NONE or host(g) >= 0)
+                and i.opcode != 135
+                and r.letter[0] == ord("E")
+            ):
                 direct = 1
             if direct:
                 base = RBP_HOST

@@ -1,6 +1,7 @@
 """The page walker: linear address → guest-physical address → address in this process.
 
-    4-level entry   63 NX | 51..12 address | 11..9 ignored | 8 G | 7 PS/PAT | 6 D | 5 A | 4 PCD | 3 PWT | 2 U/S | 1 R/W | 0 P
+    4-level entry   63 NX | 51..12 address | 11..9 ignored | 8 G | 7 PS/PAT | 6 D | 5 A | 4 PCD | 3 PWT | 2 U/S | 1
+    R/W | 0 P
     EPT entry       51..12 address | 9 D | 8 A | 7 large | 6 ignore PAT | 5..3 memory type | 2 X | 1 W | 0 R
 
 Sources: SDM, "Paging"; SDM, "The Extended Page-Table Mechanism (EPT)"; APM, "Nested Paging".
@@ -241,11 +242,7 @@ def _npt_host(s, physical, wanted, t, size, granted):
         table = value & cython.cast(uint64_t, 0xFFFFFFFFFF000)
         level -= 1
         shift -= 9
-    if (
-        (rights & 4) == 0
-        or ((wanted & NESTED_WRITE) and (rights & 2) == 0)
-        or ((wanted & NESTED_EXEC) and no_execute)
-    ):
+    if (rights & 4) == 0 or ((wanted & NESTED_WRITE) and (rights & 2) == 0) or ((wanted & NESTED_EXEC) and no_execute):
         return _nested_fault(t, physical, wanted, error | 1)
     granted[0] = NESTED_READ
     if no_execute == 0:

@@ -88,9 +88,7 @@ def port_in(s, port, size, immediate, length):
     if r != GO_ON:
         return r
     if _intercepted(s, port, size):
-        return vm_exit(
-            s, REASON_IO, (size - 1) | 8 | (immediate << 6) | (cython.cast(uint64_t, port) << 16), length
-        )
+        return vm_exit(s, REASON_IO, (size - 1) | 8 | (immediate << 6) | (cython.cast(uint64_t, port) << 16), length)
     s.rip += length
     return _leave(s, port, size, 0, 0)
 

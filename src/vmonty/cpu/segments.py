@@ -14,11 +14,9 @@ from cython.cimports.vmonty.cpu.state import (
     CR4_UMIP,
     CS,
     FLAG_ZF,
-    FS,
     GO_ON,
     LEAVE_EVENT,
     LEAVE_EXIT,
-    LEAVE_NEXT,
     MODE_LONG64,
     SS,
     raise_error,
@@ -175,7 +173,9 @@ def load_segment(s, index, selector):
 
 
 def _system_descriptor(s, selector, descriptor, high):
-    """Read a system descriptor of the GDT (16 bytes in long mode); False with #GP(selector) or a page fault recorded."""
+    """Read a system descriptor of the GDT (16 bytes in long mode); False with #GP(selector) or a page fault
+    recorded.
+    """
     high[0] = 0
     if selector & 4:
         raise_error(s, 13, selector & 0xFFFC)

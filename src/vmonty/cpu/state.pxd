@@ -197,6 +197,7 @@ cdef struct Event:
     uint32_t error_code
     uint32_t instruction_length   # of INT n, INT3, INTO, INT1: pushed rip = rip + this
     uint64_t payload         # #PF: the linear address (goes to CR2 on delivery); #DB: DR6 bits
+    uint64_t is_fault        # #DB of an instruction breakpoint or general detect: RF is set in the pushed flags
 
 
 cdef struct Exit:
@@ -362,6 +363,9 @@ cdef struct CpuState:
     uint32_t careful_next    # the next instruction goes through a careful block
     uint32_t jump_local[3]   # this jump cache holds targets in non-global pages
     uint32_t in_run
+    uint32_t code_queue_count    # pages with code that others wrote; guarded by codecache.processors_lock
+    uint32_t code_queue_all      # the queue ran over: every page
+    uint64_t code_queue[64]
     uint32_t stop_events     # tests: leave run() with EXIT_DEBUG instead of delivering an event
     uint64_t features[8]     # instruction features offered (decode.FEATURES bits); 0 bits make #UD
     uint64_t slots[8]        # host addresses of grouped operands

@@ -4,6 +4,7 @@ The fields are in ``state.pxd``; that file is the contract between the translato
 """
 
 import cython
+from cython.cimports.libc.stdlib import free
 from cython.cimports.posix.mman import MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
 
@@ -28,6 +29,9 @@ def state_new():
 
 def state_free(s):
     """Give the memory back; the state must not be in use by any thread."""
+    free(s.vmx)
+    free(s.svm)
+    free(s.models)
     munmap(s, cython.sizeof(CpuState))
 
 
@@ -40,6 +44,7 @@ def raise_exception(s, vector):
     s.event.error_code = 0
     s.event.instruction_length = 0
     s.event.payload = 0
+    s.event.is_fault = 0
     return LEAVE_EVENT
 
 

@@ -158,7 +158,7 @@ def _displacement(i: cython.pointer(Insn)) -> uint64_t:
 @cython.nogil
 @cython.exceptval(check=False)
 def _info(i: cython.pointer(Insn)) -> uint32_t:
-    """Give the VM-exit instruction information. SDM, "VM-Exit Information for VM Exits Due to Instruction Execution"."""
+    """Give the VM-exit instruction information. SDM, "Information for VM Exits Due to Instruction Execution"."""
     word: uint32_t = 0
     digit: uint32_t = i.modrm >> 3 & 7
     if i.has_memory:
@@ -536,7 +536,9 @@ def _invpcid(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int
     r: cython.int = operand_address(s, i, 16, 0, cython.address(linear))
     if r:
         return r
-    return control.invpcid(s, _get(s, i.reg, 8 if s.mode == MODE_LONG64 else 4), linear, i.length, _info(i), _displacement(i))
+    return control.invpcid(
+        s, _get(s, i.reg, 8 if s.mode == MODE_LONG64 else 4), linear, i.length, _info(i), _displacement(i)
+    )
 
 
 @cython.cfunc
@@ -591,7 +593,7 @@ def _two_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
     if op == 0xB2:
         return _load_pointer(s, i, SS)
     if op == 0xB4 or op == 0xB5:
-        return _load_pointer(s, i, op & 1 and GS or FS)
+        return _load_pointer(s, i, (op & 1 and GS) or FS)
     if op == 0xC7 and i.rep == 0xF3 and not i.has_memory:
         return control.rdpid(s, i.rm)
     return raise_exception(s, 6)

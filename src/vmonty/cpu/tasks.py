@@ -1,8 +1,9 @@
 """Hardware task switches. SDM, "Task Switching"; 32-bit and 16-bit TSS. Not in long mode.
 
-    32-bit TSS  00 link | 04 ESP0 SS0 ESP1 SS1 ESP2 SS2 | 1C CR3 | 20 EIP | 24 EFLAGS | 28 EAX ECX EDX EBX ESP EBP ESI EDI
-                48 ES CS SS DS FS GS | 60 LDT | 64 T, I/O map base
-    16-bit TSS  00 link | 02 SP0 SS0 SP1 SS1 SP2 SS2 | 0E IP | 10 FLAGS | 12 AX CX DX BX SP BP SI DI | 22 ES CS SS DS | 2A LDT
+32-bit TSS  00 link | 04 ESP0 SS0 ESP1 SS1 ESP2 SS2 | 1C CR3 | 20 EIP | 24 EFLAGS | 28 EAX ECX EDX EBX ESP EBP ESI EDI
+            48 ES CS SS DS FS GS | 60 LDT | 64 T, I/O map base
+16-bit TSS  00 link | 02 SP0 SS0 SP1 SS1 SP2 SS2 | 0E IP | 10 FLAGS | 12 AX CX DX BX SP BP SI DI | 22 ES CS SS DS | 2A
+LDT
 """
 
 import cython
@@ -145,7 +146,7 @@ def _load_segments(s):
         return r
     s.segs[SS] = segment
     for i in range(6):
-        if i == CS or i == SS:
+        if i in (CS, SS):
             continue
         r = load_segment(s, i, s.segs[i].selector)
         if r != GO_ON:
@@ -164,6 +165,7 @@ def task_switch(s, selector, why, rip, flags, has_error, error_code, external, l
     kind: uint32_t
     cr3: uint64_t
     esp: uint64_t
+    size: uint32_t
     error: uint32_t = (selector & 0xFFFC) | external
     bad: uint32_t = 10 if why == SWITCH_IRET else 13
     r: cython.int
@@ -188,7 +190,7 @@ def task_switch(s, selector, why, rip, flags, has_error, error_code, external, l
     r = _save(s, rip, flags)
     if r != GO_ON:
         return r
-    if why == SWITCH_IRET or why == SWITCH_JUMP:
+    if why in (SWITCH_IRET, SWITCH_JUMP):
         _busy(s, s.tr.selector, old_descriptor, False)
     unpack(cython.address(s.tr), selector, descriptor)
     if s.tr.limit < (0x67 if kind & 8 else 0x2B):
@@ -196,12 +198,12 @@ def task_switch(s, selector, why, rip, flags, has_error, error_code, external, l
     if why != SWITCH_IRET:
         _busy(s, selector, descriptor, True)
     s.tr.access_rights |= 2
-    if why == SWITCH_CALL or why == SWITCH_GATE:
+    if why in (SWITCH_CALL, SWITCH_GATE):
         write_value(s, s.tr.base, 2, ACCESS_IMPLICIT | ACCESS_WRITE, link)
     r = _restore(s, cython.address(cr3))
     if r != GO_ON:
         return r
-    if why == SWITCH_CALL or why == SWITCH_GATE:
+    if why in (SWITCH_CALL, SWITCH_GATE):
         s.rflags |= FLAG_NT
     s.cr0 |= CR0_TS
     s.dr[7] &= ~cython.cast(uint64_t, 0x155)
@@ -215,17 +217,17 @@ def task_switch(s, selector, why, rip, flags, has_error, error_code, external, l
     if r != GO_ON:
         return r
     if has_error:
-        esp = s.gpr[RSP] - (4 if kind & 8 else 2)
-        r = write_value(
-            s, s.segs[SS].base + (esp & (cython.cast(uint64_t, 0xFFFFFFFF) if s.segs[SS].access_rights & 0x4000 else 0xFFFF)),
-            4 if kind & 8 else 2, ACCESS_WRITE, error_code,
-        )  # fmt: skip
+        size = 4 if kind & 8 else 2
+        esp = (s.gpr[RSP] - size) & (cython.cast(uint64_t, 0xFFFFFFFF) if s.segs[SS].access_rights & 0x4000 else 0xFFFF)
+        r = write_value(s, s.segs[SS].base + esp, size, ACCESS_WRITE, error_code)
         if r != GO_ON:
             return r
-        s.gpr[RSP] = esp & cython.cast(uint64_t, 0xFFFFFFFF)
+        s.gpr[RSP] = esp
     return GO_ON
 
 
 def task_gate(s, selector, external, rip, flags, has_error, error_code):
     """An event whose IDT entry is a task gate."""
-    return task_switch(s, selector, SWITCH_GATE, rip, flags, has_error, error_code, external, s.event.instruction_length)
+    return task_switch(
+        s, selector, SWITCH_GATE, rip, flags, has_error, error_code, external, s.event.instruction_length
+    )

@@ -13,9 +13,11 @@ cdef enum:
     SLOW_ALIGNED = 0x8000    # misaligned: #GP before any page fault
     SLOW_SIZE_SHIFT = 16
     SLOW_GROUP = 0x4000000   # the bytes of several operands: all in one page, or LEAVE_PLAIN
+    SLOW_SEGMENT_SHIFT = 28  # to_linear: the segment register
     TLB_INVALID = 1          # low bits of a negated tag that never match
 
 cdef uint64_t memory_slow(CpuState *s, uint64_t va, uint32_t what, uint64_t host_rip) noexcept nogil
+cdef uint64_t to_linear(CpuState *s, uint64_t offset, uint32_t what, uint64_t host_rip) noexcept nogil
 cdef uint64_t careful_access(CpuState *s, uint64_t va, uint32_t what, uint64_t host_rip) noexcept nogil
 cdef int careful_commit(CpuState *s) noexcept nogil
 

@@ -17,6 +17,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     unlink_cross_page,
 )
 from cython.cimports.vmonty.cpu.paging import Translation, translate
+from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_EXEC,
     ACCESS_IMPLICIT,
@@ -145,8 +146,13 @@ def memory_slow(s, va, what, host_rip):
     to: cython.p_uchar
     r = 0
     if what & SLOW_GROUP:
-        if (va & 0xFFF) + size > 4096 or _canonical(s, va, 0) or _look(s, va, access, cython.address(t)) \
-                or t.host == 0 or (access & ACCESS_WRITE and is_code_page(s, t.host)):
+        if (
+            (va & 0xFFF) + size > 4096
+            or _canonical(s, va, 0)
+            or _look(s, va, access, cython.address(t))
+            or t.host == 0
+            or (access & ACCESS_WRITE and is_code_page(s, t.host))
+        ):
             s.event.pending = 0
             return _leave(s, LEAVE_PLAIN, what, host_rip)
         return t.host + (va & 0xFFF)
@@ -181,6 +187,22 @@ def memory_slow(s, va, what, host_rip):
     return cython.cast(uint64_t, to)
 
 
+def to_linear(s, offset, what, host_rip):
+    """Give translated code outside 64-bit mode a linear address, bit 63 set; 0 leaves the block with #GP or #SS."""
+    linear: uint64_t = 0
+    r: cython.int = linear_address(
+        s,
+        (what >> SLOW_SEGMENT_SHIFT) & 7,
+        offset,
+        (what >> SLOW_SIZE_SHIFT) & 0x3FF,
+        1 if what & SLOW_WRITE else 0,
+        cython.address(linear),
+    )
+    if r:
+        return _leave(s, r, what, host_rip)
+    return linear | (cython.cast(uint64_t, 1) << 63)
+
+
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
@@ -206,7 +228,7 @@ def _mmio(s: cython.pointer(CpuState), physical: uint64_t, data: cython.p_uchar,
     s.exit.data = 0
     if write:
         copy_bytes(cython.cast(cython.p_uchar, cython.address(s.mmio[k].data[0])), data, size)
-        copy_bytes(cython.cast(cython.p_uchar, cython.address(s.exit.data)), data, size if size < 8 else 8)
+        copy_bytes(cython.cast(cython.p_uchar, cython.address(s.exit.data)), data, min(8, size))
     return LEAVE_EXIT
 
 
@@ -495,7 +517,11 @@ def flush_page(s, va):
 @cython.nogil
 @cython.exceptval(check=False)
 def _flat(s: cython.pointer(CpuState), k: cython.int) -> cython.int:
-    return s.segs[k].base == 0 and cython.cast(uint32_t, s.segs[k].limit + 1) == 0 and not s.segs[k].access_rights & 0x10000
+    return (
+        s.segs[k].base == 0
+        and cython.cast(uint32_t, s.segs[k].limit + 1) == 0
+        and not s.segs[k].access_rights & 0x10000
+    )
 
 
 def mode_changed(s):

@@ -331,7 +331,11 @@ def _gate_inner(s, selector, descriptor, offset, cpl, size, parameters, length):
                 value = s.segs[SS].selector
             else:
                 r = read_value(
-                    s, (s.segs[SS].base + old + (i - 2) * size) & cython.cast(uint64_t, 0xFFFFFFFF), size, 0, cython.address(value)
+                    s,
+                    (s.segs[SS].base + old + (i - 2) * size) & cython.cast(uint64_t, 0xFFFFFFFF),
+                    size,
+                    0,
+                    cython.address(value),
                 )
                 if r != GO_ON:
                     return r
@@ -344,7 +348,11 @@ def _gate_inner(s, selector, descriptor, offset, cpl, size, parameters, length):
         if (stack.access_rights & 0xC) != 4 and rsp + total - 1 > stack.limit:
             return raise_error(s, 12, stack.selector & 0xFFFC)
         r = write_linear(
-            s, (stack.base + rsp) & cython.cast(uint64_t, 0xFFFFFFFF), cython.address(narrow[0]), total, ACCESS_IMPLICIT | ACCESS_WRITE
+            s,
+            (stack.base + rsp) & cython.cast(uint64_t, 0xFFFFFFFF),
+            cython.address(narrow[0]),
+            total,
+            ACCESS_IMPLICIT | ACCESS_WRITE,
         )
         if r != GO_ON:
             return r
@@ -401,7 +409,7 @@ def _leave_level(s):
     i: uint32_t
     rights: uint32_t
     for i in range(6):
-        if i == CS or i == SS:
+        if i in (CS, SS):
             continue
         rights = s.segs[i].access_rights
         if (rights & AR_UNUSABLE) == 0 and ((rights >> 5) & 3) < s.cpl and (rights & 0xC) != 0xC:
@@ -579,9 +587,7 @@ def iret(s, size, length):
             return raise_error(s, 13, 0)
         r = implicit_read(s, s.tr.base, 2, cython.address(link))
         if r == GO_ON:
-            r = task_switch(
-                s, cython.cast(uint32_t, link), SWITCH_IRET, s.rip + length, s.rflags, 0, 0, 0, length
-            )
+            r = task_switch(s, cython.cast(uint32_t, link), SWITCH_IRET, s.rip + length, s.rflags, 0, 0, 0, length)
     else:
         r = _pop(s, cython.address(rsp), size, cython.address(rip))
         if r == GO_ON:

@@ -38,6 +38,7 @@ cdef struct Ea:
     int special
     int bit_register
     int operand_size
+    uint32_t what            # word for to_linear and memory_slow
     int64_t displacement
 
 cdef struct Stub:
@@ -72,7 +73,9 @@ cdef struct Work:
     Block *block
     uint32_t single
     uint32_t is_global
-    int code_size
+    int code_size            # 8 in 64-bit mode, else 4 or 2
+    int stack_size           # address size of the stack: 8, 4, 2
+    uint64_t code_base       # of CS outside 64-bit mode
     int count
     int stubs
     int base                 # of the memory operand after emit_access

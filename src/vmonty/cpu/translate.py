@@ -11,7 +11,6 @@ from cython.cimports.vmonty.cpu.assembler import (
     NONE,
     alu_imm,
     call_to,
-    here,
     jmp_to,
     lea,
     load,
@@ -98,7 +97,7 @@ from cython.cimports.vmonty.cpu.operands import (
     home,
     host,
 )
-from cython.cimports.vmonty.cpu.state import MODE_LONG64, TLB_ENTRIES
+from cython.cimports.vmonty.cpu.state import AR_DB, CS, MODE_COMPAT32, MODE_LONG64, MODE_PROT32, SS, TLB_ENTRIES
 from cython.cimports.vmonty.cpu.tlb import fetch_page
 
 # ---- exits ---------------------------------------------------------------------------------------------
@@ -112,11 +111,11 @@ def _exit_to(w: cython.pointer(Work), target: uint64_t, patch: cython.p_uchar) -
     k: cython.pointer(Stub) = cython.address(w.stub[w.stubs])
     e: cython.pointer(Link)
     c: cython.pointer(CodeCache) = w.c
-    cross: cython.int = ((target ^ w.block.rip) >> 12) != 0
+    cross: cython.int = (((target + w.code_base) ^ w.block.linear) >> 12) != 0
     w.stubs += 1
     k.patch = patch
     k.target = target
-    if w.single or (cross and not w.is_global):
+    if w.single or (cross and (not w.is_global or w.code_size != 8)):
         k.kind = STUB_LOOKUP
         return
     k.kind = STUB_LINK
@@ -214,6 +213,24 @@ def _helper(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
     call_to(w.a, w.c.call_helper)
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _lookup_stub(w: cython.pointer(Work)) -> uint64_t:
+    """Give the stub that goes to the guest address in r15; the jump cache serves only 64-bit mode."""
+    return w.c.lookup[w.s.tlb_set] if w.code_size == 8 else w.c.leave_indirect
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _cut(w: cython.pointer(Work), i: cython.pointer(Insn), target: uint64_t) -> uint64_t:
+    """Cut a branch target to the operand size."""
+    if w.code_size == 8:
+        return target
+    return target & 0xFFFF if i.operand_size == 2 else cython.cast(uint32_t, target)
+
+
 # ---- stack ----------------------------------------------------------------------------------------------
 
 
@@ -221,7 +238,13 @@ def _helper(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
 @cython.nogil
 @cython.exceptval(check=False)
 def _adjust_rsp(w: cython.pointer(Work), by: cython.int) -> cython.void:
-    lea(w.a, GUEST_RSP, GUEST_RSP, NONE, 0, by)
+    if w.stack_size == 8:
+        lea(w.a, GUEST_RSP, GUEST_RSP, NONE, 0, by)
+    elif w.stack_size == 4:
+        op_mem(w.a, 0, 0, 0x8D, GUEST_RSP, GUEST_RSP, NONE, 0, by)
+    else:
+        lea(w.a, S0, GUEST_RSP, NONE, 0, by)
+        op_reg(w.a, 0x66, 0, 0x8B, GUEST_RSP, S0)
 
 
 @cython.cfunc
@@ -253,6 +276,9 @@ def _push_constant(w: cython.pointer(Work), i: cython.pointer(Insn), value: uint
     if size == 2:
         access_op(w, 0x66, 0, 0xC7, 0)
         put16(w.a, cython.cast(uint32_t, value))
+    elif size == 4:
+        access_op(w, 0, 0, 0xC7, 0)
+        put32(w.a, cython.cast(uint32_t, value))
     elif cython.cast(int64_t, value) >> 31 == 0 or cython.cast(int64_t, value) >> 31 == -1:
         access_op(w, 0, 1, 0xC7, 0)
         put32(w.a, cython.cast(uint32_t, value))
@@ -306,8 +332,11 @@ def _load_target(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.voi
     h = host(i.rm)
     if h < 0:
         load(w.a, S2, RBP_HOST, home(w, i.rm))
-    else:
+        h = S2
+    if size == 8:
         mov_rr(w.a, S2, h)
+    else:
+        op_reg(w.a, 0, 0, 0x1B7 if size == 2 else 0x8B, S2, h)
 
 
 @cython.cfunc
@@ -376,7 +405,10 @@ def _leave_frame(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.voi
     if size == 2:
         load(w.a, S2, RBP_HOST, home(w, 5))
     access_op(w, 0x66 if size == 2 else 0, 1 if size == 8 else 0, 0x8B, S2)
-    load(w.a, GUEST_RSP, RBP_HOST, home(w, 5))
+    if w.stack_size == 2:
+        op_mem(w.a, 0x66, 0, 0x8B, GUEST_RSP, RBP_HOST, NONE, 0, home(w, 5))
+    else:
+        load(w.a, GUEST_RSP, RBP_HOST, home(w, 5))
     _adjust_rsp(w, size)
     store(w.a, S2, RBP_HOST, home(w, 5))
 
@@ -397,7 +429,7 @@ def _landing(w: cython.pointer(Work), next_rip: uint64_t) -> cython.void:
         lea(w.a, S0, S0, S1, 0, 0)
     put8(w.a, 0xE3)
     put8(w.a, 5)
-    jmp_to(w.a, w.c.lookup[w.s.tlb_set])
+    jmp_to(w.a, _lookup_stub(w))
     _jump(w, next_rip)
 
 
@@ -408,8 +440,11 @@ def _lookup(w: cython.pointer(Work), call: cython.int) -> cython.void:
     """Go to the guest address in r15 through the jump cache."""
     s: cython.pointer(CpuState) = w.s
     a: cython.pointer(Assembler) = w.a
-    if w.single:
-        jmp_to(a, w.c.leave_next)
+    if w.single or w.code_size != 8:
+        if call and not w.single:
+            call_to(a, w.c.leave_indirect)
+        else:
+            jmp_to(a, w.c.leave_next if w.single else w.c.leave_indirect)
         return
     pext_mem(a, S1, S2, RBP_HOST, displacement(s, cython.address(s.jump_mask)))
     op_mem(a, 0, 1, 0x8B, S0, RBP_HOST, S1, 3, displacement(s, cython.address(s.jump_negated[s.tlb_set][0])))
@@ -432,7 +467,7 @@ def _lookup(w: cython.pointer(Work), call: cython.int) -> cython.void:
 @cython.exceptval(check=False)
 def _call(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
     next_rip: uint64_t = i.rip + i.length
-    target: uint64_t = next_rip + i.immediate
+    target: uint64_t = _cut(w, i, next_rip + i.immediate)
     poll: cython.p_uchar = _poll(w, i, target)
     over: cython.p_uchar
     if poll != cython.NULL:  # the way out stands in front: the call's own exits are far
@@ -441,7 +476,7 @@ def _call(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
         over = w.a.at
         _poll_end(w, i, poll)
         over[-1] = cython.cast(uint64_t, w.a.at) - cython.cast(uint64_t, over)
-    _push_constant(w, i, next_rip, 8)
+    _push_constant(w, i, next_rip, i.operand_size)
     if w.single:
         _leave_at(w, target, w.c.leave_next)
     else:
@@ -477,12 +512,12 @@ def _call_indirect(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.v
     _poll_indirect(w, i)
     _load_target(w, i)
     _keep(w, S2, 0)
-    ea_stack(w, -8, cython.address(ea))
-    emit_access(w, i, cython.address(ea), 8, 2, 1)
+    ea_stack(w, -i.operand_size, cython.address(ea))
+    emit_access(w, i, cython.address(ea), i.operand_size, 2, 1)
     mov_imm(w.a, S2, i.rip + i.length)
-    access_op(w, 0, 1, 0x89, S2)
+    access_op(w, 0x66 if i.operand_size == 2 else 0, 1 if i.operand_size == 8 else 0, 0x89, S2)
     emit_commit(w, 2)
-    _adjust_rsp(w, -8)
+    _adjust_rsp(w, -i.operand_size)
     _keep(w, S2, 1)
     _lookup(w, 1)
     if not w.single:
@@ -496,10 +531,13 @@ def _call_indirect(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.v
 def _return(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
     ea: Ea
     ea_stack(w, 0, cython.address(ea))
-    emit_access(w, i, cython.address(ea), 8, 1, 1)
-    access_op(w, 0, 1, 0x8B, S0)
-    _adjust_rsp(w, 8 + cython.cast(cython.int, i.immediate))
-    mov_rr(w.a, S2, S0)
+    emit_access(w, i, cython.address(ea), i.operand_size, 1, 1)
+    if i.operand_size == 2:
+        access_op(w, 0, 0, 0x1B7, S2)
+    else:
+        access_op(w, 0, 1 if i.operand_size == 8 else 0, 0x8B, S2)
+    _adjust_rsp(w, i.operand_size + cython.cast(cython.int, i.immediate))
+    mov_rr(w.a, S0, S2)
     if w.single:
         jmp_to(w.a, w.c.leave_next)
     else:
@@ -512,7 +550,7 @@ def _return(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
 @cython.exceptval(check=False)
 def _conditional(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
     next_rip: uint64_t = i.rip + i.length
-    target: uint64_t = next_rip + i.immediate
+    target: uint64_t = _cut(w, i, next_rip + i.immediate)
     poll: cython.p_uchar = _poll(w, i, target)
     put8(w.a, 0x0F)
     put8(w.a, 0x80 | (i.opcode & 15))
@@ -530,7 +568,7 @@ def _loop(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
     """LOOP, LOOPE, LOOPNE, JCXZ."""
     a: cython.pointer(Assembler) = w.a
     next_rip: uint64_t = i.rip + i.length
-    target: uint64_t = next_rip + i.immediate
+    target: uint64_t = _cut(w, i, next_rip + i.immediate)
     poll: cython.p_uchar = _poll(w, i, target)
     over: cython.p_uchar
     at: cython.p_uchar
@@ -542,8 +580,15 @@ def _loop(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
         _poll_end(w, i, poll)
         over[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, over)
     if i.opcode != 0xE3:
-        op_mem(a, 0, 1 if i.address_size == 8 else 0, 0x8D, GUEST_RCX, GUEST_RCX, NONE, 0, -1)
-    op_reg(a, 0, 1 if i.address_size == 8 else 0, 0x8B, S0, GUEST_RCX)
+        if i.address_size == 2:
+            lea(a, S0, GUEST_RCX, NONE, 0, -1)
+            op_reg(a, 0x66, 0, 0x8B, GUEST_RCX, S0)
+        else:
+            op_mem(a, 0, 1 if i.address_size == 8 else 0, 0x8D, GUEST_RCX, GUEST_RCX, NONE, 0, -1)
+    if i.address_size == 2:
+        op_reg(a, 0, 0, 0x1B7, S0, GUEST_RCX)
+    else:
+        op_reg(a, 0, 1 if i.address_size == 8 else 0, 0x8B, S0, GUEST_RCX)
     put8(a, 0xE3)
     put8(a, 0)
     at = a.at
@@ -580,8 +625,14 @@ def _lea(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
     ea.segment = NONE
     b = host(ea.base) if ea.base != NONE else NONE
     x = host(ea.index) if ea.index != NONE else NONE
-    if h >= 0 and i.operand_size >= 4 and i.address_size == 8 and (ea.base == NONE or b >= 0) \
-            and (ea.index == NONE or x >= 0) and (b >= 0 or x >= 0):
+    if (
+        h >= 0
+        and i.operand_size >= 4
+        and i.address_size == 8
+        and (ea.base == NONE or b >= 0)
+        and (ea.index == NONE or x >= 0)
+        and (b >= 0 or x >= 0)
+    ):
         op_mem(w.a, 0, wide, 0x8D, h, b, x, ea.scale, cython.cast(int32_t, ea.displacement))
         return
     emit_ea(w, cython.address(ea))
@@ -700,7 +751,7 @@ def _instruction(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.voi
     if vector:
         _fault(w, i, vector)
         return
-    if cls == C_COPY or cls == C_BTM or cls == C_EMMS:
+    if cls in (C_COPY, C_BTM, C_EMMS):
         emit_copy(w, i)
     elif cls == C_JCC:
         _conditional(w, i)
@@ -750,7 +801,7 @@ def _instruction(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.voi
             _system(w, i)
     elif cls == C_MASKMOV:
         _masked_move(w, i)
-    elif cls == C_SYS or cls == C_STRING or cls == C_FPU or cls == C_PUSHF or cls == C_ENTER:
+    elif cls in (C_SYS, C_STRING, C_FPU, C_PUSHF, C_ENTER):
         _helper(w, i)
     elif cls == C_UD:
         _fault(w, i, 6)
@@ -773,7 +824,7 @@ def _sign(value: uint64_t, size: cython.int) -> uint64_t:
 @cython.nogil
 @cython.exceptval(check=False)
 def _direct_jump(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
-    target: uint64_t = i.rip + i.length + i.immediate
+    target: uint64_t = _cut(w, i, i.rip + i.length + i.immediate)
     poll: cython.p_uchar = _poll(w, i, target)
     _jump(w, target)
     _poll_end(w, i, poll)
@@ -806,7 +857,7 @@ def _emit_stubs(w: cython.pointer(Work)) -> cython.void:
             jmp_to(a, w.c.leave_link)
         elif k.kind == STUB_LOOKUP:
             mov_imm(a, S2, k.target)
-            jmp_to(a, w.c.leave_next if w.single else w.c.lookup[w.s.tlb_set])
+            jmp_to(a, w.c.leave_next if w.single else _lookup_stub(w))
         else:
             emit_ea(w, cython.address(k.ea))
             if k.kind == STUB_SLOT:  # flags are dead: look into the TLB, remember the page, go on
@@ -843,8 +894,7 @@ def _ends_block(i: cython.pointer(Insn)) -> cython.int:
     cls: cython.int = ROW[i.row].cls
     if i.fault:
         return 1
-    return cls == C_JCC or cls == C_JMP or cls == C_CALL or cls == C_JMPI or cls == C_CALLI or cls == C_RET \
-        or cls == C_LOOP or cls == C_SYSEND or cls == C_UD or cls == C_POPF
+    return cls in (C_JCC, C_JMP, C_CALL, C_JMPI, C_CALLI, C_RET, C_LOOP, C_SYSEND, C_UD, C_POPF)
 
 
 @cython.cfunc
@@ -853,7 +903,7 @@ def _ends_block(i: cython.pointer(Insn)) -> cython.int:
 def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: cython.p_int) -> cython.int:
     """Decode the block's instructions; 0 when the first one cannot be fetched."""
     b: cython.pointer(Block) = w.block
-    at: cython.int = b.rip & 0xFFF
+    at: cython.int = b.linear & 0xFFF
     start: cython.int = at
     code: cython.p_uchar = cython.cast(cython.p_uchar, page.host)
     i: cython.pointer(Insn)
@@ -872,7 +922,7 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
         if n == 0:
             if w.count:
                 break  # the next block begins with it
-            second = fetch_page(w.s, (b.rip | 0xFFF) + 1, why)
+            second = fetch_page(w.s, (b.linear | 0xFFF) + 1, why)
             if second == cython.NULL or second.host == 0:
                 return 0
             part = 4096 - at
@@ -907,9 +957,10 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
 @cython.nogil
 @cython.exceptval(check=False)
 def _live_at(w: cython.pointer(Work), target: uint64_t) -> cython.int:
-    if (target ^ w.block.rip) >> 12:
+    linear: uint64_t = target + w.code_base
+    if (linear ^ w.block.linear) >> 12:
         return F_ALL
-    return live_at(w.window + (target & 0xFFF), 4096 - cython.cast(cython.int, target & 0xFFF), target, w.code_size)
+    return live_at(w.window + (linear & 0xFFF), 4096 - cython.cast(cython.int, linear & 0xFFF), target, w.code_size)
 
 
 @cython.cfunc
@@ -923,7 +974,7 @@ def _live_out(w: cython.pointer(Work)) -> cython.int:
         return F_ALL
     if cls == C_JCC:
         return _live_at(w, next_rip) | _live_at(w, next_rip + i.immediate)
-    if cls == C_JMP or cls == C_CALL:
+    if cls in (C_JMP, C_CALL):
         return _live_at(w, next_rip + i.immediate)
     if not _ends_block(i):
         return _live_at(w, next_rip)
@@ -945,19 +996,30 @@ def _find_loop(w: cython.pointer(Work)) -> cython.void:
     k: cython.int
     w.in_loop = 0
     w.loaded = 0
-    if w.single or (cls != C_JCC and cls != C_JMP) or target > w.block.rip or w.block.rip - target > 256:
+    if (
+        w.single
+        or w.code_size != 8
+        or (cls != C_JCC and cls != C_JMP)
+        or target > w.block.rip
+        or w.block.rip - target > 256
+    ):
         return
     w.in_loop = 1
     for k in range(w.count):
         i = cython.address(w.insns[k])
         if ROW[i.row].cls == C_COPY and i.has_memory and i.map == 0 and i.opcode == 0x8B:
             w.loaded |= cython.cast(uint32_t, 1) << i.reg
+        elif i.map == 0 and not i.has_memory and i.opcode == 0x01:  # strides of unknown size leave pages often
+            w.loaded |= cython.cast(uint32_t, 1) << i.rm
+        elif i.map == 0 and not i.has_memory and i.opcode == 0x03:
+            w.loaded |= cython.cast(uint32_t, 1) << i.reg
 
 
 def translate_block(s, rip, page, single, plain, why):
     """Translate the block at ``rip``, whose code lies in ``page``; NULL with ``why`` when it cannot be fetched.
 
-    ``single`` makes a careful block of one instruction, ``plain`` gives each operand its own TLB check. The cache may be flushed first.
+    ``single`` makes a careful block of one instruction, ``plain`` gives each operand its own TLB check.
+    The cache may be flushed first.
     """
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     w: Work
@@ -995,6 +1057,14 @@ def translate_block(s, rip, page, single, plain, why):
     w.groups = 0
     w.is_global = page.is_global
     w.code_size = 8
+    w.stack_size = 8
+    w.code_base = 0
+    b.linear = rip
+    if s.mode != MODE_LONG64:
+        w.code_size = 4 if s.mode == MODE_PROT32 or s.mode == MODE_COMPAT32 else 2
+        w.stack_size = 4 if s.segs[SS].access_rights & AR_DB else 2
+        w.code_base = s.segs[CS].base
+        b.linear = cython.cast(uint32_t, rip + w.code_base)
     w.stubs = 0
     w.closed = 0
     if not _read_block(cython.address(w), page, why):
@@ -1002,7 +1072,7 @@ def translate_block(s, rip, page, single, plain, why):
     b.is_global = w.is_global
     analyse(cython.address(w.insns[0]), w.count, _live_out(cython.address(w)))
     _find_loop(cython.address(w))
-    if not single and not plain:
+    if not single and not plain and w.code_size == 8:
         find_groups(cython.address(w))
     for k in range(w.count):
         i = cython.address(w.insns[k])

@@ -1,11 +1,13 @@
 """The VMCS: one table of fields, from which access, dumps, documentation and the C names are made.
 
-A VMCS is a 4 KiB region with a layout of our own. The encoding of a field says all about it. SDM, "Field Encoding in VMCS"::
+A VMCS is a 4 KiB region with a layout of our own. The encoding of a field says all about it. SDM, "Field Encoding in
+VMCS"::
 
     14..13 width (0: 16 bits, 1: 64, 2: 32, 3: natural) | 11..10 kind (0 control, 1 exit information, 2 guest, 3 host)
     9..1 index | 0 high half of a 64-bit field
 
-Exit information is read-only. Each field has a slot of 8 bytes at ``offset(encoding)``; the slots of the combination that has no
+Exit information is read-only. Each field has a slot of 8 bytes at ``offset(encoding)``; the slots of the combination
+that has no
 fields (16-bit exit information) come first and hold the header: revision identifier, abort indicator, launch state.
 
 ``python -m vmonty.cpu.vmcs`` prints ``vmcs.pxd``; a test compares it with the file.
@@ -191,9 +193,7 @@ def offset(encoding: int) -> int:
 def info(field: Field) -> FieldInfo:
     """Describe one field."""
     width, kind = field >> 13 & 3, field >> 10 & 3
-    return FieldInfo(
-        field.name, int(field), WIDTHS[width], width == 3, KINDS[kind], kind == 1, offset(field)
-    )
+    return FieldInfo(field.name, int(field), WIDTHS[width], width == 3, KINDS[kind], kind == 1, offset(field))
 
 
 def dump(region: bytes | bytearray | memoryview) -> dict[str, int]:

@@ -1,7 +1,10 @@
-"""VMX as host software uses it: each instruction is a method of ``Vmx``; ``run`` is VMLAUNCH or VMRESUME up to the VM exit.
+"""VMX as host software uses it: each instruction is a method of ``Vmx``; ``run`` is VMLAUNCH or VMRESUME up to the VM
+exit.
 
-Regions are 4 KiB, aligned, named by their address in this process; in EPT entries, bitmaps and MSR areas too a host-physical
-address is an address in this process. Methods fail as the instructions do, with VmxError. SDM, "VMX Instruction Reference".
+Regions are 4 KiB, aligned, named by their address in this process; in EPT entries, bitmaps and MSR areas too a
+host-physical
+address is an address in this process. Methods fail as the instructions do, with VmxError. SDM, "VMX Instruction
+Reference".
 """
 
 from __future__ import annotations
@@ -103,7 +106,8 @@ def vmx_run(s, launch):
 class Vmx:
     """The VMX side of one processor.
 
-    One thread at a time may use it, except ``kick``. General registers, CR2, DR0–DR3, DR6, and the x87/SSE/AVX state aren't part of
+    One thread at a time may use it, except ``kick``. General registers, CR2, DR0–DR3, DR6, and the x87/SSE/AVX state
+    aren't part of
     the VMCS: they stay in the processor across entry and exit (``gpr``, ``cr2``, ``dr``, ``cpu.xsave``).
     """
 
@@ -121,7 +125,7 @@ class Vmx:
     def vmxon(self, region: cython.ulonglong) -> None:
         """VMXON: the region's first four bytes hold the revision identifier (``vmcs.REVISION``)."""
         if self.v.on:
-            raise VmxError("vmxon", ERROR_VMXON_IN_ROOT)
+            self._fail("vmxon", ERROR_VMXON_IN_ROOT)
         if region == 0 or region & 0xFFF or cython.cast(cython.pointer(uint32_t), region)[0] != VMCS_REVISION:
             raise VmxError("vmxon", 0)
         self.v.on = 1
@@ -252,7 +256,9 @@ class Vmx:
         )
 
     def kick(self) -> None:
-        """Signal an external interrupt from any thread: the guest exits with reason 1 soon, or right at its next entry."""
+        """Signal an external interrupt from any thread: the guest exits with reason 1 soon, or right at its
+        next entry.
+        """
         self.s.interrupt_line = 1
         self.s.run = 0
 

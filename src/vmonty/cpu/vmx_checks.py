@@ -16,7 +16,6 @@ from cython.cimports.vmonty.cpu.state import (
     EVENT_NMI,
     EVENT_SOFT_INTERRUPT,
     FLAG_IF,
-    FLAG_TF,
     FLAG_VM,
     SHADOW_MOV_SS,
     SHADOW_STI,
@@ -30,6 +29,7 @@ from cython.cimports.vmonty.cpu.vmcs import (
     GUEST_CS_AR_BYTES,
     GUEST_CS_BASE,
     GUEST_CS_LIMIT,
+    GUEST_CS_SELECTOR,
     GUEST_DR7,
     GUEST_ES_AR_BYTES,
     GUEST_ES_BASE,
@@ -52,7 +52,6 @@ from cython.cimports.vmonty.cpu.vmcs import (
     GUEST_RIP,
     GUEST_SS_AR_BYTES,
     GUEST_SS_SELECTOR,
-    GUEST_CS_SELECTOR,
     GUEST_SYSENTER_EIP,
     GUEST_SYSENTER_ESP,
     GUEST_TR_AR_BYTES,
@@ -175,6 +174,7 @@ def _registers_valid(s):
     cr4: uint64_t = get(m, GUEST_CR4)
     efer: uint64_t = get(m, GUEST_IA32_EFER)
     pat: uint64_t
+    kind: uint64_t
     i: uint32_t
     long_guest: cython.bint = (v.entry_controls & ENTRY_IA32E) != 0
     paging: cython.bint = (cr0 >> 31) & 1
@@ -197,10 +197,10 @@ def _registers_valid(s):
         return False
     if v.entry_controls & ENTRY_LOAD_PAT:
         pat = get(m, GUEST_IA32_PAT)
-        for i in range(8):
-            if (pat & 0xFF) > 7 or (pat & 0xFF) == 2 or (pat & 0xFF) == 3:
+        for i in range(0, 64, 8):
+            kind = (pat >> i) & 0xFF
+            if kind > 7 or kind == 2 or kind == 3:
                 return False
-            pat >>= 8
     if v.entry_controls & ENTRY_LOAD_EFER:
         if efer & ~efer_allowed(s) or ((efer & EFER_LMA) != 0) != long_guest:
             return False

@@ -1,6 +1,7 @@
 """VM entry and the way back. SDM, "VM Entries" and "Saving Guest State".
 
-Host software that is Python has no processor state to load: the host-state area is kept but neither checked nor loaded. While its guest
+Host software that is Python has no processor state to load: the host-state area is kept but neither checked nor
+loaded. While its guest
 runs, physical addresses in EPT entries, bitmaps and MSR areas are addresses of this process.
 """
 
@@ -21,7 +22,6 @@ from cython.cimports.vmonty.cpu.state import (
     EFER_LME,
     EFER_NXE,
     EVENT_EXCEPTION,
-    EVENT_SOFT_EXCEPTION,
     EXIT_NONE,
     GO_ON,
     RSP,
@@ -259,6 +259,7 @@ def _inject(s):
     if s.event.kind > EVENT_EXCEPTION:
         s.event.instruction_length = cython.cast(uint32_t, get(m, VM_ENTRY_INSTRUCTION_LEN))
     s.event.payload = 0
+    s.event.is_fault = 0
     if s.event.kind == EVENT_EXCEPTION and s.event.vector == 14:
         s.event.payload = s.cr2  # an injected page fault leaves CR2 alone
     vmx_of(s).injecting = 1
@@ -266,7 +267,9 @@ def _inject(s):
 
 
 def _fail(s, reason, qualification):
-    """An entry failure: an exit that saves no guest state. SDM, "VM-Entry Failures During or After Loading Guest State"."""
+    """An entry failure: an exit that saves no guest state. SDM, "VM-Entry Failures During or After Loading
+    Guest State".
+    """
     v: cython.pointer(VmxState) = vmx_of(s)
     put(v.vmcs, VM_EXIT_REASON, reason | cython.cast(uint64_t, 0x80000000))
     put(v.vmcs, EXIT_QUALIFICATION, qualification)
@@ -288,7 +291,12 @@ def _load_msrs(s, area, count):
     for i in range(count):
         entry = cython.cast(cython.pointer(uint32_t), area + 16 * i)
         index = entry[0]
-        if index == cython.cast(uint64_t, 0xC0000100) or index == cython.cast(uint64_t, 0xC0000101) or (index >> 8) == 8 or entry[1]:
+        if (
+            index == cython.cast(uint64_t, 0xC0000100)
+            or index == cython.cast(uint64_t, 0xC0000101)
+            or (index >> 8) == 8
+            or entry[1]
+        ):
             return i + 1
         if not write_msr(s, index, cython.cast(cython.pointer(uint64_t), area + 16 * i)[1]):
             return i + 1

@@ -14,7 +14,8 @@ ACCESS_READ, ACCESS_WRITE, ACCESS_EXEC, ACCESS_USER, ACCESS_IMPLICIT = 0, 1, 2, 
 class Walk:
     """The end of a walk: a page, or the fault (one of FAULTS) with what it reports.
 
-    ``physical`` and ``host`` are addresses of the 4-KByte page (guest-physical, this process; host 0 is no memory); ``size`` is in bytes.
+    ``physical`` and ``host`` are addresses of the 4-KByte page (guest-physical, this process; host 0 is no memory);
+    ``size`` is in bytes.
     ``error_code`` is of a page fault; ``qualification`` and ``fault_physical`` are of a fault in the second dimension.
     """
 

@@ -126,8 +126,8 @@ def load(
 ) -> None:
     """Put *source* at *code*, a handler for each vector of *handlers*, and *vcpu* at its first instruction.
 
-    In CPL3 the I/O privilege level is 3 and the permission bitmap is clear: IN and OUT work. *cpuid*, when given, becomes the guest's.
-    Raises VmontyError when nasm refuses a program, ValueError when a handler is too long.
+    In CPL3 the I/O privilege level is 3 and the permission bitmap is clear: IN and OUT work. *cpuid*, when
+    given, becomes the guest's. Raises VmontyError when nasm refuses a program, ValueError when a handler is too long.
     """
     ram.write(code, assemble(source, mode.bits, code))
     write_handlers(ram, mode, handlers or {})

@@ -22,9 +22,7 @@ def assemble(source: str, bits: int = 16, org: int = 0) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         listing, image = Path(folder, "guest.asm"), Path(folder, "guest.bin")
         listing.write_text(f"bits {bits}\norg {org:#x}\n{source}\n")
-        done = subprocess.run(
-            ["nasm", "-f", "bin", "-o", image, listing], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(["nasm", "-f", "bin", "-o", image, listing], capture_output=True, text=True, check=False)
         if done.returncode:
             raise VmontyError(f"nasm: {done.stderr.strip()}")
         return image.read_bytes()

@@ -19,12 +19,19 @@ class ClockIoctls(KvmFile):
     def __init__(self) -> None:
         self._kvmclock_offset = -time.monotonic_ns()
 
+    def kvmclock_ns(self) -> int:
+        """The clock now."""
+        return time.monotonic_ns() + self._kvmclock_offset
+
+    def clock_changed(self) -> None:
+        """User space has set the clock: every vCPU's time page is to be written anew."""
+
     @answers(Requests.KVM_GET_CLOCK)
     def get_clock(self, argument: Argument) -> None:
         """kvm_vm_ioctl_get_clock(): the clock, with the host's time and TSC of the same moment."""
         argument.put(
             kvm_clock_data(
-                clock=time.monotonic_ns() + self._kvmclock_offset,
+                clock=self.kvmclock_ns(),
                 flags=KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC,
                 realtime=time.time_ns(),
                 host_tsc=read_tsc(),
@@ -41,3 +48,4 @@ class ClockIoctls(KvmFile):
         if data.flags & KVM_CLOCK_REALTIME:
             clock += max(time.time_ns() - data.realtime, 0)
         self._kvmclock_offset = clock - time.monotonic_ns()
+        self.clock_changed()

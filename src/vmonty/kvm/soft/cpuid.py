@@ -5,12 +5,20 @@ from __future__ import annotations
 from functools import cache
 
 from vmonty.cpu import models
-from vmonty.kvm.uapi.flags import KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+from vmonty.kvm.uapi.flags import (
+    KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+    KVM_FEATURE_CLOCKSOURCE2,
+    KVM_FEATURE_CLOCKSOURCE_STABLE_BIT,
+    KVM_FEATURE_NOP_IO_DELAY,
+)
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
 
 KVM_MAX_CPUID_ENTRIES = 256
 KVM_CPUID_SIGNATURE = 0x4000_0000
 KVM_SIGNATURE = b"KVMKVMKVM\0\0\0"
+
+# kvmclock by the new MSRs, with a stable TSC; port 0x80 needs no delay.
+FEATURES = 1 << KVM_FEATURE_CLOCKSOURCE2 | 1 << KVM_FEATURE_CLOCKSOURCE_STABLE_BIT | 1 << KVM_FEATURE_NOP_IO_DELAY
 
 # Nested virtualization is not offered yet; MONITOR and MWAIT would exit all the time; the processor restores only the
 # standard form of XSAVE areas.
@@ -23,7 +31,7 @@ def _rows() -> tuple[models.Row, ...]:
     return (
         *models.cpuid_rows(models.parse(OFFERED)),
         (KVM_CPUID_SIGNATURE, None, KVM_CPUID_SIGNATURE + 1, *signature),
-        (KVM_CPUID_SIGNATURE + 1, None, 0, 0, 0, 0),
+        (KVM_CPUID_SIGNATURE + 1, None, FEATURES, 0, 0, 0),
     )
 
 

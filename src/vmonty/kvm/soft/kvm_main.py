@@ -122,6 +122,12 @@ class Kvm(IrqchipIoctls, ClockIoctls):
         self.nr_mmu_pages = 0
         self.users_count = 1
 
+    def clock_changed(self) -> None:
+        """KVM_REQ_CLOCK_UPDATE for all vCPUs."""
+        for vcpu in list(self.vcpus.values()):
+            vcpu.clock_update_requested = True
+            vcpu.vendor.kick()
+
     def get(self) -> None:
         """kvm_get_kvm()."""
         with self.lock:

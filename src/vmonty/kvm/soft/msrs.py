@@ -6,6 +6,7 @@ import ctypes
 import errno
 
 from vmonty.kvm.soft.files import answers
+from vmonty.kvm.soft.pvclock import MSR_SYSTEM_TIME_NEW, MSR_WALL_CLOCK_NEW, SYSTEM_TIME_MSRS, WALL_CLOCK_MSRS
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.soft.vcpu_state import VcpuState
 from vmonty.kvm.uapi import Requests
@@ -26,7 +27,7 @@ MAX_IO_MSRS = 256
 MSRS_TO_SAVE: tuple[int, ...] = (
     MSR_SYSENTER_CS, MSR_SYSENTER_ESP, MSR_SYSENTER_EIP, MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_FMASK,
     MSR_KERNEL_GS_BASE, MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_IA32_TSC_DEADLINE, MSR_MISC_ENABLE, MSR_PAT,
-    MSR_TSC_AUX, MSR_MCG_STATUS,
+    MSR_TSC_AUX, MSR_MCG_STATUS, MSR_WALL_CLOCK_NEW, MSR_SYSTEM_TIME_NEW,
 )  # fmt: skip
 
 # Registers that are only kept: what they start with.
@@ -47,6 +48,8 @@ class MsrIoctls(VcpuState):
             return self.guest_tsc()
         if index == MSR_IA32_APICBASE:
             return self.get_apic_base()
+        if index in SYSTEM_TIME_MSRS:
+            return self.pvclock.system_time_msr
         if self.apic is not None:
             if X2APIC_FIRST <= index <= X2APIC_LAST:
                 value = self.apic.read_msr(index)
@@ -57,6 +60,8 @@ class MsrIoctls(VcpuState):
                 return self.apic.get_tsc_deadline()
         if (held := self.vendor.get_msr(index)) is not None:
             return held
+        if index in WALL_CLOCK_MSRS:
+            return self.stored_msrs.get(MSR_WALL_CLOCK_NEW, 0)
         if index in self.stored_msrs:
             return self.stored_msrs[index]
         if index in READ_ONLY:
@@ -69,6 +74,12 @@ class MsrIoctls(VcpuState):
             self.set_guest_tsc(value)
         elif index == MSR_IA32_APICBASE:
             self.set_apic_base(value)
+        elif index in SYSTEM_TIME_MSRS:
+            self.pvclock.set_system_time(value)
+        elif index in WALL_CLOCK_MSRS:
+            self.stored_msrs[MSR_WALL_CLOCK_NEW] = value
+            if not host:
+                self.pvclock.write_wall_clock(value)
         elif self.apic is not None and X2APIC_FIRST <= index <= X2APIC_LAST:
             if not self.apic.write_msr(index, value):
                 raise OSError(errno.EPERM, "#GP")

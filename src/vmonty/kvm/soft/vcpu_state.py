@@ -13,6 +13,7 @@ from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2, kvm_segment, kvm_vcpu_events
 if TYPE_CHECKING:
     from vmonty.kvm.soft.kvm_main import Kvm
     from vmonty.kvm.soft.lapic import Lapic
+    from vmonty.kvm.soft.pvclock import PvClock
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class VcpuState(KvmFile):
         self.signal_pending = False
         self.tlb_flush_requested = False
         self.wake = threading.Event()
+        self.pvclock: PvClock
 
     def store_events(self) -> kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS' struct."""

@@ -16,6 +16,7 @@ from vmonty.kvm.soft.events import EventIoctls
 from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.lapic import Lapic
 from vmonty.kvm.soft.msrs import STORED, MsrIoctls
+from vmonty.kvm.soft.pvclock import PvClock
 from vmonty.kvm.soft.regs import RegisterIoctls
 from vmonty.kvm.soft.tsc import HOST_TSC_KHZ, read_tsc
 from vmonty.kvm.soft.user import Argument
@@ -49,6 +50,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
         self._cr8 = 0
         self.pending_ioapic_eoi: list[int] = []
         self.has_run = False
+        self.pvclock = PvClock(self)
+        self.clock_update_requested = False
         is_bsp = vcpu_id == kvm.boot_vcpu_id
         self._apic_base = APIC_BASE_DEFAULT | (APIC_BASE_BSP if is_bsp else 0)
         if kvm.irqchip_in_kernel:
@@ -78,6 +81,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
         """Set the guest's time-stamp counter by its offset to the host's."""
         self._tsc_offset = value - read_tsc()
         self.vendor.set_tsc_offset(self._tsc_offset & 0xFFFF_FFFF_FFFF_FFFF)
+        self.pvclock.update()
 
     def tsc_deadline_to_ns(self, deadline: int) -> int:
         """When, in the host's monotonic nanoseconds, the guest's TSC reaches *deadline*."""
@@ -150,6 +154,11 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
     @answers(Requests.KVM_GET_TSC_KHZ)
     def get_tsc_khz(self, argument: Argument) -> int:
         return HOST_TSC_KHZ
+
+    @answers(Requests.KVM_KVMCLOCK_CTRL)
+    def kvmclock_ctrl(self, argument: Argument) -> None:
+        if not self.pvclock.mark_stopped():
+            raise OSError(errno.EINVAL, "the guest does not use kvmclock")
 
     @answers(Requests.KVM_TRANSLATE)
     def translate(self, argument: Argument) -> None:
@@ -306,6 +315,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
         if self.tlb_flush_requested:
             self.tlb_flush_requested = False
             self.vendor.flush_tlb()
+        if self.clock_update_requested:
+            self.clock_update_requested = False
+            self.pvclock.update()
         self._inject_pending_event()
         self.vendor.run()
         return self.vendor.handle_exit()
