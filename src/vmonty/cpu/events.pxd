@@ -50,8 +50,8 @@ cdef int _gate_checks(CpuState *s, uint64_t gate, uint32_t external) noexcept no
 cdef int _target(CpuState *s, uint32_t selector, uint32_t external, uint64_t *descriptor, uint32_t *cpl) noexcept nogil
 cdef int _inner_stack_long(CpuState *s, uint32_t offset, uint32_t external, uint64_t *rsp) noexcept nogil
 cdef int _inner_stack(CpuState *s, uint32_t cpl, uint32_t external, Segment *stack, uint64_t *esp) noexcept nogil
-cdef int _push(CpuState *s, Segment *stack, uint64_t *esp, uint64_t *values, uint32_t count, uint32_t size, uint32_t cpl,
-               uint32_t error) noexcept nogil
+cdef int _push(CpuState *s, Segment *stack, uint64_t *esp, uint64_t *values, uint32_t count, uint32_t size,
+               uint32_t cpl, uint32_t error) noexcept nogil
 cdef void _enter_handler(CpuState *s, uint32_t interrupt_gate) noexcept nogil
 cdef int _vm86_interrupt(CpuState *s, uint32_t vector, uint32_t length) noexcept nogil
 cdef int _debug_trap(CpuState *s) noexcept nogil

@@ -30,12 +30,21 @@ from cython.cimports.vmonty.cpu.state import (
     paging_enabled,
     raise_page_fault,
 )
-from cython.cimports.vmonty.cpu.vmx_exit import nested_page_fault
+from cython.cimports.vmonty.cpu.vmx_exit import nested_page_fault, vmx_of
 
 
 def translate(s, va, access, t):
     """Walk and record the fault, if any: GO_ON with ``t`` filled in, or LEAVE_*."""
     if walk(s, va, access, t) == WALK_OK:
+        return GO_ON
+    if (
+        s.nested == 1
+        and vmx_of(s).emulating
+        and not access & ACCESS_EXEC
+        and (t.fault == WALK_EPT_MISCONFIG or (t.fault == WALK_EPT_VIOLATION and t.qualification & NESTED_FINAL))
+    ):
+        t.host = 0
+        t.physical = t.fault_physical & ~cython.cast(uint64_t, 0xFFF)
         return GO_ON
     return record_fault(s, t)
 

@@ -8,7 +8,8 @@ from vmonty.cpu.state cimport CpuState
 # On the bare processor both leave with EXIT_PIO and rip behind the instruction; complete() puts a read's data into rAX.
 cdef int port_in(CpuState *s, uint32_t port, uint32_t size, uint32_t immediate, uint32_t length) noexcept nogil
 cdef int port_out(CpuState *s, uint32_t port, uint32_t size, uint32_t immediate, uint32_t length) noexcept nogil
-# INS/OUTS, one iteration at a time (LEAVE_RETRY while a REP count is left). address_size 2, 4, 8; segment: of OUTS' source.
+# INS/OUTS, one iteration at a time (LEAVE_RETRY while a REP count is left).
+# address_size 2, 4, 8; segment: of OUTS' source.
 cdef int string_in(CpuState *s, uint32_t size, uint32_t address_size, uint32_t rep, uint32_t length) noexcept nogil
 cdef int string_out(CpuState *s, uint32_t size, uint32_t address_size, uint32_t rep, uint32_t segment,
                     uint32_t length) noexcept nogil

@@ -1,7 +1,8 @@
 """Segment registers and descriptor tables, with every check and in every mode. (Owner: system side.)
 
-``size`` is the operand size in bytes; ``length`` the instruction's; ``linear`` the linear address of a memory operand whose
-segment checks the caller has made. ``info`` is the VMX instruction-information word of a descriptor-table instruction
+``size`` is the operand size in bytes; ``length`` the instruction's; ``linear`` the linear address of a memory
+operand whose segment checks the caller has made. ``info`` is the VMX instruction-information word of a
+descriptor-table instruction
 (0 if the caller has none) and ``displacement`` its exit qualification.
 """
 
@@ -10,7 +11,8 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from vmonty.cpu.state cimport ACCESS_IMPLICIT, CpuState, Segment
 from vmonty.cpu.tlb cimport read_value
 
-# MOV/POP to ES, SS, DS, FS, GS and LDS etc. Never CS. GO_ON or LEAVE_EVENT. MOV and POP to SS: the caller sets SHADOW_MOV_SS.
+# MOV/POP to ES, SS, DS, FS, GS and LDS etc. Never CS. GO_ON or LEAVE_EVENT.
+# MOV and POP to SS: the caller sets SHADOW_MOV_SS.
 cdef int load_segment(CpuState *s, uint32_t index, uint32_t selector) noexcept nogil
 cdef int lldt(CpuState *s, uint32_t selector, uint32_t length, uint32_t info, uint64_t displacement) noexcept nogil
 cdef int ltr(CpuState *s, uint32_t selector, uint32_t length, uint32_t info, uint64_t displacement) noexcept nogil

@@ -7,11 +7,12 @@ from vmonty.cpu.state cimport CpuState
 from vmonty.cpu.vmx_exit cimport VmxState
 
 # VMLAUNCH or VMRESUME until the VM exit: the exit reason (bit 31: entry failure), or a negative number:
-# -error for VMfail, -ENTRY_NO_VMCS for VMfailInvalid, RUN_STOPPED - EXIT_* when the processor stopped without a VM exit.
+# -error for VMfail, -ENTRY_NO_VMCS for VMfailInvalid, RUN_STOPPED - EXIT_* when it stopped without a VM exit.
 cdef enum:
     RUN_STOPPED = -0x1000
 
 cdef int64_t vmx_run(CpuState *s, uint32_t launch) noexcept nogil
+cdef int64_t vmx_emulate(CpuState *s, bint resume) noexcept nogil
 cdef VmxState *vmx_new(CpuState *s) noexcept nogil
 cdef void vmx_free(CpuState *s) noexcept nogil
 cdef bint field_exists(uint32_t encoding) noexcept nogil

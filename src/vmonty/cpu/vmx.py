@@ -14,6 +14,8 @@ from cython.cimports.libc.stdlib import calloc, free
 from cython.cimports.vmonty.cpu.dispatch import run_cpu
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
 from cython.cimports.vmonty.cpu.state import (
+    EXIT_BUDGET,
+    EXIT_MMIO,
     EXIT_NONE,
     EXIT_RUN_FLAG,
     EXIT_VM,
@@ -46,6 +48,7 @@ from cython.cimports.vmonty.cpu.vmx_entry import (
 )
 from cython.cimports.vmonty.cpu.vmx_exit import REASON_EXTERNAL_INTERRUPT, vm_exit
 
+from vmonty.cpu.core import EXIT_REASONS
 from vmonty.cpu.vmcs import Field
 from vmonty.cpu.vmx_errors import VmxError
 
@@ -100,6 +103,32 @@ def vmx_run(s, launch):
     if reason != EXIT_VM:
         return RUN_STOPPED - reason
     return cython.cast(int64_t, get(v.vmcs, VM_EXIT_REASON))
+
+
+def vmx_emulate(s, resume):
+    """Execute one instruction of the guest with missing memory as MMIO; EXIT_* or, for VMfail, a negative number."""
+    v: cython.pointer(VmxState) = cython.cast(cython.pointer(VmxState), s.vmx)
+    error: uint32_t
+    reason: cython.int
+    if not resume:
+        s.mmio_count = 0
+    error = enter_guest(s, 0)
+    if error == ENTRY_FAILED:
+        return EXIT_VM
+    if error:
+        return -cython.cast(int64_t, error)
+    if resume:
+        s.exit.reason = EXIT_MMIO
+    v.emulating = 1
+    s.budget = 1
+    reason = run_cpu(s)
+    if reason == EXIT_RUN_FLAG:
+        vm_exit(s, REASON_EXTERNAL_INTERRUPT, 0, 0)
+        reason = EXIT_VM
+    v.emulating = 0
+    s.budget = 0
+    leave_guest(s)
+    return reason
 
 
 @cython.cclass
@@ -226,6 +255,40 @@ class Vmx:
         with cython.nogil:
             result = vmx_run(self.s, launch)
         return self._outcome(result)
+
+    def emulate(self, resume: bool = False) -> str:
+        """Execute the guest's next instruction here, with accesses to where no memory is mapped as MMIO.
+
+        "mmio": an access waits in ``mmio`` — a write is done with, and the instruction too; to a read give the data
+        with ``answer_mmio`` and call again with *resume*. "budget": the instruction is done. "vm": a VM exit happened
+        instead. The GIL is released. Raises VmxError for VMfail, RuntimeError when the processor itself stopped.
+        """
+        result: cython.longlong
+        again: cython.bint = resume
+        self._check("vmresume")
+        with cython.nogil:
+            result = vmx_emulate(self.s, again)
+        if result < 0:
+            raise VmxError("vmresume", -result)
+        if result != EXIT_MMIO and result != EXIT_BUDGET and result != EXIT_VM:
+            raise RuntimeError(f"the processor stopped without a VM exit: reason {result}, rip {self.s.rip:#x}")
+        return EXIT_REASONS[result]
+
+    @property
+    def mmio(self) -> tuple:
+        """The access that emulate() reported: (guest-physical address, size, is a write, data)."""
+        e = self.s.exit
+        return e.address, e.size, bool(e.write), e.data
+
+    def answer_mmio(self, data: cython.ulonglong) -> None:
+        """The data of the read that emulate() reported."""
+        self.s.exit.data = data
+
+    def forget_mmio(self) -> None:
+        """The access that emulate() reported last meets memory by now: do it again."""
+        if self.s.mmio_count:
+            self.s.mmio_count -= 1
+        self.s.exit.write = 1  # there is no answer to keep
 
     def vmlaunch(self) -> int:
         """VMLAUNCH."""

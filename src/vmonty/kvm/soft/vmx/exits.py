@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from vmonty.cpu.vmcs import Field
-from vmonty.kvm.soft.emulate import MAX_INSTRUCTION, CannotEmulate, Emulator
+from vmonty.kvm.soft.emulate import Emulator
 from vmonty.kvm.soft.mmu.guest_walk import walk
 from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.soft.vmx import controls as c
@@ -24,7 +24,8 @@ RAX, RCX, RDX, RBX, RSI, RDI = 0, 1, 2, 3, 6, 7
 UD_VECTOR, GP_VECTOR = 6, 13
 FAILED_ENTRY = 1 << 31
 MASK32 = 0xFFFF_FFFF
-EPT_WRITE_ACCESS = 2
+EPT_WRITE_ACCESS, EPT_FETCH, EPT_FINAL = 2, 4, 1 << 8
+MAX_INSTRUCTION = 15
 CR4_OSXSAVE, FEATURE_OSXSAVE = 1 << 18, 1 << 27
 CR0_PE, CR0_ET, CR0_NW, CR0_CD, CR0_PG = 1, 1 << 4, 1 << 29, 1 << 30, 1 << 31
 CR4_PAE, EFER_LME = 1 << 5, 1 << 8
@@ -40,6 +41,7 @@ class VmxExits:
     def __init__(self, vcpu: VcpuX86, cpu: Processor) -> None:
         self.vcpu = vcpu
         self.cpu = cpu
+        self.emulator = Emulator(vcpu, cpu)
         self.leaves: dict[tuple[int, int | None], kvm_cpuid_entry2] = {}
 
     # The registers are Vmx's; here are the three that nearly every handler uses.
@@ -327,32 +329,25 @@ class VmxExits:
     def handle_ept_violation(self) -> bool:
         """A page that is not mapped yet, or no memory at all."""
         gpa = self.cpu.vmread(Field.GUEST_PHYSICAL_ADDRESS)
-        is_write = bool(self.cpu.vmread(Field.EXIT_QUALIFICATION) & EPT_WRITE_ACCESS)
-        if self.vcpu.kvm.mmu.page_fault(gpa, is_write):
+        access = self.cpu.vmread(Field.EXIT_QUALIFICATION)
+        if self.vcpu.kvm.mmu.page_fault(gpa, bool(access & EPT_WRITE_ACCESS)):
             return True
-        return self._emulate(gpa)
+        if access & EPT_FETCH or not access & EPT_FINAL:
+            # Code, or a page table, where no memory is.
+            return self._emulation_failure()
+        return self.emulator.emulate()
 
-    def _emulate(self, gpa: int) -> bool:
-        rip = self.cpu.vmread(Field.GUEST_RIP) + self.cpu.vmread(Field.GUEST_CS_BASE)
-        code = self._fetch(rip)
-        try:
-            return Emulator(self.vcpu).emulate(code, self.code_bits(), gpa)
-        except CannotEmulate:
-            run = self.vcpu.run
-            run.exit_reason = Exit.INTERNAL_ERROR
-            failure = run.u.emulation_failure
-            failure.suberror, failure.ndata = flags.KVM_INTERNAL_ERROR_EMULATION, 3
-            failure.flags = flags.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
-            failure.u.u.insn_size = len(code)
-            failure.u.u.insn_bytes[: len(code)] = list(code)
-            return False
-
-    def code_bits(self) -> int:
-        """16, 32 or 64: what CS says."""
-        rights = self.cpu.vmread(Field.GUEST_CS_AR_BYTES)
-        if rights >> 13 & 1 and self.cpu.vmread(Field.GUEST_IA32_EFER) & c.EFER_LMA:
-            return 64
-        return 32 if rights >> 14 & 1 else 16
+    def _emulation_failure(self) -> bool:
+        """prepare_emulation_failure_exit()."""
+        code = self._fetch(self.cpu.vmread(Field.GUEST_RIP) + self.cpu.vmread(Field.GUEST_CS_BASE))
+        run = self.vcpu.run
+        run.exit_reason = Exit.INTERNAL_ERROR
+        failure = run.u.emulation_failure
+        failure.suberror, failure.ndata = flags.KVM_INTERNAL_ERROR_EMULATION, 3
+        failure.flags = flags.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+        failure.u.u.insn_size = len(code)
+        failure.u.u.insn_bytes[: len(code)] = list(code)
+        return False
 
     def address_bits(self) -> int:
         """The address size of the string I/O instruction. SDM, "VM-Exit Instruction-Information Field"."""

@@ -67,6 +67,9 @@ class Processor:
         self.set_gpr = self._vmx.set_gpr
         self.enter = self._vmx.run
         self.kick = self._vmx.kick
+        self.emulate = self._vmx.emulate
+        self.answer_mmio = self._vmx.answer_mmio
+        self.forget_mmio = self._vmx.forget_mmio
         self.get_debug = self._vmx.dr
         self.set_debug = self._vmx.set_dr
 
@@ -84,6 +87,11 @@ class Processor:
         }  # fmt: skip
         for field, value in values.items():
             self.vmwrite(field, value)
+
+    def mmio(self) -> tuple[int, int, bool, int]:
+        """The access that emulate() reported: guest-physical address, size, whether a write, data."""
+        address, size, is_write, data = self._vmx.mmio
+        return address, size, is_write, data
 
     def get_control(self, name: str) -> int:
         """CR2 or XCR0."""
