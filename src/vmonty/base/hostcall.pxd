@@ -4,7 +4,15 @@ from libc.errno cimport EFAULT, errno
 from libc.string cimport memset
 from posix.signal cimport sigaction, sigaction_t
 from posix.mman cimport MAP_FAILED, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
-from posix.unistd cimport getpid
+from posix.unistd cimport getpid, write
+
+cdef extern from "pthread.h" nogil:
+    unsigned long pthread_self()
+
+cdef extern from "errno.h" nogil:
+    int host_errno "errno"
+
+cdef int _kick_report
 
 cdef extern from "sys/ioctl.h" nogil:
     int sys_ioctl "ioctl" (int fd, unsigned long request, unsigned long argument)

@@ -13,6 +13,8 @@ import cython
 # The signal that gets a thread out of KVM_RUN. Its handler does nothing: the EINTR is the effect.
 KICK_SIGNAL: int = int(signal.SIGRTMIN) + 4
 
+_kick_report = -1
+
 
 def ioctl(fd: int, request: int, argument=None, writable: bool = True) -> int:
     """Make one ioctl(2) without the GIL; return its result, or minus errno when it failed.
@@ -57,11 +59,24 @@ def _call(fd: cython.int, request: cython.ulong, value: cython.ulong) -> cython.
 @cython.nogil
 @cython.exceptval(check=False)
 def _on_kick(number: cython.int) -> cython.void:
-    return
+    # Only what is safe in a signal handler: tell which thread was hit, if anyone wants to know.
+    global host_errno
+    thread: cython.ulong
+    saved: cython.int = host_errno
+    if _kick_report >= 0:
+        thread = pthread_self()
+        write(_kick_report, cython.address(thread), cython.sizeof(thread))
+    host_errno = saved
+
+
+def report_kicks(fd: int) -> None:
+    """From now on a KICK_SIGNAL writes the ident of the thread that it hit, 8 bytes, to the non-blocking *fd*."""
+    global _kick_report
+    _kick_report = fd
 
 
 def install_kick() -> None:
-    """Install the empty handler of KICK_SIGNAL (from any thread, unlike signal.signal; no SA_RESTART)."""
+    """Install the handler of KICK_SIGNAL (from any thread, unlike signal.signal; no SA_RESTART)."""
     action: sigaction_t
     memset(cython.address(action), 0, cython.sizeof(sigaction_t))
     action.sa_handler = _on_kick

@@ -54,6 +54,7 @@ CAPABILITIES: dict[Cap, int] = {
     Cap.CHECK_EXTENSION_VM: 1,
     Cap.INTERNAL_ERROR_DATA: 1,
     Cap.SREGS2: 1,
+    Cap.MCE: 32,
     Cap.CLOCKSOURCE: 1,
     Cap.KVMCLOCK_CTRL: 1,
     Cap.ADJUST_CLOCK: 14,

@@ -27,10 +27,10 @@ OFFERED = "max,-vmx,-svm,-monitor,-xsavec"
 
 @cache
 def _rows() -> tuple[models.Row, ...]:
-    signature = [int.from_bytes(KVM_SIGNATURE[at : at + 4], "little") for at in (0, 4, 8)]
+    ebx, ecx, edx = (int.from_bytes(KVM_SIGNATURE[at : at + 4], "little") for at in (0, 4, 8))
     return (
         *models.cpuid_rows(models.parse(OFFERED)),
-        (KVM_CPUID_SIGNATURE, None, KVM_CPUID_SIGNATURE + 1, *signature),
+        (KVM_CPUID_SIGNATURE, None, KVM_CPUID_SIGNATURE + 1, ebx, ecx, edx),
         (KVM_CPUID_SIGNATURE + 1, None, FEATURES, 0, 0, 0),
     )
 

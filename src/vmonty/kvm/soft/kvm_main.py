@@ -18,16 +18,24 @@ from vmonty.kvm.soft.caps import CAPABILITIES, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
 from vmonty.kvm.soft.clock import ClockIoctls
 from vmonty.kvm.soft.files import KvmFile, answers
 from vmonty.kvm.soft.irqchip import IrqchipIoctls
+from vmonty.kvm.soft.mce import MCE_CAP_SUPPORTED
 from vmonty.kvm.soft.memslots import KVM_USER_MEM_SLOTS, Change, Memslots
 from vmonty.kvm.soft.mmu.tdp import TdpMmu
-from vmonty.kvm.soft.msrs import MSRS_TO_SAVE
+from vmonty.kvm.soft.msrs import MAX_IO_MSRS, MSRS_TO_SAVE
+from vmonty.kvm.soft.signals import SignalWatch
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.soft.x86 import SUPPORTED_CPUID, VcpuX86
 from vmonty.kvm.uapi import Cap, Requests
 from vmonty.kvm.uapi.flags import KVM_API_VERSION, KVM_COALESCED_MMIO_PAGE_OFFSET
 from vmonty.kvm.uapi.run import kvm_run
-from vmonty.kvm.uapi.vcpu import kvm_cpuid2, kvm_cpuid_entry2
-from vmonty.kvm.uapi.vm import kvm_dirty_log, kvm_enable_cap, kvm_msr_list, kvm_userspace_memory_region
+from vmonty.kvm.uapi.vcpu import kvm_cpuid2, kvm_cpuid_entry2, kvm_msr_entry, kvm_msrs
+from vmonty.kvm.uapi.vm import (
+    kvm_create_device,
+    kvm_dirty_log,
+    kvm_enable_cap,
+    kvm_msr_list,
+    kvm_userspace_memory_region,
+)
 
 KVM_MIN_ALLOC_MMU_PAGES = 64
 VCPU_MMAP_SIZE = 3 * mmap.PAGESIZE
@@ -87,6 +95,19 @@ class KvmDevice(KvmFile):
         if room < len(indices):
             raise OSError(errno.E2BIG, "the list is longer")
         argument.write(b"".join(index.to_bytes(4, "little") for index in indices), ctypes.sizeof(kvm_msr_list))
+
+    @answers(Requests.KVM_GET_MSRS)
+    def get_msrs(self, argument: Argument) -> int:
+        """do_get_msr_feature(): there are no feature MSRs, so none is known."""
+        count = argument.get(kvm_msrs).nmsrs
+        if count >= MAX_IO_MSRS:
+            raise OSError(errno.E2BIG, "too many MSRs at a time")
+        argument.entries(kvm_msrs, kvm_msr_entry, count)
+        return 0
+
+    @answers(Requests.KVM_X86_GET_MCE_CAP_SUPPORTED)
+    def get_mce_cap_supported(self, argument: Argument) -> None:
+        argument.put(ctypes.c_uint64(MCE_CAP_SUPPORTED))
 
     @answers(Requests.KVM_GET_SUPPORTED_CPUID)
     def get_supported_cpuid(self, argument: Argument) -> None:
@@ -233,6 +254,12 @@ class Kvm(IrqchipIoctls, ClockIoctls):
     def get_nr_mmu_pages(self, argument: Argument) -> int:
         return self.nr_mmu_pages
 
+    @answers(Requests.KVM_CREATE_DEVICE)
+    def create_device(self, argument: Argument) -> None:
+        """kvm_ioctl_create_device(): no device type is registered here."""
+        argument.get(kvm_create_device)
+        raise OSError(errno.ENODEV, "no such device type")
+
     @answers(Requests.KVM_ENABLE_CAP)
     def enable_cap(self, argument: Argument) -> None:
         """kvm_vm_ioctl_enable_cap(): there is nothing to enable on a VM yet."""
@@ -252,6 +279,8 @@ class KvmVcpuFile(VcpuX86):
 
     # Thread ident → the vCPU that it runs: what a signal must find.
     _running: ClassVar[dict[int, KvmVcpuFile]] = {}
+    _watch: ClassVar[SignalWatch | None] = None
+    _watch_lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
         super().__init__(kvm, vcpu_id)
@@ -285,12 +314,22 @@ class KvmVcpuFile(VcpuX86):
         if argument.number:
             raise OSError(errno.EINVAL, "takes no argument")
         thread = threading.get_ident()
+        watch = self._signal_watch()
         self._running[thread] = self
+        previous = watch.enter()
         try:
             return self.vcpu_run()
         finally:
+            watch.leave(previous)
             del self._running[thread]
             self.signal_pending = False
+
+    @classmethod
+    def _signal_watch(cls) -> SignalWatch:
+        with cls._watch_lock:
+            if cls._watch is None:
+                cls._watch = SignalWatch(cls.signal)
+            return cls._watch
 
     def release(self) -> None:
         """The vCPU's fd was closed; the VM keeps the vCPU until it is destroyed itself."""

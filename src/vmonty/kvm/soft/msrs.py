@@ -18,7 +18,7 @@ MSR_SYSENTER_CS, MSR_SYSENTER_ESP, MSR_SYSENTER_EIP = 0x174, 0x175, 0x176
 MSR_MISC_ENABLE, MSR_PAT, MSR_MTRR_CAP = 0x1A0, 0x277, 0xFE
 MSR_EFER, MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_FMASK = (0xC000_0080 + index for index in range(5))
 MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE, MSR_TSC_AUX = (0xC000_0100 + index for index in range(4))
-MSR_MCG_CAP, MSR_MCG_STATUS = 0x179, 0x17A
+MSR_MCG_STATUS = 0x17A
 X2APIC_FIRST, X2APIC_LAST = 0x800, 0x8FF
 
 # KVM_GET_MSRS takes at most this many at a time: MAX_IO_MSRS of arch/x86/kvm/x86.c.
@@ -36,7 +36,7 @@ STORED: dict[int, int] = {
     **{0x200 + index: 0 for index in range(16)},  # variable MTRRs
     **dict.fromkeys((592, 600, 601, *range(616, 624)), 0),  # fixed MTRRs
 }  # fmt: skip
-READ_ONLY: dict[int, int] = {MSR_MTRR_CAP: 0x508, MSR_MCG_CAP: 0, 0x17: 0, 0xCE: 0, 0x10A: 0, 0x198: 0}
+READ_ONLY: dict[int, int] = {MSR_MTRR_CAP: 0x508, 0x17: 0, 0xCE: 0, 0x10A: 0, 0x198: 0}
 
 
 class MsrIoctls(VcpuState):

@@ -32,6 +32,7 @@ class SoftKvm:
             device = KvmDevice(self.install)
         except RuntimeError as error:
             raise KvmUnavailable(errno.ENODEV, "open the software KVM", str(error)) from error
+        hostcall.install_kick()
         return self.install(device, "kvm", 0)
 
     def install(self, file: KvmFile, name: str, size: int) -> int:

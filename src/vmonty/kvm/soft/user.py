@@ -23,6 +23,8 @@ class Argument:
     def __init__(self, value: int | Buffer | None, size: int) -> None:
         self._view: memoryview | None = None
         self.number = 0
+        # False for a null pointer, which some requests know.
+        self.given = bool(value) if isinstance(value, int) else value is not None
         if value is None or isinstance(value, int):
             self.number = (value or 0) & 0xFFFF_FFFF_FFFF_FFFF
         else:

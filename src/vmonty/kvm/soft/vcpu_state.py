@@ -97,6 +97,7 @@ class VcpuState(KvmFile):
         self.sipi_vector = 0
         self.signal_pending = False
         self.tlb_flush_requested = False
+        self.triple_fault_pending = False
         self.wake = threading.Event()
         self.pvclock: PvClock
 
@@ -107,6 +108,10 @@ class VcpuState(KvmFile):
     def load_events(self, events: kvm_vcpu_events) -> None:
         """Take KVM_SET_VCPU_EVENTS' struct. Raises OSError with EINVAL."""
         raise AssertionError("EventIoctls has it")
+
+    def queue_exception(self, vector: int, error_code: int | None = None, payload: int = 0) -> None:
+        """kvm_queue_exception(): before the next instruction."""
+        self.exception = QueuedException(vector, error_code, payload)
 
     def guest_tsc(self) -> int:
         """The guest's time-stamp counter now."""

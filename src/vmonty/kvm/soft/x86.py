@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import signal
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,16 +16,25 @@ from vmonty.kvm.soft import cpuid
 from vmonty.kvm.soft.events import EventIoctls
 from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.lapic import Lapic
+from vmonty.kvm.soft.mce import McIoctls
 from vmonty.kvm.soft.msrs import STORED, MsrIoctls
 from vmonty.kvm.soft.pvclock import PvClock
 from vmonty.kvm.soft.regs import RegisterIoctls
+from vmonty.kvm.soft.signals import MASK_POLL_NS, pending_through
+from vmonty.kvm.soft.timer import Timer
 from vmonty.kvm.soft.tsc import HOST_TSC_KHZ, read_tsc
 from vmonty.kvm.soft.user import Argument
-from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.soft.vmx.vmx import Vmx
 from vmonty.kvm.uapi import Exit, Requests, flags
 from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
-from vmonty.kvm.uapi.vcpu import kvm_cpuid, kvm_cpuid2, kvm_cpuid_entry, kvm_cpuid_entry2, kvm_translation
+from vmonty.kvm.uapi.vcpu import (
+    kvm_cpuid,
+    kvm_cpuid2,
+    kvm_cpuid_entry,
+    kvm_cpuid_entry2,
+    kvm_signal_mask,
+    kvm_translation,
+)
 from vmonty.kvm.uapi.vm import kvm_enable_cap
 
 if TYPE_CHECKING:
@@ -32,13 +42,14 @@ if TYPE_CHECKING:
 
 SUPPORTED_CPUID = cpuid.supported
 RFLAGS_IF = 0x200
+SIGSET_SIZE = 8
 SYNC_FIELDS = flags.KVM_SYNC_X86_VALID_FIELDS
 APIC_BASE_DEFAULT, APIC_BASE_BSP = 0xFEE0_0900 & ~0x100, 0x100
 PIO_DATA_OFFSET = flags.KVM_PIO_PAGE_OFFSET * 4096
 GP_VECTOR = 13
 
 
-class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
+class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
     """A vCPU of whichever vendor module is loaded."""
 
     def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
@@ -50,6 +61,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
         self._cr8 = 0
         self.pending_ioapic_eoi: list[int] = []
         self.has_run = False
+        self.signal_mask: frozenset[int] | None = None
+        self.mask_poll = False
         self.pvclock = PvClock(self)
         self.clock_update_requested = False
         is_bsp = vcpu_id == kvm.boot_vcpu_id
@@ -155,6 +168,17 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
     def get_tsc_khz(self, argument: Argument) -> int:
         return HOST_TSC_KHZ
 
+    @answers(Requests.KVM_SET_SIGNAL_MASK)
+    def set_signal_mask(self, argument: Argument) -> None:
+        """kvm_vcpu_ioctl_set_sigmask(): no argument takes the mask back."""
+        if not argument.given:
+            self.signal_mask = None
+            return
+        if argument.get(kvm_signal_mask).len != SIGSET_SIZE:
+            raise OSError(errno.EINVAL, "a signal set has eight bytes")
+        bits = int.from_bytes(argument.read(SIGSET_SIZE, ctypes.sizeof(kvm_signal_mask)), "little")
+        self.signal_mask = frozenset(number for number in range(1, 65) if bits >> number - 1 & 1)
+
     @answers(Requests.KVM_KVMCLOCK_CTRL)
     def kvmclock_ctrl(self, argument: Argument) -> None:
         if not self.pvclock.mark_stopped():
@@ -201,10 +225,32 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
             raise OSError(errno.EINTR, "immediate_exit is set")
         self.has_run = True
         try:
-            self._loop()
+            if self.signal_mask is None:
+                self._loop()
+            else:
+                self._loop_with_mask(self.signal_mask)
         finally:
             self._save_run()
         return 0
+
+    def _loop_with_mask(self, mask: frozenset[int]) -> None:
+        """Signals of *mask* don't end the run; others do, also those that the thread blocks, which stay pending."""
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, mask)
+        poll: Timer | None = None
+
+        def look() -> None:
+            nonlocal poll
+            self.mask_poll = True
+            self.kick()
+            poll = self.kvm.timers.arm(time.monotonic_ns() + MASK_POLL_NS, look)
+
+        try:
+            look()
+            self._loop()
+        finally:
+            if poll is not None:
+                poll.cancel()
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def _wait_for_init(self) -> None:
         while not self._has_apic_events():
@@ -215,6 +261,10 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
         raise OSError(errno.EAGAIN, "the vCPU has just been started")
 
     def _check_signal(self) -> None:
+        if self.mask_poll:
+            self.mask_poll = False
+            if self.signal_mask is not None and pending_through(self.signal_mask):
+                self.signal_pending = True
         if self.signal_pending or self.run.immediate_exit:
             self.run.exit_reason = Exit.INTR
             raise OSError(errno.EINTR, "a signal is pending")
@@ -229,7 +279,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
             if self._wants_interrupt_window():
                 self.run.exit_reason = Exit.IRQ_WINDOW_OPEN
                 return
-            if self.signal_pending:
+            if self.signal_pending or self.mask_poll:
                 self._check_signal()
 
     def _runnable(self) -> bool:
@@ -315,6 +365,10 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
         if self.tlb_flush_requested:
             self.tlb_flush_requested = False
             self.vendor.flush_tlb()
+        if self.triple_fault_pending:
+            self.triple_fault_pending = False
+            self.run.exit_reason = Exit.SHUTDOWN
+            return False
         if self.clock_update_requested:
             self.clock_update_requested = False
             self.pvclock.update()
@@ -363,10 +417,6 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls):
         run.ready_for_interrupt_injection = int(self.apic is not None or self._ready_for_injection())
 
     # ---- what exit handlers share ---------------------------------------------------------------------------
-
-    def queue_exception(self, vector: int, error_code: int | None = None, payload: int = 0) -> None:
-        """kvm_queue_exception(): before the next instruction."""
-        self.exception = QueuedException(vector, error_code, payload)
 
     def halt(self) -> bool:
         """kvm_emulate_halt(): wait here with an in-kernel local APIC, else tell user space."""
