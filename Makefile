@@ -18,7 +18,7 @@ check: $(VENV)/built
 	@echo "==> ruff, cython-lint, mypy"
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/cython-lint src
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cython-lint src
 	@$(PY) -m mypy
 
 rig: packages $(VENV)/built
