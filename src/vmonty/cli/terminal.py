@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
+import signal
 import sys
 import termios
 import threading
@@ -47,6 +49,8 @@ class Console:
         self._quit = quit
         self._backlog = backlog
         self._input, self._output = _descriptor(sys.stdin), _descriptor(sys.stdout)
+        # Asked now: a terminal that has hung up says that it is none.
+        self._on_terminal = self._output is not None and os.isatty(self._output)
         self._saved: Any = None
         self._wake_read, self._wake_write = os.pipe()
         self._release_read, self._release_write = os.pipe()
@@ -92,9 +96,13 @@ class Console:
             except BlockingIOError:
                 continue
             except OSError as error:
+                self._output = None
+                if error.errno == errno.EIO and self._on_terminal:
+                    # The terminal is gone. Its SIGHUP may be on the way; either way the end is that of a hang-up.
+                    os.kill(os.getpid(), signal.SIGHUP)
+                    return
                 if not isinstance(error, BrokenPipeError) and self.failure is None:
                     self.failure = f"standard output cannot be written: {error.strerror}"
-                self._output = None
                 self._quit()
 
     def _read_loop(self) -> None:
