@@ -11,4 +11,4 @@ cdef class Ram:
     cdef int _fd
     cdef object _mapping
     cdef object _view
-    cdef unsigned char *_check(self, long long offset, long long size) except? NULL
+    cdef unsigned char *_check(self, offset, size) except? NULL

@@ -59,9 +59,16 @@ class Ram:
             close(self._fd)
 
     def _check(self, offset, size):  # type: ignore[no-untyped-def]  # typed in the .pxd
-        if offset < 0 or size < 0 or size > self.size or offset > self.size - size:
+        at: cython.longlong
+        length: cython.longlong
+        try:
+            at, length = offset, size
+        except OverflowError:
+            # A guest may hand out addresses that no C integer holds: they are outside as well.
+            at = length = -1
+        if at < 0 or length < 0 or length > self.size or at > self.size - length:
             raise GuestMemoryError(offset, size, f"RAM of {self.size:#x} bytes")
-        return self._base + offset
+        return self._base + at
 
     def view(self, offset: int, size: int) -> memoryview:
         """A writable zero-copy view of *size* bytes at *offset*; it keeps the mapping alive."""
