@@ -44,21 +44,12 @@ GAPS: dict[str, dict[str, str]] = {
 # Tests that the software KVM does not pass yet, by name (with the case where only that one fails), and why. They
 # run, and are expected to fail: one that passes is a failure until it is struck off here.
 SOFT_UNFINISHED: dict[str, str] = {
-    "test_vcpu_argument_ends_too_early[KVM_SET_GUEST_DEBUG]": "there is no guest debug yet",
-    "test_vcpu_argument_ends_too_early[KVM_TPR_ACCESS_REPORTING]": "there is no TPR access reporting yet",
-    "test_vm_argument_ends_too_early[KVM_CLEAR_DIRTY_LOG]": "there is no manual dirty log protection yet",
-    "test_vm_argument_ends_too_early[KVM_SET_PMU_EVENT_FILTER]": "there is no PMU",
-    "test_vm_argument_ends_too_early[KVM_X86_SET_MSR_FILTER]": "there is no MSR filter yet",
-    "test_set_tsc_frequency": "there is no TSC scaling yet",
-    "test_hypercall_from_cpl3_is_not_permitted": "VMMCALL is not patched into VMCALL yet",
-    "test_unknown_hypercall_is_answered_by_kvm": "VMMCALL is not patched into VMCALL yet",
+    "test_watchpoint": "the processor does not stop at data breakpoints yet",
     "test_unemulatable_mmio_instruction_is_an_internal_error": "the processor itself emulates: it knows all of them",
     "test_movs_copies_from_ram_to_mmio": "the emulator finishes a MOVS that writes MMIO before the write is told",
     "test_rep_stos_writes_every_element": "the emulator tells only the last element of a REP STOS to MMIO",
     "test_sixteen_bytes_are_two_exits": "the emulator tells only eight bytes of a wide access to MMIO",
     "test_write_over_a_page_boundary_is_two_exits": "the emulator tells only the second half of a crossing write",
-    "test_expected_capability[SET_GUEST_DEBUG]": "there is no guest debug yet",
-    "test_every_request_of_the_api_is_exercised": "requests behind capabilities that are not there yet are not made",
 }
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmonty.kvm.soft.stats import INSN_EMULATION
+
 if TYPE_CHECKING:
     from vmonty.kvm.soft.vmx.processor import Processor
     from vmonty.kvm.soft.x86 import VcpuX86
@@ -23,6 +25,8 @@ class Emulator:
 
     def emulate(self) -> bool:
         """x86_emulate_instruction(): execute the instruction at rip; True to go on, False for an exit to user space."""
+        self._vcpu.stats.values[INSN_EMULATION] += 1
+        self._vcpu.note_step()
         return self._run(resume=False)
 
     def _run(self, resume: bool) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.user import Argument
@@ -10,7 +11,10 @@ from vmonty.kvm.soft.vcpu_state import QueuedException, VcpuState
 from vmonty.kvm.uapi import Requests, flags, irq, vcpu
 
 VALID_FLAGS = (
-    flags.KVM_VCPUEVENT_VALID_NMI_PENDING | flags.KVM_VCPUEVENT_VALID_SIPI_VECTOR | flags.KVM_VCPUEVENT_VALID_SHADOW
+    flags.KVM_VCPUEVENT_VALID_NMI_PENDING
+    | flags.KVM_VCPUEVENT_VALID_SIPI_VECTOR
+    | flags.KVM_VCPUEVENT_VALID_SHADOW
+    | flags.KVM_VCPUEVENT_VALID_PAYLOAD
 )
 
 
@@ -23,7 +27,13 @@ class EventIoctls(VcpuState):
         if vector > 255:
             raise OSError(errno.EINVAL, "a vector is a byte")
         if self.apic is not None:
-            raise OSError(errno.ENXIO, "the interrupt controller is in the kernel")
+            if self.kvm.irqs.pic is not None:
+                raise OSError(errno.ENXIO, "the interrupt controller is in the kernel")
+            if self.external_vector is not None:
+                raise OSError(errno.EEXIST, "there is an interrupt that has not been taken")
+            self.external_vector = vector
+            self.kick()
+            return
         self.interrupt_injected = vector
 
     @answers(Requests.KVM_NMI)
@@ -62,9 +72,19 @@ class EventIoctls(VcpuState):
         argument.put(self.store_events())
 
     def store_events(self) -> vcpu.kvm_vcpu_events:
-        events = vcpu.kvm_vcpu_events(flags=VALID_FLAGS, sipi_vector=0)
+        payloads = self.kvm.exception_payload_enabled
+        known = VALID_FLAGS if payloads else VALID_FLAGS & ~flags.KVM_VCPUEVENT_VALID_PAYLOAD
+        events = vcpu.kvm_vcpu_events(flags=known, sipi_vector=0)
         if (exception := self.exception) is not None:
-            events.exception.injected = 1
+            if exception.pending and payloads:
+                events.exception_has_payload = int(exception.payload is not None)
+                events.exception_payload = exception.payload or 0
+            elif exception.payload is not None:
+                # Who does not know of payloads finds it in the register.
+                self.deliver_payload(exception)
+                self.exception = replace(exception, payload=None)
+            events.exception.pending = int(exception.pending)
+            events.exception.injected = int(not exception.pending or not payloads)
             events.exception.nr = exception.vector
             events.exception.has_error_code = int(exception.error_code is not None)
             events.exception.error_code = exception.error_code or 0
@@ -81,14 +101,18 @@ class EventIoctls(VcpuState):
         self.load_events(argument.get(vcpu.kvm_vcpu_events))
 
     def load_events(self, events: vcpu.kvm_vcpu_events) -> None:
-        if events.flags & ~VALID_FLAGS or (
-            events.exception.injected and (events.exception.nr > 31 or events.exception.nr == 2)
-        ):
-            raise OSError(errno.EINVAL, "unknown flags, or no exception vector")
+        payloads = bool(events.flags & flags.KVM_VCPUEVENT_VALID_PAYLOAD)
+        if events.flags & ~VALID_FLAGS or (payloads and not self.kvm.exception_payload_enabled):
+            raise OSError(errno.EINVAL, "unknown flags")
+        given = events.exception
+        pending = payloads and bool(given.pending)
+        if (given.injected or pending) and (given.nr > 31 or given.nr == 2):
+            raise OSError(errno.EINVAL, "no exception vector")
         self.exception = None
-        if events.exception.injected:
-            code = events.exception.error_code if events.exception.has_error_code else None
-            self.exception = QueuedException(events.exception.nr, code)
+        if given.injected or pending:
+            code = given.error_code if given.has_error_code else None
+            payload = events.exception_payload if pending and events.exception_has_payload else None
+            self.exception = QueuedException(given.nr, code, payload, pending)
         self.interrupt_injected = events.interrupt.nr if events.interrupt.injected else None
         if events.flags & flags.KVM_VCPUEVENT_VALID_SHADOW:
             self.vendor.set_interrupt_shadow(events.interrupt.shadow)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import os
 import threading
 from collections.abc import Callable
 from typing import ClassVar
@@ -16,25 +17,31 @@ from typing import ClassVar
 from vmonty.base import hostcall
 from vmonty.kvm.soft.caps import CAPABILITIES, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
 from vmonty.kvm.soft.clock import ClockIoctls
+from vmonty.kvm.soft.enable_cap import CapIoctls
 from vmonty.kvm.soft.files import KvmFile, answers
 from vmonty.kvm.soft.irqchip import IrqchipIoctls
 from vmonty.kvm.soft.mce import MCE_CAP_SUPPORTED
-from vmonty.kvm.soft.memslots import KVM_USER_MEM_SLOTS, Change, Memslots
+from vmonty.kvm.soft.memslots import KVM_USER_MEM_SLOTS, Change, Memslot, Memslots
 from vmonty.kvm.soft.mmu.tdp import TdpMmu
-from vmonty.kvm.soft.msrs import MAX_IO_MSRS, MSRS_TO_SAVE
+from vmonty.kvm.soft.msr_filter import MsrFilter, from_user
+from vmonty.kvm.soft.msrs import FEATURE_MSRS, MAX_IO_MSRS, MSRS_TO_SAVE
+from vmonty.kvm.soft.pmu_filter import PmuFilter
 from vmonty.kvm.soft.signals import SignalWatch
+from vmonty.kvm.soft.stats import REMOTE_TLB_FLUSH, REMOTE_TLB_FLUSH_REQUESTS, VM_STATISTICS, Statistics
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.soft.x86 import SUPPORTED_CPUID, VcpuX86
 from vmonty.kvm.uapi import Cap, Requests
-from vmonty.kvm.uapi.flags import KVM_API_VERSION, KVM_COALESCED_MMIO_PAGE_OFFSET
+from vmonty.kvm.uapi.flags import KVM_API_VERSION, KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_DIRTY_LOG_INITIALLY_SET
 from vmonty.kvm.uapi.run import kvm_run
 from vmonty.kvm.uapi.vcpu import kvm_cpuid2, kvm_cpuid_entry2, kvm_msr_entry, kvm_msrs
 from vmonty.kvm.uapi.vm import (
+    kvm_clear_dirty_log,
     kvm_create_device,
     kvm_dirty_log,
-    kvm_enable_cap,
+    kvm_msr_filter,
     kvm_msr_list,
     kvm_userspace_memory_region,
+    kvm_userspace_memory_region2,
 )
 
 KVM_MIN_ALLOC_MMU_PAGES = 64
@@ -86,7 +93,7 @@ class KvmDevice(KvmFile):
 
     @answers(Requests.KVM_GET_MSR_FEATURE_INDEX_LIST)
     def get_msr_feature_index_list(self, argument: Argument) -> None:
-        self._msr_list(argument, ())
+        self._msr_list(argument, tuple(FEATURE_MSRS))
 
     @staticmethod
     def _msr_list(argument: Argument, indices: tuple[int, ...]) -> None:
@@ -98,12 +105,17 @@ class KvmDevice(KvmFile):
 
     @answers(Requests.KVM_GET_MSRS)
     def get_msrs(self, argument: Argument) -> int:
-        """do_get_msr_feature(): there are no feature MSRs, so none is known."""
+        """do_get_msr_feature(): up to the first that is none."""
         count = argument.get(kvm_msrs).nmsrs
         if count >= MAX_IO_MSRS:
             raise OSError(errno.E2BIG, "too many MSRs at a time")
-        argument.entries(kvm_msrs, kvm_msr_entry, count)
-        return 0
+        entries = argument.entries(kvm_msrs, kvm_msr_entry, count)
+        done = 0
+        while done < count and entries[done].index in FEATURE_MSRS:
+            entries[done].data = FEATURE_MSRS[entries[done].index]
+            done += 1
+        argument.write(b"".join(bytes(entry) for entry in entries), ctypes.sizeof(kvm_msrs))
+        return done
 
     @answers(Requests.KVM_X86_GET_MCE_CAP_SUPPORTED)
     def get_mce_cap_supported(self, argument: Argument) -> None:
@@ -127,20 +139,24 @@ def put_cpuid(argument: Argument, entries: list[kvm_cpuid_entry2]) -> None:
     argument.write(b"".join(bytes(entry) for entry in entries), ctypes.sizeof(kvm_cpuid2))
 
 
-class Kvm(IrqchipIoctls, ClockIoctls):
+class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
     """struct kvm: a virtual machine, and its fd."""
 
     def __init__(self, install: Install) -> None:
         IrqchipIoctls.__init__(self)
         ClockIoctls.__init__(self)
+        CapIoctls.__init__(self)
         self._install = install
         self.lock = threading.RLock()
+        self.stats = Statistics(VM_STATISTICS, f"kvm-{os.getpid()}")
         self.memslots = Memslots()
-        self.mmu = TdpMmu(self.memslots)
+        self.mmu = TdpMmu(self.memslots, self.stats)
         self.vcpus: dict[int, KvmVcpuFile] = {}
         self.created_vcpus = 0
         self.boot_vcpu_id = 0
         self.nr_mmu_pages = 0
+        self.msr_filter: MsrFilter | None = None
+        self.pmu_filter: PmuFilter | None = None
         self.users_count = 1
 
     def clock_changed(self) -> None:
@@ -164,6 +180,7 @@ class Kvm(IrqchipIoctls, ClockIoctls):
             for vcpu in self.vcpus.values():
                 vcpu.destroy()
             self.vcpus.clear()
+            self.stats.close()
 
     def release(self) -> None:
         """The VM's own fd was closed."""
@@ -182,6 +199,8 @@ class Kvm(IrqchipIoctls, ClockIoctls):
         with self.lock:
             if self.created_vcpus >= KVM_MAX_VCPUS:
                 raise OSError(errno.EINVAL, "too many vCPUs")
+            if self.max_vcpu_ids and vcpu_id >= self.max_vcpu_ids:
+                raise OSError(errno.EINVAL, "the vCPU id is beyond the VM's limit")
             if vcpu_id in self.vcpus:
                 raise OSError(errno.EEXIST, "there is a vCPU with this id")
             self.created_vcpus += 1
@@ -198,11 +217,19 @@ class Kvm(IrqchipIoctls, ClockIoctls):
 
     @answers(Requests.KVM_SET_USER_MEMORY_REGION)
     def set_user_memory_region(self, argument: Argument) -> None:
-        region = argument.get(kvm_userspace_memory_region)
+        self._set_region(argument.get(kvm_userspace_memory_region))
+
+    @answers(Requests.KVM_SET_USER_MEMORY_REGION2)
+    def set_user_memory_region2(self, argument: Argument) -> None:
+        """As the first request: there is no guest_memfd here, and its flag is unknown."""
+        self._set_region(argument.get(kvm_userspace_memory_region2))
+
+    def _set_region(self, region: kvm_userspace_memory_region | kvm_userspace_memory_region2) -> None:
         with self.lock:
             change = self.memslots.set(
-                region.slot, region.flags, region.guest_phys_addr, region.memory_size, region.userspace_addr
-            )
+                region.slot, region.flags, region.guest_phys_addr, region.memory_size, region.userspace_addr,
+                initially_dirty=bool(self.manual_dirty_log_protect & KVM_DIRTY_LOG_INITIALLY_SET),
+            )  # fmt: skip
             self._memory_changed(change)
 
     def _memory_changed(self, change: Change) -> None:
@@ -212,6 +239,8 @@ class Kvm(IrqchipIoctls, ClockIoctls):
 
     def flush_remote_tlbs(self) -> None:
         """kvm_flush_remote_tlbs(): no vCPU uses a translation from before when this returns."""
+        self.stats.values[REMOTE_TLB_FLUSH_REQUESTS] += 1
+        self.stats.values[REMOTE_TLB_FLUSH] += 1
         for vcpu in list(self.vcpus.values()):
             vcpu.request_tlb_flush()
 
@@ -220,17 +249,56 @@ class Kvm(IrqchipIoctls, ClockIoctls):
         """kvm_get_dirty_log_protect()."""
         request = argument.get(kvm_dirty_log)
         with self.lock:
-            if request.slot & 0xFFFF >= KVM_USER_MEM_SLOTS:
-                raise OSError(errno.EINVAL, "no such slot can be")
-            slot = self.memslots.get(request.slot & 0xFFFF)
-            if request.slot >> 16 or slot is None or not slot.dirty:
-                raise OSError(errno.ENOENT, "the slot keeps no dirty log")
+            slot = self._logged_slot(request.slot)
             bitmap = bytes(slot.dirty)
-            if any(bitmap):
+            if not self.manual_dirty_log_protect and any(bitmap):
                 slot.dirty[:] = bytes(len(bitmap))
                 self.mmu.write_protect(slot.base_gfn, slot.end_gfn)
                 self.flush_remote_tlbs()
         Argument(request.u.dirty_bitmap, 0).write(bitmap)
+
+    def _logged_slot(self, number: int) -> Memslot:
+        if number & 0xFFFF >= KVM_USER_MEM_SLOTS:
+            raise OSError(errno.EINVAL, "no such slot can be")
+        slot = self.memslots.get(number & 0xFFFF)
+        if number >> 16 or slot is None or not slot.dirty:
+            raise OSError(errno.ENOENT, "the slot keeps no dirty log")
+        return slot
+
+    @answers(Requests.KVM_CLEAR_DIRTY_LOG)
+    def clear_dirty_log(self, argument: Argument) -> None:
+        """kvm_clear_dirty_log_protect()."""
+        request = argument.get(kvm_clear_dirty_log)
+        first, count = request.first_page, request.num_pages
+        with self.lock:
+            if first & 63:
+                raise OSError(errno.EINVAL, "the first page must be a multiple of 64")
+            slot = self._logged_slot(request.slot)
+            left = slot.npages - first
+            if left < 0 or count > left or (count < left and count & 63):
+                raise OSError(errno.EINVAL, "the pages must lie in the slot, and be a multiple of 64 or end with it")
+            bitmap = Argument(request.u.dirty_bitmap, 0).read((count + 63) // 64 * 8)
+            bits = int.from_bytes(bitmap, "little") & (1 << count) - 1
+            runs = list(slot.dirty_runs(first, bits))
+            for run in runs:
+                # First the bits: a write that comes in between may be logged once more, and is never lost.
+                slot.clear_dirty(run)
+                self.mmu.write_protect(slot.base_gfn + run.start, slot.base_gfn + run.stop)
+            if runs:
+                self.flush_remote_tlbs()
+
+    @answers(Requests.KVM_X86_SET_MSR_FILTER)
+    def set_msr_filter(self, argument: Argument) -> None:
+        chosen = from_user(argument.get(kvm_msr_filter))
+        with self.lock:
+            self.msr_filter = chosen
+            for vcpu in list(self.vcpus.values()):
+                vcpu.msr_filter_requested = True
+                vcpu.vendor.kick()
+
+    @answers(Requests.KVM_SET_PMU_EVENT_FILTER)
+    def set_pmu_event_filter(self, argument: Argument) -> None:
+        self.pmu_filter = PmuFilter.from_user(argument)
 
     @answers(Requests.KVM_SET_TSS_ADDR)
     def set_tss_addr(self, argument: Argument) -> None:
@@ -260,11 +328,10 @@ class Kvm(IrqchipIoctls, ClockIoctls):
         argument.get(kvm_create_device)
         raise OSError(errno.ENODEV, "no such device type")
 
-    @answers(Requests.KVM_ENABLE_CAP)
-    def enable_cap(self, argument: Argument) -> None:
-        """kvm_vm_ioctl_enable_cap(): there is nothing to enable on a VM yet."""
-        argument.get(kvm_enable_cap)
-        raise OSError(errno.EINVAL, "no capability that can be enabled")
+    @answers(Requests.KVM_GET_STATS_FD)
+    def get_stats_fd(self, argument: Argument) -> int:
+        with self.lock, self.mmu.lock:
+            return self.stats.open()
 
     @answers(Requests.KVM_SET_BOOT_CPU_ID)
     def set_boot_cpu_id(self, argument: Argument) -> None:

@@ -465,6 +465,17 @@ class Lapic:
         with self.lock:
             self._regs[TPR >> 4] = (value & 0xF) << 4
 
+    def vapic_word(self) -> int:
+        """What the guest finds at its vapic address: TPR, the class in service, and the highest vector pending."""
+        in_service = (self.isr.bit_length() - 1) & 0xF0 if self.isr else 0
+        pending = self.irr.bit_length() - 1 if self.irr else 0
+        return self._regs[TPR >> 4] & 0xFF | in_service << 8 | pending << 24
+
+    def set_tpr(self, value: int) -> None:
+        """Set all eight bits of the task priority."""
+        with self.lock:
+            self._regs[TPR >> 4] = value & 0xFF
+
     # ---- registers -----------------------------------------------------------------------------------
 
     def _set_version(self) -> None:

@@ -1,7 +1,7 @@
 """The local APIC's timer: one-shot, periodic, and TSC-deadline. SDM, "APIC Timer".
 
-The bus runs at 1 GHz, as in KVM: a count is a nanosecond times the divisor. Methods are called with the chip lock
-held. Counting goes on, and interrupts are lost, while LVTT is masked.
+The bus runs at 1 GHz unless told otherwise, as in KVM: a count is a nanosecond times the divisor. Methods
+are called with the chip lock held. Counting goes on, and interrupts are lost, while LVTT is masked.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class ApicTimer:
         self._fire = fire
         self._timer: Timer | None = None
         self.mode = ONE_SHOT
+        # KVM_CAP_X86_APIC_BUS_CYCLES_NS.
+        self.bus_cycle_ns = 1
         self.reset()
 
     def reset(self) -> None:
@@ -95,7 +97,7 @@ class ApicTimer:
             return 0
         left = max(0, self._target_ns - self._clock.now_ns())
         # A period that was stretched shows its initial count longer.
-        return min(left // self.divisor, self.initial_count)
+        return min(left // (self.divisor * self.bus_cycle_ns), self.initial_count)
 
     def restart(self, tdcr: int, initial_count: int, current_count: int) -> None:
         """Go on from saved registers (the mode is set). A deadline stays.
@@ -109,7 +111,7 @@ class ApicTimer:
             self.set_tsc_deadline(self.tsc_deadline)
             return
         self.initial_count = initial_count
-        left = current_count * self.divisor
+        left = current_count * self.divisor * self.bus_cycle_ns
         self._start(None if self.mode == PERIODIC and not left else left)
 
     @staticmethod
@@ -118,7 +120,7 @@ class ApicTimer:
         return 1 << (((tdcr & 3 | tdcr >> 1 & 4) + 1) & 7)
 
     def _set_period(self) -> None:
-        self._period_ns = self.initial_count * self.divisor
+        self._period_ns = self.initial_count * self.divisor * self.bus_cycle_ns
         self._limit_period()
 
     def _limit_period(self) -> None:

@@ -42,6 +42,23 @@ class Memslot:
             page = gfn - self.base_gfn
             self.dirty[page >> 3] |= 1 << (page & 7)
 
+    def dirty_runs(self, first: int, bits: int) -> Iterator[range]:
+        """The dirty pages from *first* on whose *bits* are set, as runs of page numbers."""
+        left = bits & int.from_bytes(self.dirty, "little") >> first
+        page = first
+        while left:
+            skipped = (left & -left).bit_length() - 1
+            left >>= skipped
+            length = (~left & left + 1).bit_length() - 1
+            page += skipped
+            yield range(page, page + length)
+            left, page = left >> length, page + length
+
+    def clear_dirty(self, pages: range) -> None:
+        """Forget that *pages* were written."""
+        for page in pages:
+            self.dirty[page >> 3] &= ~(1 << (page & 7))
+
 
 @dataclass(frozen=True)
 class Change:
@@ -74,8 +91,19 @@ class Memslots:
             return slots[at]
         return None
 
-    def set(self, slot: int, flags: int, guest_phys_addr: int, memory_size: int, userspace_addr: int) -> Change:
-        """KVM_SET_USER_MEMORY_REGION. Raises OSError: EINVAL, EEXIST."""
+    def set(
+        self,
+        slot: int,
+        flags: int,
+        guest_phys_addr: int,
+        memory_size: int,
+        userspace_addr: int,
+        initially_dirty: bool = False,
+    ) -> Change:
+        """KVM_SET_USER_MEMORY_REGION. Raises OSError: EINVAL, EEXIST.
+
+        *initially_dirty*: a log that begins has all pages in it (KVM_DIRTY_LOG_INITIALLY_SET).
+        """
         slot_id = slot & 0xFFFF
         if (
             flags & ~(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY)
@@ -108,7 +136,11 @@ class Memslots:
             if other is not old and other.base_gfn < new.end_gfn and new.base_gfn < other.end_gfn:
                 raise OSError(errno.EEXIST, "another slot lies there")
         if flags & KVM_MEM_LOG_DIRTY_PAGES:
-            new.dirty = old.dirty if old is not None and old.dirty else bytearray((new.npages + 63) // 64 * 8)
+            if old is not None and old.dirty:
+                new.dirty = old.dirty
+            else:
+                pages = (1 << new.npages) - 1 if initially_dirty else 0
+                new.dirty = bytearray(pages.to_bytes((new.npages + 63) // 64 * 8, "little"))
         self._by_id[slot_id] = new
         self._publish()
         return Change(old, new)

@@ -6,6 +6,7 @@ import ctypes
 import errno
 
 from vmonty.kvm.soft.files import answers
+from vmonty.kvm.soft.msr_filter import READ, WRITE, FilteredMsrError, UnknownMsrError
 from vmonty.kvm.soft.pvclock import MSR_SYSTEM_TIME_NEW, MSR_WALL_CLOCK_NEW, SYSTEM_TIME_MSRS, WALL_CLOCK_MSRS
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.soft.vcpu_state import VcpuState
@@ -19,6 +20,8 @@ MSR_MISC_ENABLE, MSR_PAT, MSR_MTRR_CAP = 0x1A0, 0x277, 0xFE
 MSR_EFER, MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_FMASK = (0xC000_0080 + index for index in range(5))
 MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE, MSR_TSC_AUX = (0xC000_0100 + index for index in range(4))
 MSR_MCG_STATUS = 0x17A
+MSR_UCODE_REV, MSR_ARCH_CAPABILITIES = 0x8B, 0x10A
+UCODE_REV = 1 << 32
 X2APIC_FIRST, X2APIC_LAST = 0x800, 0x8FF
 
 # KVM_GET_MSRS takes at most this many at a time: MAX_IO_MSRS of arch/x86/kvm/x86.c.
@@ -32,15 +35,33 @@ MSRS_TO_SAVE: tuple[int, ...] = (
 
 # Registers that are only kept: what they start with.
 STORED: dict[int, int] = {
-    MSR_MISC_ENABLE: 1, MSR_MCG_STATUS: 0, MSR_IA32_TSC_ADJUST: 0, 0x48: 0, 0x8B: 0, 0x2FF: 0, 0x140: 0,
+    MSR_MISC_ENABLE: 1, MSR_MCG_STATUS: 0, MSR_IA32_TSC_ADJUST: 0, 0x48: 0, MSR_UCODE_REV: UCODE_REV,
+    0x2FF: 0, 0x140: 0,
     **{0x200 + index: 0 for index in range(16)},  # variable MTRRs
     **dict.fromkeys((592, 600, 601, *range(616, 624)), 0),  # fixed MTRRs
 }  # fmt: skip
-READ_ONLY: dict[int, int] = {MSR_MTRR_CAP: 0x508, 0x17: 0, 0xCE: 0, 0x10A: 0, 0x198: 0}
+READ_ONLY: dict[int, int] = {MSR_MTRR_CAP: 0x508, 0x17: 0, 0xCE: 0, MSR_ARCH_CAPABILITIES: 0, 0x198: 0}
+
+# KVM_GET_MSRS on the system file: what a vCPU starts with.
+FEATURE_MSRS: dict[int, int] = {MSR_UCODE_REV: UCODE_REV, MSR_ARCH_CAPABILITIES: READ_ONLY[MSR_ARCH_CAPABILITIES]}
 
 
 class MsrIoctls(VcpuState):
     """KVM_GET_MSRS and KVM_SET_MSRS of a vCPU."""
+
+    def read_guest_msr(self, index: int) -> int:
+        """kvm_get_msr_with_filter(): as get_msr, for the guest."""
+        chosen = self.kvm.msr_filter
+        if chosen is not None and not chosen.allows(index, READ):
+            raise FilteredMsrError(index)
+        return self.get_msr(index)
+
+    def write_guest_msr(self, index: int, value: int) -> None:
+        """kvm_set_msr_with_filter(): as set_msr, for the guest."""
+        chosen = self.kvm.msr_filter
+        if chosen is not None and not chosen.allows(index, WRITE):
+            raise FilteredMsrError(index)
+        self.set_msr(index, value)
 
     def get_msr(self, index: int) -> int:
         """The value of an MSR. Raises OSError with EPERM where RDMSR would fault."""
@@ -66,7 +87,7 @@ class MsrIoctls(VcpuState):
             return self.stored_msrs[index]
         if index in READ_ONLY:
             return READ_ONLY[index]
-        raise OSError(errno.EPERM, "unknown MSR")
+        raise UnknownMsrError(index)
 
     def set_msr(self, index: int, value: int, host: bool = False) -> None:
         """Write an MSR. Raises OSError with EPERM where WRMSR would fault. *host*: KVM_SET_MSRS."""
@@ -87,10 +108,14 @@ class MsrIoctls(VcpuState):
             self.apic.set_tsc_deadline(value)
         elif self.vendor.set_msr(index, value):
             return
+        elif index == MSR_UCODE_REV and not host:
+            pass  # what the guest does before it asks for the revision
         elif index in self.stored_msrs:
             self.stored_msrs[index] = value
         elif not (host and READ_ONLY.get(index) == value):
-            raise OSError(errno.EPERM, "unknown or read-only MSR")
+            if index in READ_ONLY or self.vendor.get_msr(index) is not None:
+                raise OSError(errno.EPERM, "a read-only MSR, or not a value that it takes")
+            raise UnknownMsrError(index)
 
     def _entries(self, argument: Argument) -> list[kvm_msr_entry]:
         count = argument.get(kvm_msrs).nmsrs

@@ -43,7 +43,8 @@ class RegisterIoctls(VcpuState):
             self.vendor.set_gpr(number, getattr(regs, name))
         self.vendor.set_rip(regs.rip)
         self.vendor.set_rflags(regs.rflags | 2)
-        self.exception = None
+        if self.exception is not None and self.exception.pending:
+            self.exception = None
 
     @answers(Requests.KVM_GET_SREGS)
     def get_sregs(self, argument: Argument) -> None:

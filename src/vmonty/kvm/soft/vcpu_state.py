@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from vmonty.kvm.soft.files import KvmFile
+from vmonty.kvm.soft.stats import VCPU_STATISTICS, Statistics
+from vmonty.kvm.uapi import flags
 from vmonty.kvm.uapi.run import kvm_run
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2, kvm_segment, kvm_vcpu_events
 
@@ -16,13 +19,21 @@ if TYPE_CHECKING:
     from vmonty.kvm.soft.pvclock import PvClock
 
 
+DB_VECTOR, PF_VECTOR = 1, 14
+DR6_TRAPS, DR6_RTM = 0xF, 1 << 16
+
+
 @dataclass(frozen=True)
 class QueuedException:
-    """An exception to inject: its vector, error code (None: it has none), and payload (#PF: CR2, #DB: DR6)."""
+    """An exception to inject: its vector, error code (None: it has none), and payload (#PF: CR2, #DB: DR6).
+
+    Not *pending*: its delivery was begun and goes on. A payload of None is in its register already.
+    """
 
     vector: int
     error_code: int | None = None
-    payload: int = 0
+    payload: int | None = None
+    pending: bool = True
 
 
 class KvmX86Ops(Protocol):
@@ -68,6 +79,8 @@ class KvmX86Ops(Protocol):
     def inject_nmi(self) -> None: ...
     def inject_exception(self, exception: QueuedException) -> None: ...
     def flush_tlb(self) -> None: ...
+    def update_guest_debug(self, registers: list[int] | None) -> None: ...
+    def msr_filter_changed(self) -> None: ...
     def gva_to_gpa(self, linear: int) -> int | None: ...
     def run(self) -> None: ...
     def handle_exit(self) -> bool: ...
@@ -86,14 +99,20 @@ class VcpuState(KvmFile):
     def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
         self.kvm = kvm
         self.vcpu_id = vcpu_id
+        self.stats = Statistics(VCPU_STATISTICS, f"kvm-{os.getpid()}/vcpu-{vcpu_id}")
         self.apic: Lapic | None = None
         self.stored_msrs: dict[int, int] = {}
         self.cpuid: list[kvm_cpuid_entry2] = []
         self.exception: QueuedException | None = None
         self.interrupt_injected: int | None = None
+        # Split irqchip: what user space's PIC has acknowledged.
+        self.external_vector: int | None = None
         self.nmi_pending = 0
         self.nmi_injected = False
         self.mp_state = 0
+        # KVM_SET_GUEST_DEBUG: KVM_GUESTDBG_*, 0 when off; and an instruction was emulated that was to be stepped.
+        self.guest_debug = 0
+        self.step_done = False
         self.sipi_vector = 0
         self.signal_pending = False
         self.tlb_flush_requested = False
@@ -109,7 +128,23 @@ class VcpuState(KvmFile):
         """Take KVM_SET_VCPU_EVENTS' struct. Raises OSError with EINVAL."""
         raise AssertionError("EventIoctls has it")
 
-    def queue_exception(self, vector: int, error_code: int | None = None, payload: int = 0) -> None:
+    def deliver_payload(self, exception: QueuedException) -> None:
+        """kvm_deliver_exception_payload(): SDM, "Page-Fault Exception (#PF)", "Debug Status Register (DR6)"."""
+        if exception.payload is None:
+            return
+        if exception.vector == PF_VECTOR:
+            self.vendor.set_control("cr2", exception.payload)
+        elif exception.vector == DB_VECTOR:
+            # RTM is inverted: the payload has a one where DR6 gets a zero.
+            dr6 = self.vendor.get_debug(6) & ~DR6_TRAPS | DR6_RTM | exception.payload
+            self.vendor.set_debug(6, dr6 ^ exception.payload & DR6_RTM)
+
+    def note_step(self) -> None:
+        """An instruction is emulated: a debugger that steps sees its end."""
+        if self.guest_debug & flags.KVM_GUESTDBG_SINGLESTEP:
+            self.step_done = True
+
+    def queue_exception(self, vector: int, error_code: int | None = None, payload: int | None = None) -> None:
         """kvm_queue_exception(): before the next instruction."""
         self.exception = QueuedException(vector, error_code, payload)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vmonty.kvm.soft import cpuid
+from vmonty.kvm.soft.caps import GUEST_DEBUG_VALID
 from vmonty.kvm.soft.events import EventIoctls
 from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.lapic import Lapic
@@ -21,21 +22,35 @@ from vmonty.kvm.soft.msrs import STORED, MsrIoctls
 from vmonty.kvm.soft.pvclock import PvClock
 from vmonty.kvm.soft.regs import RegisterIoctls
 from vmonty.kvm.soft.signals import MASK_POLL_NS, pending_through
+from vmonty.kvm.soft.stats import (
+    BLOCKING,
+    EXITS,
+    HALT_EXITS,
+    IRQ_INJECTIONS,
+    MMIO_EXITS,
+    NMI_INJECTIONS,
+    REQUEST_IRQ_EXITS,
+    SIGNAL_EXITS,
+    TLB_FLUSH,
+)
 from vmonty.kvm.soft.timer import Timer
 from vmonty.kvm.soft.tsc import HOST_TSC_KHZ, read_tsc
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.soft.vmx.vmx import Vmx
 from vmonty.kvm.uapi import Exit, Requests, flags
-from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
+from vmonty.kvm.uapi.exits import KVM_EXIT_HYPERCALL_LONG_MODE, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
+from vmonty.kvm.uapi.irq import kvm_vapic_addr
 from vmonty.kvm.uapi.vcpu import (
     kvm_cpuid,
     kvm_cpuid2,
     kvm_cpuid_entry,
     kvm_cpuid_entry2,
+    kvm_guest_debug,
     kvm_signal_mask,
+    kvm_tpr_access_ctl,
     kvm_translation,
 )
-from vmonty.kvm.uapi.vm import kvm_enable_cap
+from vmonty.kvm.uapi.vm import kvm_device_attr, kvm_enable_cap
 
 if TYPE_CHECKING:
     from vmonty.kvm.soft.kvm_main import Kvm
@@ -47,6 +62,8 @@ SYNC_FIELDS = flags.KVM_SYNC_X86_VALID_FIELDS
 APIC_BASE_DEFAULT, APIC_BASE_BSP = 0xFEE0_0900 & ~0x100, 0x100
 PIO_DATA_OFFSET = flags.KVM_PIO_PAGE_OFFSET * 4096
 GP_VECTOR = 13
+TSC_TOLERANCE_PPM = 250
+DR6_ACTIVE_LOW, DR6_BS = 0xFFFF_0FF0, 1 << 14
 
 
 class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
@@ -60,15 +77,23 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         self._tsc_offset = 0
         self._cr8 = 0
         self.pending_ioapic_eoi: list[int] = []
+        # KVM_TPR_ACCESS_REPORTING: rip and whether a write, of an access that user space must see.
+        self._tpr_access: tuple[int, bool] | None = None
+        self._vapic_addr = 0
         self.has_run = False
         self.signal_mask: frozenset[int] | None = None
         self.mask_poll = False
         self.pvclock = PvClock(self)
         self.clock_update_requested = False
+        self.msr_filter_requested = kvm.msr_filter is not None
         is_bsp = vcpu_id == kvm.boot_vcpu_id
         self._apic_base = APIC_BASE_DEFAULT | (APIC_BASE_BSP if is_bsp else 0)
         if kvm.irqchip_in_kernel:
             self.apic = Lapic(self, kvm.irqs, kvm.timers, bsp=is_bsp)
+            self.apic.timer.bus_cycle_ns = kvm.apic_bus_cycle_ns
+            if kvm.disabled_quirks:
+                kvm.configure_quirks(self.apic)
+                self.apic.reset(init_event=False)
             kvm.irqs.add_apic(self.apic)
             self.mp_state = flags.KVM_MP_STATE_RUNNABLE if is_bsp else flags.KVM_MP_STATE_UNINITIALIZED
         self.set_guest_tsc(0)
@@ -78,6 +103,11 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         if self.apic is not None:
             self.kvm.irqs.remove_apic(self.apic)
         self.vendor.destroy()
+        self.stats.close()
+
+    @answers(Requests.KVM_GET_STATS_FD)
+    def get_stats_fd(self, argument: Argument) -> int:
+        return self.stats.open()
 
     # ---- what the local APIC asks of its owner -------------------------------------------------------
 
@@ -92,8 +122,11 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def set_guest_tsc(self, value: int) -> None:
         """Set the guest's time-stamp counter by its offset to the host's."""
-        self._tsc_offset = value - read_tsc()
-        self.vendor.set_tsc_offset(self._tsc_offset & 0xFFFF_FFFF_FFFF_FFFF)
+        self._set_tsc_offset(value - read_tsc() & 0xFFFF_FFFF_FFFF_FFFF)
+
+    def _set_tsc_offset(self, offset: int) -> None:
+        self._tsc_offset = offset
+        self.vendor.set_tsc_offset(offset)
         self.pvclock.update()
 
     def tsc_deadline_to_ns(self, deadline: int) -> int:
@@ -154,7 +187,10 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             features = next((entry.ecx for entry in self.cpuid if entry.function == 1), 0)
             sizes = next((entry.eax for entry in self.cpuid if entry.function == 0x8000_0008), 36)
             self.apic.configure(
-                x2apic=bool(features >> 21 & 1), tsc_deadline=bool(features >> 24 & 1), phys_bits=sizes & 0xFF
+                x2apic=bool(features >> 21 & 1),
+                tsc_deadline=bool(features >> 24 & 1),
+                phys_bits=sizes & 0xFF,
+                directed_eoi=self.kvm.irqs.split and bool(features >> 21 & 1),
             )
 
     @answers(Requests.KVM_GET_CPUID2)
@@ -167,6 +203,91 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
     @answers(Requests.KVM_GET_TSC_KHZ)
     def get_tsc_khz(self, argument: Argument) -> int:
         return HOST_TSC_KHZ
+
+    @answers(Requests.KVM_SET_TSC_KHZ)
+    def set_tsc_khz(self, argument: Argument) -> None:
+        """kvm_set_tsc_khz(): without scaling only the host's frequency, within a tolerance of 250 ppm; 0 means it."""
+        wanted = argument.number & 0xFFFF_FFFF
+        if wanted and abs(wanted - HOST_TSC_KHZ) * 1_000_000 > HOST_TSC_KHZ * TSC_TOLERANCE_PPM:
+            raise OSError(errno.EINVAL, "the guest's TSC runs at the host's frequency")
+
+    @answers(Requests.KVM_SET_GUEST_DEBUG)
+    def set_guest_debug(self, argument: Argument) -> None:
+        """kvm_arch_vcpu_ioctl_set_guest_debug()."""
+        request = argument.get(kvm_guest_debug)
+        control = request.control
+        if control & ~GUEST_DEBUG_VALID:
+            raise OSError(errno.EINVAL, "unknown flags")
+        if control & (flags.KVM_GUESTDBG_INJECT_DB | flags.KVM_GUESTDBG_INJECT_BP):
+            if self.exception is not None:
+                raise OSError(errno.EBUSY, "another exception waits to be delivered")
+            self.queue_exception(flags.DB_VECTOR if control & flags.KVM_GUESTDBG_INJECT_DB else flags.BP_VECTOR)
+        self.guest_debug = control if control & flags.KVM_GUESTDBG_ENABLE else 0
+        self.step_done = False
+        own = self.guest_debug & flags.KVM_GUESTDBG_USE_HW_BP
+        self.vendor.update_guest_debug([*request.arch.debugreg] if own else None)
+
+    def debug_exit(self, vector: int, dr6: int, dr7: int) -> bool:
+        """KVM_EXIT_DEBUG: user space's debugger sees this #DB or #BP."""
+        self.step_done = False
+        self.run.exit_reason = Exit.DEBUG
+        arch = self.run.u.debug.arch
+        arch.exception, arch.dr6, arch.dr7 = vector, dr6, dr7
+        arch.pc = self.vendor.get_rip() + self.vendor.get_segment("cs").base
+        return False
+
+    @staticmethod
+    def _attribute(argument: Argument) -> Argument:
+        """Where the value of KVM_VCPU_TSC_OFFSET is, which is the only attribute."""
+        attribute = argument.get(kvm_device_attr)
+        if attribute.group != flags.KVM_VCPU_TSC_CTRL or attribute.attr != flags.KVM_VCPU_TSC_OFFSET:
+            raise OSError(errno.ENXIO, "no such attribute")
+        return Argument(attribute.addr, 8)
+
+    @answers(Requests.KVM_HAS_DEVICE_ATTR)
+    def has_device_attr(self, argument: Argument) -> None:
+        self._attribute(argument)
+
+    @answers(Requests.KVM_GET_DEVICE_ATTR)
+    def get_device_attr(self, argument: Argument) -> None:
+        self._attribute(argument).put(ctypes.c_uint64(self._tsc_offset))
+
+    @answers(Requests.KVM_SET_DEVICE_ATTR)
+    def set_device_attr(self, argument: Argument) -> None:
+        offset = int.from_bytes(self._attribute(argument).read(8), "little")
+        self._set_tsc_offset(offset)
+
+    @answers(Requests.KVM_TPR_ACCESS_REPORTING)
+    def tpr_access_reporting(self, argument: Argument) -> None:
+        """vcpu_ioctl_tpr_access_reporting()."""
+        control = argument.get(kvm_tpr_access_ctl)
+        if control.flags:
+            raise OSError(errno.EINVAL, "unknown flags")
+        if self.apic is not None:
+            self.apic.report_tpr_access = self._note_tpr_access if control.enabled else None
+        argument.put(control)
+
+    def _note_tpr_access(self, is_write: bool) -> None:
+        self._tpr_access = self.vendor.get_rip(), is_write
+
+    @answers(Requests.KVM_SET_VAPIC_ADDR)
+    def set_vapic_addr(self, argument: Argument) -> None:
+        """kvm_lapic_set_vapic_addr(): the word there follows the APIC, and its low byte sets the TPR."""
+        if self.apic is None:
+            raise OSError(errno.EINVAL, "there is no local APIC in the kernel")
+        address = argument.get(kvm_vapic_addr).vapic_addr
+        if address and self.kvm.read_gpa(address, 4) is None:
+            raise OSError(errno.EINVAL, "there is no memory at the address")
+        self._vapic_addr = address
+
+    def _sync_to_vapic(self) -> None:
+        if self.apic is not None and self.apic.enabled:
+            self.kvm.write_gpa(self._vapic_addr, self.apic.vapic_word().to_bytes(4, "little"))
+
+    def _sync_from_vapic(self) -> None:
+        word = self.kvm.read_gpa(self._vapic_addr, 4)
+        if self.apic is not None and word is not None:
+            self.apic.set_tpr(word[0])
 
     @answers(Requests.KVM_SET_SIGNAL_MASK)
     def set_signal_mask(self, argument: Argument) -> None:
@@ -267,6 +388,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
                 self.signal_pending = True
         if self.signal_pending or self.run.immediate_exit:
             self.run.exit_reason = Exit.INTR
+            self.stats.values[SIGNAL_EXITS] += 1
             raise OSError(errno.EINTR, "a signal is pending")
 
     def _loop(self) -> None:
@@ -278,6 +400,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
                 self._block()
             if self._wants_interrupt_window():
                 self.run.exit_reason = Exit.IRQ_WINDOW_OPEN
+                self.stats.values[REQUEST_IRQ_EXITS] += 1
                 return
             if self.signal_pending or self.mask_poll:
                 self._check_signal()
@@ -287,10 +410,16 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def _block(self) -> None:
         """vcpu_block(): wait for an event that makes the vCPU runnable."""
-        while not self._has_wakeup():
-            self._check_signal()
-            self.wake.wait()
-            self.wake.clear()
+        since = time.monotonic_ns()
+        self.stats.values[BLOCKING] = 1
+        try:
+            while not self._has_wakeup():
+                self._check_signal()
+                self.wake.wait()
+                self.wake.clear()
+        finally:
+            self.stats.values[BLOCKING] = 0
+            self.stats.waited(time.monotonic_ns() - since)
         if self._has_apic_events():
             self._accept_apic_events()
         elif self.mp_state == flags.KVM_MP_STATE_HALTED:
@@ -342,19 +471,35 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
     def _has_interrupt(self) -> bool:
         if self.apic is None:
             return False
-        return self.kvm.irqs.has_interrupt(self.apic)
+        return self._has_extint(self.apic) or self.kvm.irqs.has_interrupt(self.apic)
+
+    def _has_extint(self, apic: Lapic) -> bool:
+        """Split irqchip: user space's PIC has an interrupt, and the local APIC lets it in."""
+        return self.external_vector is not None and apic.accept_pic_intr()
 
     def _take_interrupt(self) -> int | None:
         if self.apic is None:
             return None
+        if self._has_extint(self.apic):
+            vector, self.external_vector = self.external_vector, None
+            return vector
         return self.kvm.irqs.get_interrupt(self.apic)
 
     def _wants_interrupt_window(self) -> bool:
         """dm_request_for_irq_injection()."""
-        return self.apic is None and bool(self.run.request_interrupt_window) and self._ready_for_injection()
+        return self._user_space_injects() and bool(self.run.request_interrupt_window) and self._ready_for_injection()
+
+    def _user_space_injects(self) -> bool:
+        """Whether the PIC is user space's, so that interrupts come by KVM_INTERRUPT."""
+        return self.kvm.irqs.pic is None
+
+    def _accepts_injection(self) -> bool:
+        """kvm_cpu_accept_dm_intr()."""
+        return self.apic is None or (self.external_vector is None and self.apic.accept_pic_intr())
 
     def _ready_for_injection(self) -> bool:
-        return self.interrupt_injected is None and self.vendor.interrupt_allowed()
+        """kvm_vcpu_ready_for_interrupt_injection()."""
+        return self.interrupt_injected is None and self.vendor.interrupt_allowed() and self._accepts_injection()
 
     def _enter_guest(self) -> bool:
         """vcpu_enter_guest(): True to go on, False for an exit to user space."""
@@ -364,16 +509,37 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
                 return True
         if self.tlb_flush_requested:
             self.tlb_flush_requested = False
+            self.stats.values[TLB_FLUSH] += 1
             self.vendor.flush_tlb()
         if self.triple_fault_pending:
             self.triple_fault_pending = False
             self.run.exit_reason = Exit.SHUTDOWN
             return False
+        if self.step_done:
+            return self.debug_exit(flags.DB_VECTOR, DR6_ACTIVE_LOW | DR6_BS, self.vendor.get_debug(7))
+        if self._tpr_access is not None:
+            (self.run.u.tpr_access.rip, is_write), self._tpr_access = self._tpr_access, None
+            self.run.u.tpr_access.is_write = int(is_write)
+            self.run.exit_reason = Exit.TPR_ACCESS
+            return False
+        if self.pending_ioapic_eoi:
+            self.run.u.eoi.vector = self.pending_ioapic_eoi.pop(0)
+            self.run.exit_reason = Exit.IOAPIC_EOI
+            return False
+        if self.msr_filter_requested:
+            self.msr_filter_requested = False
+            self.vendor.msr_filter_changed()
         if self.clock_update_requested:
             self.clock_update_requested = False
             self.pvclock.update()
         self._inject_pending_event()
-        self.vendor.run()
+        if self._vapic_addr:
+            self._sync_to_vapic()
+            self.vendor.run()
+            self._sync_from_vapic()
+        else:
+            self.vendor.run()
+        self.stats.values[EXITS] += 1
         return self.vendor.handle_exit()
 
     def _inject_pending_event(self) -> None:
@@ -382,9 +548,11 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         injected = True
         if self.interrupt_injected is not None:
             vector, self.interrupt_injected = self.interrupt_injected, None
+            self.stats.values[IRQ_INJECTIONS] += 1
             vendor.inject_irq(vector)
         elif self.nmi_injected:
             self.nmi_injected = False
+            self.stats.values[NMI_INJECTIONS] += 1
             vendor.inject_nmi()
         elif self.exception is not None:
             exception, self.exception = self.exception, None
@@ -394,17 +562,21 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         if self.nmi_pending:
             if not injected and vendor.nmi_allowed():
                 self.nmi_pending -= 1
+                self.stats.values[NMI_INJECTIONS] += 1
                 vendor.inject_nmi()
                 injected = True
             if self.nmi_pending:
                 vendor.enable_nmi_window()
+        if self.guest_debug & flags.KVM_GUESTDBG_BLOCKIRQ:
+            return
         if self._has_interrupt():
             if not injected and vendor.interrupt_allowed():
                 if (taken := self._take_interrupt()) is not None:
+                    self.stats.values[IRQ_INJECTIONS] += 1
                     vendor.inject_irq(taken)
             else:
                 vendor.enable_irq_window()
-        elif self.apic is None and self.run.request_interrupt_window:
+        elif self._user_space_injects() and self.run.request_interrupt_window and self._accepts_injection():
             vendor.enable_irq_window()
 
     def _save_run(self) -> None:
@@ -414,12 +586,13 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         run.cr8 = self.get_cr8()
         run.apic_base = self.get_apic_base()
         self.store_sync_regs()
-        run.ready_for_interrupt_injection = int(self.apic is not None or self._ready_for_injection())
+        run.ready_for_interrupt_injection = int(not self._user_space_injects() or self._ready_for_injection())
 
     # ---- what exit handlers share ---------------------------------------------------------------------------
 
     def halt(self) -> bool:
         """kvm_emulate_halt(): wait here with an in-kernel local APIC, else tell user space."""
+        self.stats.values[HALT_EXITS] += 1
         if self.apic is not None:
             self.mp_state = flags.KVM_MP_STATE_HALTED
             return True
@@ -462,6 +635,25 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         io.data_offset = PIO_DATA_OFFSET
         self.page[PIO_DATA_OFFSET : PIO_DATA_OFFSET + len(data)] = data
 
+    def hypercall_exit(self, number: int, arguments: list[int], long_mode: bool, done: Callable[[int], bool]) -> bool:
+        """KVM_EXIT_HYPERCALL: *done* gets user space's answer."""
+        self.run.exit_reason = Exit.HYPERCALL
+        call = self.run.u.hypercall
+        call.nr, call.ret, call.flags = number, 0, KVM_EXIT_HYPERCALL_LONG_MODE if long_mode else 0
+        call.args[: len(arguments)] = [*arguments]
+        self._completion = lambda: done(call.ret)
+        return False
+
+    def msr_exit(
+        self, exit_reason: Exit, reason: int, index: int, data: int, done: Callable[[int | None], bool]
+    ) -> None:
+        """kvm_msr_user_space(): *done* gets user space's value, None where it wants a fault."""
+        self.run.exit_reason = exit_reason
+        msr = self.run.u.msr
+        msr.error, msr.reason, msr.index, msr.data = 0, reason, index, data
+        msr.pad[:] = [0] * len(msr.pad)
+        self._completion = lambda: done(None if msr.error else msr.data)
+
     def mmio_write(self, gpa: int, data: bytes) -> bool:
         """Write to where no memory is: the local APIC, the in-kernel bus, the coalesced ring, or user space."""
         if self.kvm.mmio_write(self, gpa, data):
@@ -479,6 +671,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         return False
 
     def _exit_mmio(self, gpa: int, data: bytes, is_write: bool) -> None:
+        self.stats.values[MMIO_EXITS] += 1
         self.run.exit_reason = Exit.MMIO
         mmio = self.run.u.mmio
         mmio.phys_addr, mmio.len, mmio.is_write = gpa, len(data), int(is_write)

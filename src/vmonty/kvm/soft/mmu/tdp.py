@@ -15,6 +15,7 @@ import threading
 
 from vmonty.base.ram import Ram
 from vmonty.kvm.soft.memslots import PAGE_SHIFT, Memslot, Memslots
+from vmonty.kvm.soft.stats import PAGES_4K, Statistics
 from vmonty.kvm.uapi.flags import KVM_MEM_READONLY
 
 EPT_READ, EPT_WRITE, EPT_EXEC = 1, 2, 4
@@ -62,6 +63,12 @@ class Tables:
         arena = self._arena_of[table]
         arena.write_u64(table - arena.address + 8 * index, value)
 
+    def count(self, table: int, index: int, number: int) -> int:
+        """How many of the *number* entries from *index* on are not empty."""
+        arena = self._arena_of[table]
+        entries = arena.read(table - arena.address + 8 * index, 8 * number)
+        return sum(map(bool, memoryview(entries).cast("Q")))
+
     def fill(self, table: int, index: int, values: list[int]) -> None:
         """Store several entries from *index* on."""
         arena = self._arena_of[table]
@@ -71,10 +78,11 @@ class Tables:
 class TdpMmu:
     """The EPT of a VM, shared by its vCPUs, filled on violations."""
 
-    def __init__(self, memslots: Memslots) -> None:
+    def __init__(self, memslots: Memslots, stats: Statistics) -> None:
         self._memslots = memslots
+        self._stats = stats
         self._tables = Tables()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self.root = self._tables.allocate()
         self.pages = 1
 
@@ -90,7 +98,7 @@ class TdpMmu:
         slot = self._memslots.find(gpa)
         if slot is None or (write and slot.flags & KVM_MEM_READONLY):
             return False
-        with self._lock:
+        with self.lock:
             table = self._descend(gpa, 1)
             if slot.dirty:
                 self._map_logged(table, gpa, slot, write)
@@ -118,12 +126,14 @@ class TdpMmu:
     def _map_around(self, table: int, gpa: int, slot: Memslot) -> None:
         first = gpa >> PAGE_SHIFT & ~(ENTRIES - 1)
         begin, end = max(first, slot.base_gfn), min(first + ENTRIES, slot.end_gfn)
+        self._stats.values[PAGES_4K] += end - begin - self._tables.count(table, begin - first, end - begin)
         self._tables.fill(table, begin - first, [self._leaf(slot, gfn, True) for gfn in range(begin, end)])
 
     def _map_logged(self, table: int, gpa: int, slot: Memslot, write: bool) -> None:
         gfn = gpa >> PAGE_SHIFT
         if write:
             slot.mark_dirty(gfn)
+        self._stats.values[PAGES_4K] += 1 - self._tables.count(table, gfn & ENTRIES - 1, 1)
         self._tables.write(table, gfn & ENTRIES - 1, self._leaf(slot, gfn, write))
 
     def zap(self, slot: Memslot) -> None:
@@ -135,7 +145,8 @@ class TdpMmu:
         self._change(first_gfn, end_gfn, ~EPT_WRITE)
 
     def _change(self, first_gfn: int, end_gfn: int, mask: int) -> None:
-        with self._lock:
+        gone = 0
+        with self.lock:
             gfn = first_gfn
             while gfn < end_gfn:
                 table = self._find_table(gfn << PAGE_SHIFT)
@@ -145,7 +156,9 @@ class TdpMmu:
                         entry = self._tables.read(table, frame & ENTRIES - 1)
                         if entry:
                             self._tables.write(table, frame & ENTRIES - 1, entry & mask)
+                            gone += not mask
                 gfn = stop
+            self._stats.values[PAGES_4K] -= gone
 
     def _find_table(self, gpa: int) -> int | None:
         table = self.root

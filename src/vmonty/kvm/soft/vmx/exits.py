@@ -11,6 +11,18 @@ from typing import TYPE_CHECKING, ClassVar
 from vmonty.cpu.vmcs import Field
 from vmonty.kvm.soft.emulate import Emulator
 from vmonty.kvm.soft.mmu.guest_walk import walk
+from vmonty.kvm.soft.msr_filter import reason
+from vmonty.kvm.soft.stats import (
+    HYPERCALLS,
+    INSN_EMULATION_FAIL,
+    IO_EXITS,
+    IRQ_EXITS,
+    IRQ_WINDOW_EXITS,
+    NMI_WINDOW_EXITS,
+    PF_EMULATE,
+    PF_FIXED,
+    PF_TAKEN,
+)
 from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.soft.vmx import controls as c
 from vmonty.kvm.soft.vmx.processor import Processor
@@ -26,6 +38,11 @@ FAILED_ENTRY = 1 << 31
 MASK32 = 0xFFFF_FFFF
 EPT_WRITE_ACCESS, EPT_FETCH, EPT_FINAL = 2, 4, 1 << 8
 MAX_INSTRUCTION = 15
+VMMCALL = b"\x0f\x01\xd9"
+AR_LONG = 1 << 13
+DR6_ACTIVE_LOW = 0xFFFF_0FF0
+# What hypercalls answer, negated. asm/kvm_para.h.
+KVM_EPERM, KVM_EINVAL, KVM_ENOSYS = 1, 22, 1000
 CR4_OSXSAVE, FEATURE_OSXSAVE = 1 << 18, 1 << 27
 CR0_PE, CR0_ET, CR0_NW, CR0_CD, CR0_PG = 1, 1 << 4, 1 << 29, 1 << 30, 1 << 31
 CR4_PAE, EFER_LME = 1 << 5, 1 << 8
@@ -47,12 +64,16 @@ class VmxExits:
     # The registers are Vmx's; here are the three that nearly every handler uses.
     def _skip(self) -> None:
         """skip_emulated_instruction()."""
+        self._skip_bytes(self.cpu.vmread(Field.VM_EXIT_INSTRUCTION_LEN))
+
+    def _skip_bytes(self, length: int) -> None:
         cpu = self.cpu
-        rip = cpu.vmread(Field.GUEST_RIP) + cpu.vmread(Field.VM_EXIT_INSTRUCTION_LEN)
+        rip = cpu.vmread(Field.GUEST_RIP) + length
         cpu.vmwrite(Field.GUEST_RIP, rip & 0xFFFF_FFFF_FFFF_FFFF)
         shadow = cpu.vmread(Field.GUEST_INTERRUPTIBILITY_INFO)
         if shadow & 3:
             cpu.vmwrite(Field.GUEST_INTERRUPTIBILITY_INFO, shadow & ~3)
+        self.vcpu.note_step()
 
     def _set32(self, number: int, value: int) -> None:
         self.cpu.set_gpr(number, value & MASK32)
@@ -76,7 +97,7 @@ class VmxExits:
                 self.cpu.vmwrite(Field.GUEST_INTERRUPTIBILITY_INFO, old & ~c.BLOCKED_NMI)
             case c.TYPE_EXCEPTION:
                 code = self.cpu.vmread(Field.IDT_VECTORING_ERROR_CODE) if info & c.INFO_ERROR_CODE else None
-                self.vcpu.exception = QueuedException(vector, code, self.cpu.get_control("cr2"))
+                self.vcpu.exception = QueuedException(vector, code, pending=False)
             case _:
                 pass  # INT n, INT3, INTO: rip is still at the instruction, which runs again
 
@@ -114,6 +135,7 @@ class VmxExits:
 
     def handle_external_interrupt(self) -> bool:
         """The host wanted the processor: a kick. The loop looks for what it was."""
+        self.vcpu.stats.values[IRQ_EXITS] += 1
         return True
 
     def handle_triple_fault(self) -> bool:
@@ -121,10 +143,12 @@ class VmxExits:
         return False
 
     def handle_interrupt_window(self) -> bool:
+        self.vcpu.stats.values[IRQ_WINDOW_EXITS] += 1
         self._window(c.PROC_INTERRUPT_WINDOW, False)
         return True
 
     def handle_nmi_window(self) -> bool:
+        self.vcpu.stats.values[NMI_WINDOW_EXITS] += 1
         self._window(c.PROC_NMI_WINDOW, False)
         return True
 
@@ -171,15 +195,59 @@ class VmxExits:
     def handle_rdpmc(self) -> bool:
         return self._gp()
 
-    def handle_vmcall(self) -> bool:
-        """kvm_emulate_hypercall(): -KVM_ENOSYS for what is not known, -KVM_EPERM outside of CPL 0."""
-        if self.cpu.vmread(Field.GUEST_SS_AR_BYTES) >> 5 & 3:
-            self.cpu.set_gpr(RAX, -1 & 0xFFFF_FFFF_FFFF_FFFF)
-            self._skip()
-            return True
-        self.cpu.set_gpr(RAX, -1000 & 0xFFFF_FFFF_FFFF_FFFF)
+    def handle_exception_nmi(self) -> bool:
+        """Exceptions that are intercepted: #UD for AMD's VMMCALL, #DB and #BP for user space's debugger."""
+        vector = self.cpu.vmread(Field.VM_EXIT_INTR_INFO) & c.INFO_VECTOR
+        if vector == UD_VECTOR:
+            code = self._fetch(self.cpu.vmread(Field.GUEST_RIP) + self.cpu.vmread(Field.GUEST_CS_BASE))
+            return self._hypercall(len(VMMCALL)) if code.startswith(VMMCALL) else self._ud()
+        dr6 = self.cpu.vmread(Field.EXIT_QUALIFICATION) if vector == flags.DB_VECTOR else 0
+        return self.vcpu.debug_exit(vector, dr6 | DR6_ACTIVE_LOW, self.cpu.vmread(Field.GUEST_DR7))
+
+    def handle_dr(self) -> bool:
+        """MOV DR, while user space's debugger has the registers. SDM, "Exit Qualification for MOV DR"."""
+        qualification = self.cpu.vmread(Field.EXIT_QUALIFICATION)
+        number, register = qualification & 7, qualification >> 8 & 15
+        vendor = self.vcpu.vendor
+        if number in (4, 5):
+            number += 2
+        if qualification >> 4 & 1:
+            vendor.set_gpr(register, vendor.get_debug(number))
+        else:
+            value = vendor.get_gpr(register)
+            if number >= 6 and value >> 32:
+                return self._gp()
+            vendor.set_debug(number, value)
         self._skip()
         return True
+
+    def handle_vmcall(self) -> bool:
+        return self._hypercall(self.cpu.vmread(Field.VM_EXIT_INSTRUCTION_LEN))
+
+    def _hypercall(self, length: int) -> bool:
+        """kvm_emulate_hypercall(), of an instruction of *length* bytes.
+
+        -KVM_ENOSYS for what is not known, -KVM_EPERM outside of CPL 0. Linux patches the other vendor's instruction;
+        here the guest's code stays as it is.
+        """
+        vcpu = self.vcpu
+        vcpu.stats.values[HYPERCALLS] += 1
+        is_long = bool(self.cpu.vmread(Field.GUEST_CS_AR_BYTES) & AR_LONG)
+        mask = (1 << 64) - 1 if is_long else MASK32
+
+        def answer(value: int) -> bool:
+            self.cpu.set_gpr(RAX, value & mask)
+            self._skip_bytes(length)
+            return True
+
+        if self.cpu.vmread(Field.GUEST_SS_AR_BYTES) >> 5 & 3:
+            return answer(-KVM_EPERM)
+        number, gpa, npages, attributes = (self.cpu.get_gpr(register) & mask for register in (RAX, RBX, RCX, RDX))
+        if number != flags.KVM_HC_MAP_GPA_RANGE or not vcpu.kvm.hypercall_exit_enabled >> number & 1:
+            return answer(-KVM_ENOSYS)
+        if gpa & 0xFFF or not npages or (gpa >> 12) + npages >> 64:
+            return answer(-KVM_EINVAL)
+        return vcpu.hypercall_exit(number, [gpa, npages, attributes], is_long, answer)
 
     def handle_cr(self) -> bool:
         """CR accesses that exit: CR4 bits that we own, CR8. SDM, "Exit Qualification for Control-Register Accesses"."""
@@ -239,6 +307,7 @@ class VmxExits:
 
     def handle_io(self) -> bool:
         """IN, OUT, INS, OUTS. SDM, "Exit Qualification for I/O Instructions"."""
+        self.vcpu.stats.values[IO_EXITS] += 1
         qualification = self.cpu.vmread(Field.EXIT_QUALIFICATION)
         size, is_in, is_string = (qualification & 7) + 1, qualification >> 3 & 1, qualification >> 4 & 1
         port = qualification >> 16 & 0xFFFF
@@ -300,10 +369,14 @@ class VmxExits:
         return self.vcpu.port_out(port, size, _reversed(fetched, size) if backwards else fetched)
 
     def handle_rdmsr(self) -> bool:
+        index = self.cpu.get_gpr(RCX) & MASK32
         try:
-            value = self.vcpu.get_msr(self.cpu.get_gpr(RCX) & MASK32)
-        except OSError:
-            return self._gp()
+            value = self.vcpu.read_guest_msr(index)
+        except OSError as error:
+            return self._msr_refused(error, Exit.X86_RDMSR, index, 0, self._complete_rdmsr)
+        return self._complete_rdmsr(value)
+
+    def _complete_rdmsr(self, value: int) -> bool:
         self._set32(RAX, value)
         self._set32(RDX, value >> 32)
         self._skip()
@@ -311,12 +384,26 @@ class VmxExits:
 
     def handle_wrmsr(self) -> bool:
         value = self.cpu.get_gpr(RAX) & MASK32 | (self.cpu.get_gpr(RDX) & MASK32) << 32
+        index = self.cpu.get_gpr(RCX) & MASK32
         try:
-            self.vcpu.set_msr(self.cpu.get_gpr(RCX) & MASK32, value)
-        except OSError:
-            return self._gp()
+            self.vcpu.write_guest_msr(index, value)
+        except OSError as error:
+            return self._msr_refused(error, Exit.X86_WRMSR, index, value, self._complete_wrmsr)
+        return self._complete_wrmsr(value)
+
+    def _complete_wrmsr(self, _value: int) -> bool:
         self._skip()
         return True
+
+    def _msr_refused(
+        self, error: OSError, exit_reason: Exit, index: int, data: int, done: Callable[[int], bool]
+    ) -> bool:
+        """#GP, or with KVM_CAP_X86_USER_SPACE_MSR what user space says: *done* with its value."""
+        why = reason(error)
+        if not self.vcpu.kvm.user_space_msr_mask & why:
+            return self._gp()
+        self.vcpu.msr_exit(exit_reason, why, index, data, lambda value: self._gp() if value is None else done(value))
+        return False
 
     def handle_xsetbv(self) -> bool:
         value = self.cpu.get_gpr(RAX) & MASK32 | (self.cpu.get_gpr(RDX) & MASK32) << 32
@@ -330,8 +417,12 @@ class VmxExits:
         """A page that is not mapped yet, or no memory at all."""
         gpa = self.cpu.vmread(Field.GUEST_PHYSICAL_ADDRESS)
         access = self.cpu.vmread(Field.EXIT_QUALIFICATION)
+        counters = self.vcpu.stats.values
+        counters[PF_TAKEN] += 1
         if self.vcpu.kvm.mmu.page_fault(gpa, bool(access & EPT_WRITE_ACCESS)):
+            counters[PF_FIXED] += 1
             return True
+        counters[PF_EMULATE] += 1
         if access & EPT_FETCH or not access & EPT_FINAL:
             # Code, or a page table, where no memory is.
             return self._emulation_failure()
@@ -339,6 +430,7 @@ class VmxExits:
 
     def _emulation_failure(self) -> bool:
         """prepare_emulation_failure_exit()."""
+        self.vcpu.stats.values[INSN_EMULATION_FAIL] += 1
         code = self._fetch(self.cpu.vmread(Field.GUEST_RIP) + self.cpu.vmread(Field.GUEST_CS_BASE))
         run = self.vcpu.run
         run.exit_reason = Exit.INTERNAL_ERROR
@@ -396,6 +488,7 @@ class VmxExits:
 
     # Basic exit reasons. SDM, "VMX Basic Exit Reasons".
     HANDLERS: ClassVar[dict[int, Handler]] = {
+        0: handle_exception_nmi,
         1: handle_external_interrupt,
         2: handle_triple_fault,
         7: handle_interrupt_window,
@@ -407,6 +500,7 @@ class VmxExits:
         18: handle_vmcall,
         **dict.fromkeys((*range(19, 28), 50, 53), handle_invalid_op),
         28: handle_cr,
+        29: handle_dr,
         30: handle_io,
         31: handle_rdmsr,
         32: handle_wrmsr,

@@ -39,6 +39,11 @@ class Page:
         at = self._offset + (bit >> 3)
         self._ram.write_u8(at, self._ram.read_u8(at) & ~(1 << (bit & 7)))
 
+    def set_bit(self, bit: int) -> None:
+        """Set bit number *bit* of the page to one."""
+        at = self._offset + (bit >> 3)
+        self._ram.write_u8(at, self._ram.read_u8(at) | 1 << (bit & 7))
+
 
 class Processor:
     """Names the processor's registers for the vendor module; VMREAD and VMWRITE go straight through."""
@@ -57,10 +62,7 @@ class Processor:
         self.msr_bitmap = bitmap
         self._pages.fill(2 * 4096, MSR_BITMAP_SIZE, 0xFF)
         for index in PASSED_THROUGH:
-            # Read low, read high, write low, write high: 1 KiB each. SDM, "MSR-Bitmap Address".
-            base = 0x2000 if index >= 0xC000_0000 else 0
-            bitmap.clear_bit(base + (index & 0x1FFF))
-            bitmap.clear_bit(0x4000 + base + (index & 0x1FFF))
+            self.pass_msr_through(index, read=True, write=True)
         self.vmread = self._vmx.vmread
         self.vmwrite = self._vmx.vmwrite
         self.get_gpr = self._vmx.gpr
@@ -72,6 +74,13 @@ class Processor:
         self.forget_mmio = self._vmx.forget_mmio
         self.get_debug = self._vmx.dr
         self.set_debug = self._vmx.set_dr
+
+    def pass_msr_through(self, index: int, read: bool, write: bool) -> None:
+        """Which accesses to an MSR don't exit."""
+        # Read low, read high, write low, write high: 1 KiB each. SDM, "MSR-Bitmap Address".
+        bit = (0x2000 if index >= 0xC000_0000 else 0) + (index & 0x1FFF)
+        for at, passes in ((bit, read), (0x4000 + bit, write)):
+            (self.msr_bitmap.clear_bit if passes else self.msr_bitmap.set_bit)(at)
 
     def destroy(self) -> None:
         """Leave VMX operation."""

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 from vmonty.cpu import models
 from vmonty.cpu.vmcs import Field
 from vmonty.kvm.soft.cpuid import OFFERED
+from vmonty.kvm.soft.msr_filter import READ, WRITE
 from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.soft.vmx import controls as c
-from vmonty.kvm.soft.vmx.exits import VmxExits
-from vmonty.kvm.soft.vmx.processor import Processor
+from vmonty.kvm.soft.vmx.exits import UD_VECTOR, VmxExits
+from vmonty.kvm.soft.vmx.processor import PASSED_THROUGH, Processor
+from vmonty.kvm.uapi import flags
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2, kvm_segment
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ MSR_FIELDS = {
     0x277: Field.GUEST_IA32_PAT, 0xC000_0080: Field.GUEST_IA32_EFER, 0xC000_0100: Field.GUEST_FS_BASE,
     0xC000_0101: Field.GUEST_GS_BASE,
 }  # fmt: skip
+DEBUG_REGISTERS = (0, 1, 2, 3, 7)
+RFLAGS_TF = 1 << 8
 CR0_VALID = 0xE005_003F
 CR4_VALID = models.cr4_bits(models.parse(OFFERED))
 EFER_VALID = 0xD01
@@ -48,6 +52,8 @@ class Vmx(VmxExits):
 
     def __init__(self, vcpu: VcpuX86) -> None:
         super().__init__(vcpu, Processor())
+        # The guest's DR0 to DR3 and DR7, while user space's debugger has the processor's.
+        self._guest_debug_registers: dict[int, int] | None = None
         self._setup_controls()
         self.reset(init=False)
 
@@ -76,7 +82,7 @@ class Vmx(VmxExits):
             c.EXIT_REQUIRED | c.EXIT_HOST_64 | c.EXIT_SAVE_EFER | c.EXIT_SAVE_PAT | c.EXIT_SAVE_DEBUG,
         )
         write(Field.VM_ENTRY_CONTROLS, c.ENTRY_REQUIRED | c.ENTRY_LOAD_EFER | c.ENTRY_LOAD_PAT | c.ENTRY_LOAD_DEBUG)
-        write(Field.EXCEPTION_BITMAP, 0)
+        write(Field.EXCEPTION_BITMAP, 1 << UD_VECTOR)  # VMMCALL
         write(Field.EPT_POINTER, self.vcpu.kvm.mmu.root | c.EPTP_WRITE_BACK | c.EPTP_FOUR_LEVELS)
         write(Field.VIRTUAL_PROCESSOR_ID, 1)
         write(Field.MSR_BITMAP, self.cpu.msr_bitmap.address)
@@ -211,13 +217,39 @@ class Vmx(VmxExits):
         self.flush_tlb()
 
     def get_debug(self, number: int) -> int:
+        if (own := self._guest_debug_registers) is not None and number in own:
+            return own[number]
         return self.cpu.vmread(Field.GUEST_DR7) if number == 7 else self.cpu.get_debug(number)
 
     def set_debug(self, number: int, value: int) -> None:
         if number == 7:
-            self.cpu.vmwrite(Field.GUEST_DR7, value & 0xFFFF_2BFF | 0x400)
+            value = value & 0xFFFF_2BFF | 0x400
+        if (own := self._guest_debug_registers) is not None and number in own:
+            own[number] = value
+        elif number == 7:
+            self.cpu.vmwrite(Field.GUEST_DR7, value)
         else:
             self.cpu.set_debug(number, value)
+
+    def update_guest_debug(self, registers: list[int] | None) -> None:
+        """Lend the debug registers to user space's debugger, or give them back; and intercept what it wants to see."""
+        if self._guest_debug_registers is not None:
+            own, self._guest_debug_registers = self._guest_debug_registers, None
+            for number, value in own.items():
+                self.set_debug(number, value)
+        if registers is not None:
+            lent = {number: self.get_debug(number) for number in DEBUG_REGISTERS}
+            for number in DEBUG_REGISTERS:
+                self.set_debug(number, registers[number])
+            self._guest_debug_registers = lent
+        self._window(c.PROC_MOV_DR, registers is not None)
+        wanted = self.vcpu.guest_debug
+        bitmap = 1 << UD_VECTOR
+        if wanted & (flags.KVM_GUESTDBG_SINGLESTEP | flags.KVM_GUESTDBG_USE_HW_BP):
+            bitmap |= 1 << flags.DB_VECTOR
+        if wanted & flags.KVM_GUESTDBG_USE_SW_BP:
+            bitmap |= 1 << flags.BP_VECTOR
+        self.cpu.vmwrite(Field.EXCEPTION_BITMAP, bitmap)
 
     def get_xsave(self) -> bytes:
         return self.cpu.get_xsave()
@@ -241,6 +273,13 @@ class Vmx(VmxExits):
             self.cpu.vmwrite(field, value)
             return True
         return self.cpu.set_msr(index, value)
+
+    def msr_filter_changed(self) -> None:
+        """vmx_msr_filter_changed(): MSRs that are filtered exit."""
+        chosen = self.vcpu.kvm.msr_filter
+        for index in PASSED_THROUGH:
+            read, write = (chosen is None or chosen.allows(index, access) for access in (READ, WRITE))
+            self.cpu.pass_msr_through(index, read, write)
 
     def set_tsc_offset(self, offset: int) -> None:
         self.cpu.vmwrite(Field.TSC_OFFSET, offset)
@@ -288,8 +327,7 @@ class Vmx(VmxExits):
 
     def inject_exception(self, exception: QueuedException) -> None:
         info = c.INFO_VALID | c.TYPE_EXCEPTION | exception.vector
-        if exception.vector == 14:
-            self.set_control("cr2", exception.payload)
+        self.vcpu.deliver_payload(exception)
         if exception.error_code is not None and self.get_control("cr0") & 1:
             info |= c.INFO_ERROR_CODE
             self.cpu.vmwrite(Field.VM_ENTRY_EXCEPTION_ERROR_CODE, exception.error_code)
@@ -303,9 +341,20 @@ class Vmx(VmxExits):
 
     def run(self) -> None:
         """vmx_vcpu_run(): enter, and stay until the VM exit."""
-        self.cpu.enter()
+        if self.vcpu.guest_debug & flags.KVM_GUESTDBG_SINGLESTEP:
+            self._step()
+        else:
+            self.cpu.enter()
         self.cpu.vmwrite(Field.VM_ENTRY_INTR_INFO_FIELD, 0)
         self.complete_interrupts()
+
+    def _step(self) -> None:
+        """One instruction, whose end is a #DB. The guest's own trap flag comes back behind it."""
+        old = self.cpu.vmread(Field.GUEST_RFLAGS)
+        self.cpu.vmwrite(Field.GUEST_RFLAGS, old | RFLAGS_TF)
+        self.set_interrupt_shadow(0)
+        self.cpu.enter()
+        self.cpu.vmwrite(Field.GUEST_RFLAGS, self.cpu.vmread(Field.GUEST_RFLAGS) & ~RFLAGS_TF | old & RFLAGS_TF)
 
     def kick(self) -> None:
         self.cpu.kick()
