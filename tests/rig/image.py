@@ -53,7 +53,8 @@ def base(guest: Guest, progress: Progress) -> Artefact:
         *interpreter.packages(_required()),
         *programs,
     ]
-    shelf = Shelf("rig")
+    # With the checkout, which it belongs to: another checkout has other packages, and would throw this one out.
+    shelf = Shelf("rig", root=PROJECT / "build")
     name = f"base-{_key(guest, files)}.cpio"
     if (artefact := shelf.get(name)) is not None:
         return artefact
