@@ -36,6 +36,7 @@ GAPS: dict[str, dict[str, str]] = {
     AMD_UNDER_TCG: {
         "hw-breakpoint": "the emulated CPU does not stop at hardware breakpoints of a nested guest",
         "watchpoint": "the emulated CPU does not stop at watchpoints of a nested guest",
+        "sti-shadow": "an exit in the interrupt shadow of STI, such as a tick of the rig's own timer, loses the shadow",
         "sw-breakpoint": "the emulated CPU does not intercept INT3 of a nested guest",
         "io-bitmap": "the emulated CPU takes a busy TSS for none: CPL3 code gets #GP for ports that are allowed",
     },

@@ -49,7 +49,7 @@ def read_image(path: Path, what: str) -> bytes:
 @click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="Number of vCPUs.")
 @click.option(
     "--accel", "accelerator", default="auto", show_default=True,
-    help="What runs the vCPUs: kvm, auto, or several in order, such as kvm:auto.",
+    help="What runs the vCPUs: kvm, soft, auto, or several in order, such as kvm:soft.",
 )  # fmt: skip
 @click.option("--no-reboot", is_flag=True, help="End when the guest reboots.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="End after this time, with status 124.")

@@ -29,6 +29,17 @@ def _descriptor(stream: TextIO | None) -> int | None:
     return stream.fileno() if stream is not None else None
 
 
+def _reopen(fd: int) -> int | None:
+    """The terminal *fd* once more, non-blocking: a stop between select and write must not hold the writer.
+
+    On a file description of its own, because the flag would hit everybody who shares *fd*. None if it cannot be opened.
+    """
+    try:
+        return os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
 class Console:
     """Reads standard input on its own thread and writes guest output to standard output. Use it with ``with``.
 
@@ -51,6 +62,9 @@ class Console:
         self._input, self._output = _descriptor(sys.stdin), _descriptor(sys.stdout)
         # Asked now: a terminal that has hung up says that it is none.
         self._on_terminal = self._output is not None and os.isatty(self._output)
+        self._reopened = _reopen(self._output) if self._output is not None and self._on_terminal else None
+        if self._reopened is not None:
+            self._output = self._reopened
         self._saved: Any = None
         self._wake_read, self._wake_write = os.pipe()
         self._release_read, self._release_write = os.pipe()
@@ -76,9 +90,11 @@ class Console:
         self._thread.join()
         if self._input is not None and self._saved is not None:
             with contextlib.suppress(termios.error):  # it may have hung up
-                termios.tcsetattr(self._input, termios.TCSADRAIN, self._saved)
-        for fd in (self._wake_read, self._wake_write, self._release_read, self._release_write):
-            os.close(fd)
+                # Not TCSADRAIN: a stopped terminal never drains.
+                termios.tcsetattr(self._input, termios.TCSANOW, self._saved)
+        for fd in (self._wake_read, self._wake_write, self._release_read, self._release_write, self._reopened):
+            if fd is not None:
+                os.close(fd)
 
     def release(self) -> None:
         """From now on drop what standard output does not take at once. From any thread, also in a signal handler."""
