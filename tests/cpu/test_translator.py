@@ -100,7 +100,7 @@ def test_kick_ends_an_endless_loop(machine: Machine) -> None:
     result: list[str] = []
     thread = threading.Thread(target=lambda: result.append(machine.cpu.run()))
     thread.start()
-    time.sleep(0.05)
+    time.sleep(0.05)  # most likely inside by now; a kick that comes first must give the same
     machine.cpu.kick()
     thread.join(5)
     assert result == ["run_flag"]
@@ -183,7 +183,7 @@ def test_code_written_by_another_processor() -> None:
     writing.cpu["rip"] = CODE + 0x3000
     thread = threading.Thread(target=spinning.cpu.run)
     thread.start()
-    time.sleep(0.1)
+    time.sleep(0.1)  # most likely spinning by now; a write that comes first must give the same
     assert writing.cpu.run() == "halt"
     thread.join(5)
     stuck = thread.is_alive()
