@@ -68,6 +68,9 @@ class WatchedProvider:
     def kick(self, thread: int) -> None:
         self.inner.kick(thread)
 
+    def memory_written(self, address: int, size: int) -> None:
+        self.inner.memory_written(address, size)
+
     def remedy(self, error: int, call: str) -> str:
         return self.inner.remedy(error, call)
 

@@ -88,6 +88,9 @@ class FakeKvm:
                     cpu.kicked = True
             self._changed.notify_all()
 
+    def memory_written(self, address: int, size: int) -> None:
+        pass
+
     def remedy(self, error: int, call: str) -> str:
         return "a remedy"
 

@@ -88,10 +88,18 @@ def test_slots(large: GuestMemory) -> None:
     class Recorder:
         def __init__(self) -> None:
             self.regions: list[tuple[object, ...]] = []
+            self.written: list[tuple[int, int]] = []
+            self.provider = self
 
         def set_user_memory_region(self, *region: object) -> None:
             self.regions.append(region)
 
+        def memory_written(self, address: int, size: int) -> None:
+            self.written.append((address - large.ram.address, size))
+
     vm = Recorder()
     large.attach(vm)  # type: ignore[arg-type]
     assert vm.regions == [(0, 0, large.ram, 0, 3 * GIB), (1, 4 * GIB, large.ram, 3 * GIB, 2 * GIB)]
+    large.write(HIGH_RAM_BASE + 5, b"code")
+    large.written(7, 9)
+    assert vm.written == [(3 * GIB + 5, 4), (7, 9)]

@@ -69,6 +69,9 @@ class LinuxKvm:
         """Send the kick signal, whose handler does nothing, to the thread: KVM_RUN ends with EINTR."""
         signal.pthread_kill(thread, hostcall.KICK_SIGNAL)
 
+    def memory_written(self, address: int, size: int) -> None:
+        """Nothing to do: a processor sees writes to the code that it runs."""
+
     def remedy(self, error: int, call: str) -> str:
         """Name the cure for errors that have one."""
         if call == "open":

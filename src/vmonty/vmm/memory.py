@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vmonty.base.errors import GuestMemoryError, UsageError
 from vmonty.base.ram import PAGE_SIZE, Ram
-from vmonty.kvm.api import Vm
+from vmonty.kvm.api import Provider, Vm
 
 # Where a pc's RAM below 4 GiB ends at the latest: PCI, the I/O APIC and local APICs lie above.
 LOW_RAM_LIMIT = 0xC000_0000
@@ -48,6 +48,7 @@ class GuestMemory:
         check_size(size)
         self.size = size
         self.ram = Ram(size)
+        self._provider: Provider | None = None
         low = min(size, LOW_RAM_LIMIT)
         self.blocks = [Block(0, low, 0)]
         if size > low:
@@ -60,6 +61,7 @@ class GuestMemory:
 
     def attach(self, vm: Vm) -> None:
         """Give each block its memory slot in *vm*."""
+        self._provider = vm.provider
         for slot, block in enumerate(self.blocks):
             vm.set_user_memory_region(slot, block.base, self.ram, block.offset, block.size)
 
@@ -75,8 +77,18 @@ class GuestMemory:
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Copy *data* into guest RAM. Raises GuestMemoryError outside of it."""
-        self.ram.write(self._locate(address, len(data)), data)
+        offset = self._locate(address, len(data))
+        self.ram.write(offset, data)
+        self._tell(offset, len(data))
+
+    def written(self, address: int, size: int) -> None:
+        """Say that RAM was written through a view: code may lie there. Call it before the guest is told of the data."""
+        self._tell(self._locate(address, size), size)
+
+    def _tell(self, offset: int, size: int) -> None:
+        if self._provider is not None:
+            self._provider.memory_written(self.ram.address + offset, size)
 
     def view(self, address: int, size: int) -> memoryview:
-        """A writable zero-copy view of guest RAM. Raises GuestMemoryError outside of it."""
+        """A writable zero-copy view of guest RAM; see written(). Raises GuestMemoryError outside of it."""
         return self.ram.view(self._locate(address, size), size)

@@ -37,6 +37,13 @@ class Provider(Protocol):
         """Get the thread with this ident out of KVM_RUN (which then gives -EINTR)."""
         ...
 
+    def memory_written(self, address: int, size: int) -> None:
+        """Host memory that a guest may execute was written by this process.
+
+        A KVM on hardware has nothing to do; one in software drops what it translated from there.
+        """
+        ...
+
     def remedy(self, error: int, call: str) -> str:
         """What a user can do when *call* fails with errno *error*, or an empty string."""
         ...

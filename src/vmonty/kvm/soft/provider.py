@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vmonty.base import hostcall
 from vmonty.base.errors import KvmUnavailable
+from vmonty.cpu import core
 from vmonty.kvm.soft.files import KvmFile
 from vmonty.kvm.soft.kvm_main import KvmDevice, KvmVcpuFile
 
@@ -71,6 +72,10 @@ class SoftKvm:
     def kick(self, thread: int) -> None:
         """What a signal does to a thread in KVM_RUN."""
         KvmVcpuFile.signal(thread)
+
+    def memory_written(self, address: int, size: int) -> None:
+        """Have all processors forget their translations of what lies there."""
+        core.memory_written(address, size)
 
     def remedy(self, error: int, call: str) -> str:
         """Name the cure for errors that have one."""
