@@ -44,6 +44,8 @@ cdef struct Block:
     uint32_t page_next2
     uint32_t incoming        # first link that jumps here, index + 1
     uint32_t is_global
+    uint32_t digest          # of the guest bytes in the first page, and in the second (coherence)
+    uint32_t digest2
 
 
 cdef struct Link:
@@ -58,6 +60,7 @@ cdef struct Link:
 
 cdef struct CodePage:
     uint64_t host_page
+    uint64_t generation      # CpuState.host_generation when its bytes were last compared
     uint32_t first           # first block, index + 1
     uint32_t next
 
@@ -146,6 +149,8 @@ cdef void block_invalidate(CpuState *s, Block *b) noexcept nogil
 cdef int is_code_page(CpuState *s, uint64_t host_page) noexcept nogil
 cdef int code_written(CpuState *s, uint64_t host_page) noexcept nogil
 cdef void link_to(CodeCache *c, uint32_t link, Block *b) noexcept nogil
+cdef CodePage *page_find(CodeCache *c, uint64_t host_page) noexcept nogil
+cdef int drop_page(CpuState *s, uint64_t host_page) noexcept nogil
 cdef void unlink_cross_page(CpuState *s) noexcept nogil
 cdef Block *block_at_host(CodeCache *c, uint64_t host_rip) noexcept nogil
 cdef void shadow_reset(CpuState *s) noexcept nogil

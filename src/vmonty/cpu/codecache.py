@@ -497,10 +497,8 @@ def block_find(c, rip, host_page, key):
     return cython.NULL
 
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _page_find(c: cython.pointer(CodeCache), host_page: uint64_t) -> cython.pointer(CodePage):
+def page_find(c, host_page):
+    """Give what is known of a page that code was translated from, or NULL."""
     n: uint32_t = c.page_buckets[_page_bucket(host_page)]
     while n:
         if c.pages[n - 1].host_page == host_page:
@@ -590,7 +588,7 @@ def drain_writes(s):
         cache_flush(s)
     else:
         for k in range(n):
-            _drop_page(s, pages[k])
+            drop_page(s, pages[k])
     if n:
         shadow_reset(s)
 
@@ -623,7 +621,7 @@ def _forget_writable(s: cython.pointer(CpuState), host_page: uint64_t) -> cython
 def _page_add(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), host_page: uint64_t) -> cython.pointer(
     CodePage
 ):
-    p: cython.pointer(CodePage) = _page_find(c, host_page)
+    p: cython.pointer(CodePage) = page_find(c, host_page)
     h: uint32_t
     n: cython.int
     if p == cython.NULL:
@@ -632,6 +630,7 @@ def _page_add(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), host_pa
         c.pages_used += 1
         p.host_page = host_page
         p.first = 0
+        p.generation = s.host_generation
         p.next = c.page_buckets[h]
         c.page_buckets[h] = c.pages_used
     if p.first == 0:
@@ -712,7 +711,7 @@ def block_invalidate(s, b):
 def code_written(s, host_page):
     """Drop the translations of a page that is being written; tells how many of ours. Not from translated blocks."""
     host_page &= ~cython.cast(uint64_t, 0xFFF)
-    count: cython.int = _drop_page(s, host_page)
+    count: cython.int = drop_page(s, host_page)
     if _counter(host_page)[0]:
         announce_write(s, host_page)
     if count:
@@ -720,12 +719,10 @@ def code_written(s, host_page):
     return count
 
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _drop_page(s: cython.pointer(CpuState), host_page: uint64_t) -> cython.int:
+def drop_page(s, host_page):
+    """Drop the translations of a page; tells how many."""
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
-    p: cython.pointer(CodePage) = _page_find(c, host_page)
+    p: cython.pointer(CodePage) = page_find(c, host_page)
     b: cython.pointer(Block)
     n: uint32_t
     count: cython.int = 0

@@ -193,6 +193,16 @@ class Cpu:
         """Forget all translations of linear addresses."""
         flush_all(self.s)
 
+    def host_had_control(self, wrote: bool = False) -> None:
+        """Host software ran: it may have written code that the guest has run before.
+
+        Each page is compared when the guest next comes to it by a new translation of its address; with *wrote* that is
+        the next time it comes to it at all.
+        """
+        self.s.host_generation += 1
+        if wrote:
+            flush_all(self.s)
+
     def flush_code(self) -> None:
         """Drop all translations."""
         cache_flush(self.s)

@@ -366,6 +366,7 @@ cdef struct CpuState:
     uint32_t code_queue_count    # pages with code that others wrote; guarded by codecache.processors_lock
     uint32_t code_queue_all      # the queue ran over: every page
     uint64_t code_queue[64]
+    uint64_t host_generation     # changes when host software may have written guest memory
     uint32_t stop_events     # tests: leave run() with EXIT_DEBUG instead of delivering an event
     uint64_t features[8]     # instruction features offered (decode.FEATURES bits); 0 bits make #UD
     uint64_t slots[8]        # host addresses of grouped operands

@@ -16,6 +16,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     shadow_reset,
     unlink_cross_page,
 )
+from cython.cimports.vmonty.cpu.coherence import page_verify
 from cython.cimports.vmonty.cpu.paging import Translation, translate
 from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.state import (
@@ -449,6 +450,8 @@ def fetch_page(s, va, why):
     s.code_filter[(va >> 12) & 4095] = 1
     if t.host == 0:
         e.tag = 0
+    else:
+        page_verify(s, t.host)
     return e
 
 

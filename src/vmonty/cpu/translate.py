@@ -38,6 +38,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     cache_flush,
     displacement,
 )
+from cython.cimports.vmonty.cpu.coherence import block_digest
 from cython.cimports.vmonty.cpu.decode import (
     A_VECTOR,
     A_X87,
@@ -1089,5 +1090,6 @@ def translate_block(s, rip, page, single, plain, why):
     _emit_stubs(cython.address(w))
     b.size = c.a.at - start
     c.blocks_used += 1
+    block_digest(b)
     block_register(c, b)
     return b

@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from vmonty.base import hostcall
+from vmonty.cpu import core
 from vmonty.kvm.soft.coalesced_mmio import CoalescedMmio
 from vmonty.kvm.soft.eventfd import IoEventfds, Irqfds
 from vmonty.kvm.soft.files import KvmFile, answers
@@ -218,5 +219,6 @@ class IrqchipIoctls(KvmFile):
         if slot is None:
             return False
         hostcall.write_memory(slot.hva(gpa), data)
+        core.memory_written(slot.hva(gpa), len(data))
         slot.mark_dirty(gpa >> 12)
         return True

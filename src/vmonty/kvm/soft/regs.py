@@ -41,7 +41,9 @@ class RegisterIoctls(VcpuState):
         """__set_regs()."""
         for number, name in enumerate(GPRS):
             self.vendor.set_gpr(number, getattr(regs, name))
-        self.vendor.set_rip(regs.rip)
+        if regs.rip != self.vendor.get_rip():
+            self.vendor.host_had_control(wrote=True)  # a loader or a debugger at work
+            self.vendor.set_rip(regs.rip)
         self.vendor.set_rflags(regs.rflags | 2)
         if self.exception is not None and self.exception.pending:
             self.exception = None
@@ -134,6 +136,7 @@ class RegisterIoctls(VcpuState):
         self.set_cr8(sregs.cr8)
         for name in SEGMENTS:
             self.vendor.set_segment(name, getattr(sregs, name))
+        self.vendor.host_had_control(wrote=True)
         self.vendor.state_loaded()
 
     @answers(Requests.KVM_GET_FPU)

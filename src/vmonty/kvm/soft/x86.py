@@ -224,6 +224,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             self.queue_exception(flags.DB_VECTOR if control & flags.KVM_GUESTDBG_INJECT_DB else flags.BP_VECTOR)
         self.guest_debug = control if control & flags.KVM_GUESTDBG_ENABLE else 0
         self.step_done = False
+        self.vendor.host_had_control(wrote=True)  # breakpoints are written into the code
         own = self.guest_debug & flags.KVM_GUESTDBG_USE_HW_BP
         self.vendor.update_guest_debug([*request.arch.debugreg] if own else None)
 
@@ -338,6 +339,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         if self.run.kvm_dirty_regs & ~SYNC_FIELDS:
             raise OSError(errno.EINVAL, "unknown register class in kvm_dirty_regs")
         self.load_sync_regs()
+        self.vendor.host_had_control()
         completion, self._completion = self._completion, None
         if completion is not None and not completion():
             self._save_run()

@@ -52,6 +52,7 @@ class Processor:
         self._pages = Ram(3 * 4096, "vmonty-vmcs")
         self._cpu = Cpu()
         models.install(self._cpu, models.parse(OFFERED))
+        self.host_had_control = self._cpu.host_had_control
         self._vmx = VmxInstructions(self._cpu)
         vmxon, vmcs, bitmap = (Page(self._pages, 4096 * index) for index in range(3))
         for region in (0, 4096):

@@ -124,6 +124,9 @@ class Vmx(VmxExits):
 
     # ---- registers -----------------------------------------------------------------------------------
 
+    def host_had_control(self, wrote: bool = False) -> None:
+        self.cpu.host_had_control(wrote)
+
     def get_gpr(self, number: int) -> int:
         return self.cpu.vmread(Field.GUEST_RSP) if number == RSP else self.cpu.get_gpr(number)
 
