@@ -1,6 +1,6 @@
 """The translator: guest blocks to host code."""
 
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vmonty.cpu.assembler cimport Assembler
 from vmonty.cpu.codecache cimport Block, CodeCache
@@ -92,6 +92,5 @@ cdef struct Work:
     Insn insns[64]
     Stub stub[400]
 
-cdef int8_t HOST[32]
 cdef Block *translate_block(CpuState *s, uint64_t rip, FetchEntry *page, uint32_t single, uint32_t plain,
                             int *why) noexcept nogil

@@ -1,0 +1,228 @@
+"""Control transfers: CALL, RET, JMP, Jcc, LOOP; the jump cache and the return prediction."""
+
+import cython
+from cython.cimports.vmonty.cpu.assembler import (
+    CC_E,
+    CC_NE,
+    NONE,
+    call_to,
+    jmp_to,
+    lea,
+    load32,
+    mov_imm,
+    mov_rr,
+    op_mem,
+    op_reg,
+    pext_mem,
+    put8,
+    put32,
+)
+from cython.cimports.vmonty.cpu.codecache import displacement
+from cython.cimports.vmonty.cpu.exits import (
+    cut,
+    emit_poll,
+    exit_to,
+    jump_to,
+    leave_at,
+    lookup_stub,
+    poll_end,
+)
+from cython.cimports.vmonty.cpu.operands import (
+    GUEST_RCX,
+    RBP_HOST,
+    S0,
+    S1,
+    S2,
+    access_op,
+    ea_stack,
+    emit_access,
+    emit_commit,
+)
+from cython.cimports.vmonty.cpu.stack import adjust_rsp, keep, load_target, push_constant
+from cython.cimports.vmonty.cpu.translate import Ea, Work
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _landing(w: cython.pointer(Work), next_rip: uint64_t) -> cython.void:
+    """What stands behind a call: rcx and r15 hold the address that the guest returns to."""
+    negative: uint64_t = 0 - next_rip
+    if cython.cast(int64_t, negative) >> 31 == 0 or cython.cast(int64_t, negative) >> 31 == -1:
+        lea(w.a, S0, S0, NONE, 0, cython.cast(int32_t, negative))
+    else:
+        mov_imm(w.a, S1, negative)
+        lea(w.a, S0, S0, S1, 0, 0)
+    put8(w.a, 0xE3)
+    put8(w.a, 5)
+    jmp_to(w.a, lookup_stub(w))
+    jump_to(w, next_rip)
+
+
+def lookup(w, call):
+    """Go to the guest address in r15 through the jump cache."""
+    s: cython.pointer(CpuState) = w.s
+    a: cython.pointer(Assembler) = w.a
+    if w.single or w.code_size != 8:
+        if call and not w.single:
+            call_to(a, w.c.leave_indirect)
+        else:
+            jmp_to(a, w.c.leave_next if w.single else w.c.leave_indirect)
+        return
+    pext_mem(a, S1, S2, RBP_HOST, displacement(s, cython.address(s.jump_mask)))
+    op_mem(a, 0, 1, 0x8B, S0, RBP_HOST, S1, 3, displacement(s, cython.address(s.jump_negated[s.tlb_set][0])))
+    lea(a, S0, S0, S2, 0, 0)
+    put8(a, 0xE3)
+    if call:
+        put8(a, 7)
+        call_to(a, w.c.leave_indirect)
+        put8(a, 0xEB)  # over the other call, to the landing
+        put8(a, 8)
+        op_mem(a, 0, 0, 0xFF, 2, RBP_HOST, S1, 3, displacement(s, cython.address(s.jump_code[s.tlb_set][0])))
+    else:
+        put8(a, 5)
+        jmp_to(a, w.c.leave_indirect)
+        op_mem(a, 0, 0, 0xFF, 4, RBP_HOST, S1, 3, displacement(s, cython.address(s.jump_code[s.tlb_set][0])))
+
+
+def call(w, i):
+    """CALL rel."""
+    next_rip: uint64_t = i.rip + i.length
+    target: uint64_t = cut(w, i, next_rip + i.immediate)
+    poll: cython.p_uchar = emit_poll(w, i, target)
+    over: cython.p_uchar
+    if poll != cython.NULL:  # the way out stands in front: the call's own exits are far
+        put8(w.a, 0xEB)
+        put8(w.a, 0)
+        over = w.a.at
+        poll_end(w, i, poll)
+        over[-1] = cython.cast(uint64_t, w.a.at) - cython.cast(uint64_t, over)
+    push_constant(w, i, next_rip, i.operand_size)
+    if w.single:
+        leave_at(w, target, w.c.leave_next)
+    else:
+        put8(w.a, 0xE8)
+        put32(w.a, 0)
+        exit_to(w, target, w.a.at - 4)
+        _landing(w, next_rip)
+    w.closed = 1
+
+
+def poll_indirect(w, i):
+    """Look at the run flag in front of an indirect branch."""
+    at: cython.p_uchar
+    if w.single:
+        return
+    load32(w.a, S0, RBP_HOST, displacement(w.s, cython.address(w.s.run)))
+    put8(w.a, 0xE3)
+    put8(w.a, 2)
+    put8(w.a, 0xEB)
+    put8(w.a, 0)
+    at = w.a.at
+    leave_at(w, i.rip, w.c.leave_poll)
+    at[-1] = cython.cast(uint64_t, w.a.at) - cython.cast(uint64_t, at)
+
+
+def call_indirect(w, i):
+    """CALL r/m."""
+    ea: Ea
+    poll_indirect(w, i)
+    load_target(w, i)
+    keep(w, S2, 0)
+    ea_stack(w, -i.operand_size, cython.address(ea))
+    emit_access(w, i, cython.address(ea), i.operand_size, 2, 1)
+    mov_imm(w.a, S2, i.rip + i.length)
+    access_op(w, 0x66 if i.operand_size == 2 else 0, 1 if i.operand_size == 8 else 0, 0x89, S2)
+    emit_commit(w, 2)
+    adjust_rsp(w, -i.operand_size)
+    keep(w, S2, 1)
+    lookup(w, 1)
+    if not w.single:
+        _landing(w, i.rip + i.length)
+    w.closed = 1
+
+
+def ret(w, i):
+    """RET: the host's return goes to the landing of the call that it predicts."""
+    ea: Ea
+    ea_stack(w, 0, cython.address(ea))
+    emit_access(w, i, cython.address(ea), i.operand_size, 1, 1)
+    if i.operand_size == 2:
+        access_op(w, 0, 0, 0x1B7, S2)
+    else:
+        access_op(w, 0, 1 if i.operand_size == 8 else 0, 0x8B, S2)
+    adjust_rsp(w, i.operand_size + cython.cast(cython.int, i.immediate))
+    mov_rr(w.a, S0, S2)
+    if w.single:
+        jmp_to(w.a, w.c.leave_next)
+    else:
+        put8(w.a, 0xC3)
+    w.closed = 1
+
+
+def conditional(w, i):
+    """Jcc."""
+    next_rip: uint64_t = i.rip + i.length
+    target: uint64_t = cut(w, i, next_rip + i.immediate)
+    poll: cython.p_uchar = emit_poll(w, i, target)
+    put8(w.a, 0x0F)
+    put8(w.a, 0x80 | (i.opcode & 15))
+    put32(w.a, 0)
+    exit_to(w, target, w.a.at - 4)
+    jump_to(w, next_rip)
+    poll_end(w, i, poll)
+    w.closed = 1
+
+
+def loop(w, i):
+    """LOOP, LOOPE, LOOPNE, JCXZ."""
+    a: cython.pointer(Assembler) = w.a
+    next_rip: uint64_t = i.rip + i.length
+    target: uint64_t = cut(w, i, next_rip + i.immediate)
+    poll: cython.p_uchar = emit_poll(w, i, target)
+    over: cython.p_uchar
+    at: cython.p_uchar
+    also: cython.p_uchar = cython.NULL
+    if poll != cython.NULL:
+        put8(a, 0xEB)
+        put8(a, 0)
+        over = a.at
+        poll_end(w, i, poll)
+        over[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, over)
+    if i.opcode != 0xE3:
+        if i.address_size == 2:
+            lea(a, S0, GUEST_RCX, NONE, 0, -1)
+            op_reg(a, 0x66, 0, 0x8B, GUEST_RCX, S0)
+        else:
+            op_mem(a, 0, 1 if i.address_size == 8 else 0, 0x8D, GUEST_RCX, GUEST_RCX, NONE, 0, -1)
+    if i.address_size == 2:
+        op_reg(a, 0, 0, 0x1B7, S0, GUEST_RCX)
+    else:
+        op_reg(a, 0, 1 if i.address_size == 8 else 0, 0x8B, S0, GUEST_RCX)
+    put8(a, 0xE3)
+    put8(a, 0)
+    at = a.at
+    if i.opcode == 0xE3:
+        jump_to(w, next_rip)
+        at[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, at)
+        jump_to(w, target)
+    else:
+        if i.opcode != 0xE2:
+            put8(a, 0x70 | (CC_NE if i.opcode == 0xE1 else CC_E))
+            put8(a, 0)
+            also = a.at
+        jump_to(w, target)
+        at[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, at)
+        if also != cython.NULL:
+            also[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, also)
+        jump_to(w, next_rip)
+    w.closed = 1
+
+
+def direct_jump(w, i):
+    """JMP rel."""
+    target: uint64_t = cut(w, i, i.rip + i.length + i.immediate)
+    poll: cython.p_uchar = emit_poll(w, i, target)
+    jump_to(w, target)
+    poll_end(w, i, poll)
+    w.closed = 1
