@@ -27,7 +27,7 @@ FENCES = [
     ("vmonty.vmm.virtio", ("vmonty.vmm.boards", "vmonty.vmm.machine"), "devices do not know where they are"),
 ]
 # Folders of siblings that do not know each other → those that all of them may import.
-SIBLINGS = {"vmonty.vmm.hw": (), "vmonty.vmm.virtio": ("queue", "device", "pci")}
+SIBLINGS = {"vmonty.vmm.hw": ("pci",), "vmonty.vmm.virtio": ("queue", "device", "pci")}
 NAMELESS = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 

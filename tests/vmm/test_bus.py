@@ -114,3 +114,16 @@ def test_as_a_map_of_addresses(placements: list[tuple[int, int]], accesses: list
             device, base = expected
             assert device.accesses.pop() == (address - base, size, 0)
     assert not any(device.accesses for device, _ in owner.values())
+
+
+def test_a_device_can_leave_and_come_back_elsewhere(bus: Bus) -> None:
+    device = Echo()
+    placed = bus.place(0x3F8, 8, device, "serial")
+    neighbour = bus.place(0x400, 8, Echo(), "neighbour")
+    bus.remove(placed)
+    assert bus.find(0x3F8, 1) is None
+    assert bus.ranges() == [neighbour]
+    bus.place(0x2F8, 8, device, "serial")
+    assert bus.find(0x2F9, 1) == (device, 1)
+    with pytest.raises(UsageError, match="serial at 0x3f8 is not in the port space"):
+        bus.remove(placed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,51 +39,84 @@ class Range:
         return self.base + self.size
 
 
+@dataclass(frozen=True)
+class _Map:
+    """All that is placed at one moment, by address. Never changed: a reader needs no lock."""
+
+    bases: tuple[int, ...] = ()
+    ranges: tuple[Range, ...] = ()
+    devices: tuple[BusDevice, ...] = ()
+
+
 class Bus:
-    """Ports or memory-mapped I/O. Nobody home: reads give all ones, writes vanish, as on a PC."""
+    """Ports or memory-mapped I/O. Nobody home: reads give all ones, writes vanish, as on a PC.
+
+    Devices may come, go and move while vCPUs run: each access sees the bus before or after, never between.
+    """
 
     def __init__(self, name: str, limit: int) -> None:
         self.name = name
         self.limit = limit
-        self._ranges: list[Range] = []
-        self._bases: list[int] = []
-        self._devices: dict[Range, BusDevice] = {}
+        self._map = _Map()
+        self._changing = threading.Lock()
 
     def place(self, base: int, size: int, device: BusDevice, name: str) -> Range:
         """Let *device* answer at *size* addresses from *base*. Raises UsageError on an overlap or outside the bus."""
         added = Range(base, size, name)
         if base < 0 or size <= 0 or added.end > self.limit:
             raise UsageError(f"{name} at {base:#x}, size {size:#x}, is outside {self.name}")
-        at = bisect_right(self._bases, base)
-        for neighbour in self._ranges[max(at - 1, 0) : at + 1]:
-            if neighbour.base < added.end and base < neighbour.end:
-                raise UsageError(
-                    f"{name} at {base:#x}, size {size:#x}, overlaps {neighbour.name} at {neighbour.base:#x}"
-                )
-        self._ranges.insert(at, added)
-        self._bases.insert(at, base)
-        self._devices[added] = device
+        with self._changing:
+            old = self._map
+            at = bisect_right(old.bases, base)
+            for neighbour in old.ranges[max(at - 1, 0) : at + 1]:
+                if neighbour.base < added.end and base < neighbour.end:
+                    raise UsageError(
+                        f"{name} at {base:#x}, size {size:#x}, overlaps {neighbour.name} at {neighbour.base:#x}"
+                    )
+            self._map = _Map(
+                (*old.bases[:at], base, *old.bases[at:]),
+                (*old.ranges[:at], added, *old.ranges[at:]),
+                (*old.devices[:at], device, *old.devices[at:]),
+            )
         return added
+
+    def remove(self, placed: Range) -> None:
+        """Take away what place() returned as *placed*. Raises UsageError when it is not there.
+
+        A vCPU that found the device a moment ago may still be inside it.
+        """
+        with self._changing:
+            old = self._map
+            at = bisect_right(old.bases, placed.base) - 1
+            if at < 0 or old.ranges[at] is not placed:
+                raise UsageError(f"{placed.name} at {placed.base:#x} is not in {self.name}")
+            self._map = _Map(
+                old.bases[:at] + old.bases[at + 1 :],
+                old.ranges[:at] + old.ranges[at + 1 :],
+                old.devices[:at] + old.devices[at + 1 :],
+            )
 
     def ranges(self) -> list[Range]:
         """Everything that is placed, by address."""
-        return list(self._ranges)
+        return list(self._map.ranges)
 
-    def _find(self, address: int, size: int) -> tuple[BusDevice, int] | None:
-        at = bisect_right(self._bases, address) - 1
-        if at >= 0 and address + size <= self._ranges[at].end:
-            return self._devices[self._ranges[at]], address - self._bases[at]
+    def find(self, address: int, size: int) -> tuple[BusDevice, int] | None:
+        """Who answers an access of *size* bytes at *address*, and at which offset; None where nobody does."""
+        current = self._map
+        at = bisect_right(current.bases, address) - 1
+        if at >= 0 and address + size <= current.ranges[at].end:
+            return current.devices[at], address - current.bases[at]
         return None
 
     def read(self, address: int, size: int) -> int:
         """What the guest reads at *address*. An access that leaves its device's range finds nobody."""
-        if found := self._find(address, size):
+        if found := self.find(address, size):
             device, offset = found
             return device.read(offset, size) & ((1 << 8 * size) - 1)
         return (1 << 8 * size) - 1
 
     def write(self, address: int, size: int, value: int) -> None:
         """The guest writes *value* at *address*."""
-        if found := self._find(address, size):
+        if found := self.find(address, size):
             device, offset = found
             device.write(offset, size, value)
