@@ -2,9 +2,11 @@
 
 VmontyError                    one line that says what is wrong and what to do
 ├── UsageError                 a bad argument or configuration: the CLI ends with status 2
-│   └── BootImageError         a kernel or initrd that cannot be booted
+│   ├── BootImageError         a kernel or initrd that cannot be booted
+│   └── DiskImageError         a disk image that cannot be opened or made
 ├── GuestError                 a guest image cannot be fetched, built or trusted
 ├── GuestMemoryError           an address outside guest RAM (also an IndexError)
+├── BlockError                 a disk operation failed; carries errno (also an OSError)
 ├── HandleClosed               a closed handle was used (also a ValueError)
 └── KvmError                   an ioctl or open failed; carries errno (also an OSError)
     ├── KvmUnavailable         no KVM here: no device, no permission, module missing, busy, too old
@@ -28,6 +30,10 @@ class BootImageError(UsageError):
     """A kernel or initrd is not what it should be, or does not fit."""
 
 
+class DiskImageError(UsageError):
+    """A disk image is malformed, of an unknown kind, in use by another program, or cannot be made."""
+
+
 class GuestError(VmontyError):
     """A guest image cannot be fetched, built or trusted."""
 
@@ -39,6 +45,16 @@ class GuestMemoryError(VmontyError, IndexError):
         super().__init__(f"guest memory access of {size} bytes at {address:#x} is outside {limit}")
         self.address = address
         self.size = size
+
+
+class BlockError(VmontyError, OSError):
+    """A disk operation failed: *errno* is what a device reports by (EIO, ENOSPC, EROFS, EINVAL)."""
+
+    def __init__(self, errno: int, message: str) -> None:
+        super().__init__(errno, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class HandleClosed(VmontyError, ValueError):
