@@ -19,7 +19,7 @@ HEADER_BRIDGE, HEADER_MULTIFUNCTION = 1, 0x80
 
 
 class ConfigSpace:
-    """*size* bytes. A guest's write sets the bits of ``writable`` and, where it has ones, clears those of ``clearable``.
+    """*size* bytes. A guest's write sets the bits of ``writable``, and its ones clear those of ``clearable``.
 
     ``set`` and ``get`` are the device's side and know no masks. Little-endian; sizes in bytes.
     """
