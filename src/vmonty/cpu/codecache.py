@@ -43,7 +43,16 @@ from cython.cimports.vmonty.cpu.assembler import (
     store32,
     store_imm32,
 )
-from cython.cimports.vmonty.cpu.state import ARITHMETIC_FLAGS, JUMP_CACHE_ENTRIES, SHADOW_STACK, TLB_ENTRIES, TLB_SETS
+from cython.cimports.vmonty.cpu.state import (
+    ARITHMETIC_FLAGS,
+    JUMP_CACHE_BITS,
+    JUMP_CACHE_ENTRIES,
+    LOCAL_JUMP,
+    LOCAL_LOG,
+    SHADOW_STACK,
+    TLB_ENTRIES,
+    TLB_SETS,
+)
 
 
 def displacement(s, field):
@@ -427,23 +436,27 @@ def shadow_reset(s):
 
 def jump_cache_clear(s):
     """Forget all indirect targets."""
-    k: cython.int
-    n: cython.int
-    for n in range(TLB_SETS):
-        for k in range(JUMP_CACHE_ENTRIES):
-            s.jump_negated[n][k] = cython.cast(uint64_t, 1) << 62  # minus a non-canonical address
-        s.jump_local[n] = 0
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    fill: string_function = cython.cast(string_function, cython.cast(cython.p_void, c.fill[3]))
+    # minus a non-canonical address
+    fill(
+        cython.cast(uint64_t, cython.address(s.jump_negated[0][0])),
+        TLB_SETS * JUMP_CACHE_ENTRIES,
+        cython.cast(uint64_t, 1) << 62,
+    )
+    s.local_count[LOCAL_JUMP] = 0
 
 
 def jump_cache_clear_local(s):
     """Forget the indirect targets in pages that are not global."""
-    k: cython.int
-    n: cython.int
-    for n in range(TLB_SETS):
-        if s.jump_local[n]:
-            for k in range(JUMP_CACHE_ENTRIES):
-                s.jump_negated[n][k] = cython.cast(uint64_t, 1) << 62
-            s.jump_local[n] = 0
+    k: uint32_t
+    n: uint32_t
+    if s.local_count[LOCAL_JUMP] > LOCAL_LOG:
+        jump_cache_clear(s)
+    for k in range(s.local_count[LOCAL_JUMP]):
+        n = s.local_jump[k]
+        s.jump_negated[n >> JUMP_CACHE_BITS][n & (JUMP_CACHE_ENTRIES - 1)] = cython.cast(uint64_t, 1) << 62
+    s.local_count[LOCAL_JUMP] = 0
 
 
 def cache_flush(s):

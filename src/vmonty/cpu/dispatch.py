@@ -45,6 +45,7 @@ from cython.cimports.vmonty.cpu.state import (
     EXIT_NONE,
     EXIT_PIO,
     EXIT_RUN_FLAG,
+    JUMP_CACHE_BITS,
     JUMP_CACHE_ENTRIES,
     LEAVE_CAREFUL,
     LEAVE_EVENT,
@@ -53,10 +54,12 @@ from cython.cimports.vmonty.cpu.state import (
     LEAVE_NEXT,
     LEAVE_PLAIN,
     LEAVE_RETRY,
+    LOCAL_JUMP,
     MODE_LONG64,
     SHADOW_MOV_SS,
     SHADOW_STI,
     FetchEntry,
+    note_local,
     raise_error,
     raise_exception,
     state_free,
@@ -160,7 +163,7 @@ def _remember(
     s.jump_negated[s.tlb_set][h] = 0 - rip
     s.jump_code[s.tlb_set][h] = code
     if not page.is_global:
-        s.jump_local[s.tlb_set] = 1
+        note_local(s, LOCAL_JUMP, cython.address(s.local_jump[0]), s.tlb_set << JUMP_CACHE_BITS | h)
 
 
 @cython.cfunc

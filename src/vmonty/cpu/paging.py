@@ -27,6 +27,10 @@ from cython.cimports.vmonty.cpu.state import (
     EFER_NXE,
     FLAG_AC,
     GO_ON,
+    NESTED_ENTRIES,
+    TABLE_ENTRIES,
+    NestedEntry,
+    TableEntry,
     paging_enabled,
     raise_page_fault,
 )
@@ -91,10 +95,26 @@ def physical_to_host(s, physical, write):
 
 def nested_host(s, physical, wanted, t, size, granted):
     """Go through the second dimension; t.fault tells why 0 came back."""
-    if s.nested == 1:
-        return _ept_host(s, physical, wanted, t, size, granted)
-    if s.nested == 2:
-        return _npt_host(s, physical, wanted, t, size, granted)
+    e: cython.pointer(NestedEntry)
+    host: uint64_t
+    if s.nested:
+        e = cython.address(s.nested_pages[(physical >> 12) & (NESTED_ENTRIES - 1)])
+        if s.nested == 2 and (wanted & NESTED_FINAL) == 0:
+            wanted |= NESTED_WRITE  # APM, "Nested Paging and Guest Page Tables": A and D may be set
+        if e.tag == ((physical & ~cython.cast(uint64_t, 0xFFF)) | 1) and (wanted & 7 & ~e.granted) == 0:
+            size[0] = e.size
+            granted[0] = e.granted
+            return e.host + (physical & 0xFFF)
+        if s.nested == 1:
+            host = _ept_host(s, physical, wanted, t, size, granted)
+        else:
+            host = _npt_host(s, physical, wanted, t, size, granted)
+        if host:
+            e.tag = (physical & ~cython.cast(uint64_t, 0xFFF)) | 1
+            e.host = host & ~cython.cast(uint64_t, 0xFFF)
+            e.size = size[0]
+            e.granted = granted[0]
+        return host
     if s.direct:
         size[0] = cython.cast(uint64_t, 1) << 30
         granted[0] = NESTED_READ | NESTED_WRITE | NESTED_EXEC
@@ -411,6 +431,9 @@ def _walk_wide(s, va, access, t):
     table: uint64_t = s.cr3 & cython.cast(uint64_t, 0xFFFFFFFFFF000)
     rights: uint64_t = 6
     no_execute: uint64_t = 0
+    upper_rights: uint64_t = 0
+    upper_no_execute: uint64_t = 0
+    known: cython.pointer(TableEntry)
     reserved: uint64_t
     value: uint64_t
     width: uint64_t = s.physical_bits
@@ -430,10 +453,19 @@ def _walk_wide(s, va, access, t):
             return _page_fault(s, t, access, 0)
         table = value & cython.cast(uint64_t, 0xFFFFFFFFFF000)
         level = 2
+    known = cython.address(s.tables[(va >> 21) & (TABLE_ENTRIES - 1)])
+    if known.tag == ((va & ~cython.cast(uint64_t, 0x1FFFFF)) | 1):
+        level = 1
+        table = known.physical
+        rights = known.rights
+        no_execute = known.no_execute
     shift = 12 + 9 * (level - 1)
     while True:
         steps[count].physical = table + (((va >> shift) & 0x1FF) << 3)
-        steps[count].host = _entry_host(s, steps[count].physical, t)
+        if count == 0 and level == 1:
+            steps[0].host = known.host + (steps[0].physical & 0xFFF)
+        else:
+            steps[count].host = _entry_host(s, steps[count].physical, t)
         if steps[count].host == 0:
             if t.fault != WALK_OK:
                 return t.fault
@@ -445,6 +477,8 @@ def _walk_wide(s, va, access, t):
             return _page_fault(s, t, access, 0)
         if (value & reserved) or _reserved_address_bits(level, value):
             return _page_fault(s, t, access, 9)
+        upper_rights = rights
+        upper_no_execute = no_execute
         rights &= value
         no_execute |= value >> 63
         count += 1
@@ -455,7 +489,13 @@ def _walk_wide(s, va, access, t):
         shift -= 9
     table = value & cython.cast(uint64_t, 0xFFFFFFFFFF000) & ~((cython.cast(uint64_t, 1) << shift) - 1)
     t.physical = table | (va & ((cython.cast(uint64_t, 1) << shift) - 1))
-    return _complete(s, access, t, steps, count, rights, no_execute, shift, True)
+    if _complete(s, access, t, steps, count, rights, no_execute, shift, True) == WALK_OK and count > 1 and level == 1:
+        known.tag = (va & ~cython.cast(uint64_t, 0x1FFFFF)) | 1
+        known.host = steps[count - 1].host & ~cython.cast(uint64_t, 0xFFF)
+        known.physical = steps[count - 1].physical & ~cython.cast(uint64_t, 0xFFF)
+        known.rights = upper_rights
+        known.no_execute = upper_no_execute
+    return t.fault
 
 
 def _walk_32(s, va, access, t):

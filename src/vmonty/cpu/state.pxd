@@ -173,6 +173,15 @@ cdef enum:
     MAX_REGIONS = 64
     MTRR_VARIABLE = 8
     SHADOW_STACK = 65536     # bytes of host stack for return prediction
+    LOCAL_LOG = 512
+    TABLE_ENTRIES = 64
+    NESTED_ENTRIES = 512
+
+# CpuState.local_count
+cdef enum:
+    LOCAL_TLB = 0
+    LOCAL_FETCH = 1
+    LOCAL_JUMP = 2
 
 
 cdef struct Segment:
@@ -220,6 +229,24 @@ cdef struct FetchEntry:
     uint64_t host
     uint64_t physical
     uint64_t is_global
+
+
+# Paging-structure cache: the last table for 2 MiB of linear addresses, and the rights above it.
+cdef struct TableEntry:
+    uint64_t tag             # linear address of the 2 MiB | 1 when valid
+    uint64_t host
+    uint64_t physical
+    uint64_t rights
+    uint64_t no_execute
+
+
+# What the second dimension gave for a guest-physical page.
+cdef struct NestedEntry:
+    uint64_t tag             # guest-physical page address | 1 when valid
+    uint64_t host
+    uint64_t size            # of the mapping
+    uint32_t granted
+    uint32_t pad
 
 
 # A stretch of the bare processor's physical map.
@@ -361,7 +388,6 @@ cdef struct CpuState:
     uint64_t lookup_now      # the lookup stub of the current tlb_set
     uint32_t last_key        # block_key at the last dispatch
     uint32_t careful_next    # the next instruction goes through a careful block
-    uint32_t jump_local[3]   # this jump cache holds targets in non-global pages
     uint32_t in_run
     uint32_t code_queue_count    # pages with code that others wrote; guarded by codecache.processors_lock
     uint32_t code_queue_all      # the queue ran over: every page
@@ -377,8 +403,14 @@ cdef struct CpuState:
     uint64_t jump_negated[3][4096]   # by tlb_set: minus the guest rip, and the code for it
     uint64_t jump_code[3][4096]
     TlbEntry page_slots[1024]    # each belongs to one instruction of one block
+    uint32_t local_count[3]      # entries below in use; more than LOCAL_LOG: the log ran over
+    uint16_t local_tlb[512]      # entries of tables that a load of CR3 drops: TLB set << 10 | index
+    uint16_t local_fetch[512]    # user << 8 | index
+    uint16_t local_jump[512]     # TLB set << 12 | index
     uint32_t page_slots_used
     uint32_t page_slots_pad
+    TableEntry tables[64]
+    NestedEntry nested_pages[512]
     FetchEntry fetch[2][256]
     TlbEntry tlb_read[3][1024]
     TlbEntry tlb_write[3][1024]
@@ -387,6 +419,15 @@ cdef struct CpuState:
 cdef inline bint paging_enabled(CpuState *s) noexcept nogil:
     """CR0.PG."""
     return (s.cr0 >> 31) & 1
+
+
+cdef inline void note_local(CpuState *s, int kind, uint16_t *log, uint32_t entry) noexcept nogil:
+    """Remember an entry that a load of CR3 must drop."""
+    cdef uint32_t n = s.local_count[kind]
+    if n < LOCAL_LOG:
+        log[n] = <uint16_t>entry
+    if n <= LOCAL_LOG:
+        s.local_count[kind] = n + 1
 
 
 cdef CpuState *state_new() noexcept nogil

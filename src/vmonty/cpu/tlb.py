@@ -14,6 +14,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     is_code_page,
     jump_cache_clear_local,
     shadow_reset,
+    string_function,
     unlink_cross_page,
 )
 from cython.cimports.vmonty.cpu.coherence import page_verify
@@ -30,12 +31,16 @@ from cython.cimports.vmonty.cpu.state import (
     DS,
     ES,
     EXIT_MMIO,
+    FETCH_BITS,
     FETCH_ENTRIES,
     FLAG_AC,
     FLAG_VM,
     LEAVE_CAREFUL,
     LEAVE_EXIT,
     LEAVE_PLAIN,
+    LOCAL_FETCH,
+    LOCAL_LOG,
+    LOCAL_TLB,
     MODE_COMPAT16,
     MODE_COMPAT32,
     MODE_LONG64,
@@ -44,9 +49,13 @@ from cython.cimports.vmonty.cpu.state import (
     MODE_REAL,
     MODE_VM86,
     SS,
+    NESTED_ENTRIES,
+    TABLE_ENTRIES,
+    TLB_BITS,
     TLB_ENTRIES,
     TLB_SETS,
     TlbEntry,
+    note_local,
     raise_error,
 )
 
@@ -104,6 +113,8 @@ def _look(s: cython.pointer(CpuState), va: uint64_t, access: cython.int, t: cyth
     if r:
         return r
     if t.host and not access & ACCESS_IMPLICIT:
+        if not t.is_global:
+            note_local(s, LOCAL_TLB, cython.address(s.local_tlb[0]), set_ << TLB_BITS | index)
         e = cython.address(s.tlb_read[set_][index])
         e.negated_tag = 0 - page
         e.host = t.host
@@ -436,6 +447,7 @@ def fetch_page(s, va, why):
     user: cython.int = 1 if s.cpl == 3 else 0
     e: cython.pointer(FetchEntry) = cython.address(s.fetch[user][(va >> 12) & (FETCH_ENTRIES - 1)])
     t: Translation
+    index: cython.int
     if e.tag == (_page(va) | 1):
         return e
     why[0] = _canonical(s, va, 0)
@@ -447,6 +459,9 @@ def fetch_page(s, va, why):
     e.host = t.host
     e.physical = t.physical
     e.is_global = t.is_global
+    if not t.is_global:
+        index = user << FETCH_BITS | ((va >> 12) & (FETCH_ENTRIES - 1))
+        note_local(s, LOCAL_FETCH, cython.address(s.local_fetch[0]), index)
     s.code_filter[(va >> 12) & 4095] = 1
     if t.host == 0:
         e.tag = 0
@@ -458,25 +473,50 @@ def fetch_page(s, va, why):
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _clear_slots(s: cython.pointer(CpuState)) -> cython.void:
-    """Make loops forget the pages they are in."""
-    k: uint32_t
-    for k in range(s.page_slots_used):
-        s.page_slots[k].negated_tag = cython.cast(uint64_t, 1) << 62
+def _clear(s: cython.pointer(CpuState), table: cython.pointer(TlbEntry), entries: uint64_t) -> cython.void:
+    """Make entries match no address."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    k: uint64_t
+    fill: string_function
+    if c != cython.NULL and entries > 64:
+        fill = cython.cast(string_function, cython.cast(cython.p_void, c.fill[3]))
+        fill(cython.cast(uint64_t, table), entries * 2, cython.cast(uint64_t, 1) << 62)
+        return
+    for k in range(entries):
+        table[k].negated_tag = cython.cast(uint64_t, 1) << 62
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _clear_data(s: cython.pointer(CpuState)) -> cython.void:
+    _clear(s, cython.address(s.tlb_read[0][0]), TLB_SETS * TLB_ENTRIES)
+    _clear(s, cython.address(s.tlb_write[0][0]), TLB_SETS * TLB_ENTRIES)
+    s.local_count[LOCAL_TLB] = 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _clear_tables(s: cython.pointer(CpuState)) -> cython.void:
+    k: cython.int
+    for k in range(TABLE_ENTRIES):
+        s.tables[k].tag = 0
 
 
 def flush_all(s):
-    """Forget every translation of linear addresses, global ones as well."""
+    """Forget every translation: of linear addresses, global ones as well, and of guest-physical ones."""
     k: cython.int
     n: cython.int
-    _clear_slots(s)
-    for n in range(TLB_SETS):
-        for k in range(TLB_ENTRIES):
-            s.tlb_read[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
-            s.tlb_write[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
+    _clear_tables(s)
+    for k in range(NESTED_ENTRIES):
+        s.nested_pages[k].tag = 0
+    _clear(s, cython.address(s.page_slots[0]), s.page_slots_used)
+    _clear_data(s)
     for n in range(2):
         for k in range(FETCH_ENTRIES):
             s.fetch[n][k].tag = 0
+    s.local_count[LOCAL_FETCH] = 0
     for k in range(4096):
         s.code_filter[k] = 0
     if s.translator != cython.NULL:
@@ -484,18 +524,26 @@ def flush_all(s):
 
 
 def flush_non_global(s):
-    """Forget the translations that a load of CR3 forgets. Global data entries go too: they come back cheaply."""
-    k: cython.int
-    n: cython.int
-    _clear_slots(s)
-    for n in range(TLB_SETS):
-        for k in range(TLB_ENTRIES):
-            s.tlb_read[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
-            s.tlb_write[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
-    for n in range(2):
-        for k in range(FETCH_ENTRIES):
-            if not s.fetch[n][k].is_global:
-                s.fetch[n][k].tag = 0
+    """Forget the translations that a load of CR3 forgets."""
+    k: uint32_t
+    n: uint32_t
+    _clear_tables(s)
+    _clear(s, cython.address(s.page_slots[0]), s.page_slots_used)
+    if s.local_count[LOCAL_TLB] > LOCAL_LOG:
+        _clear_data(s)
+    for k in range(s.local_count[LOCAL_TLB]):
+        n = s.local_tlb[k]
+        s.tlb_read[n >> TLB_BITS][n & (TLB_ENTRIES - 1)].negated_tag = cython.cast(uint64_t, 1) << 62
+        s.tlb_write[n >> TLB_BITS][n & (TLB_ENTRIES - 1)].negated_tag = cython.cast(uint64_t, 1) << 62
+    s.local_count[LOCAL_TLB] = 0
+    if s.local_count[LOCAL_FETCH] > LOCAL_LOG:
+        for k in range(2 * FETCH_ENTRIES):
+            s.fetch[k >> FETCH_BITS][k & (FETCH_ENTRIES - 1)].tag = 0
+    else:
+        for k in range(s.local_count[LOCAL_FETCH]):
+            n = s.local_fetch[k]
+            s.fetch[n >> FETCH_BITS][n & (FETCH_ENTRIES - 1)].tag = 0
+    s.local_count[LOCAL_FETCH] = 0
     if s.translator != cython.NULL:
         jump_cache_clear_local(s)
         shadow_reset(s)
@@ -505,7 +553,8 @@ def flush_page(s, va):
     """Forget one page (INVLPG), global or not."""
     k: cython.int = (va >> 12) & (TLB_ENTRIES - 1)
     n: cython.int
-    _clear_slots(s)
+    _clear_tables(s)
+    _clear(s, cython.address(s.page_slots[0]), s.page_slots_used)
     for n in range(TLB_SETS):
         s.tlb_read[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
         s.tlb_write[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
@@ -530,7 +579,7 @@ def _flat(s: cython.pointer(CpuState), k: cython.int) -> cython.int:
 def mode_changed(s):
     """Recompute what depends on control registers, CPL, and the code and stack segments.
 
-    block_key: bits 0-2 mode, 3 user, 4-5 TLB set, 6 stack is 32 bits wide, 7 flat data segments (bases 0, full limits),
+    block_key: bits 0-2 mode, 3 user, 4-5 TLB set; outside 64-bit mode 6 stack is 32 bits wide, 7 flat data segments (bases 0, full limits),
     8 flat code segment, 9 CR0.TS or EM (vector instructions trap), 10 CR0.EM, 11 CR4.OSFXSR, 12 AVX enabled,
     13 CR4.TSD with CPL > 0, 14 CR0.MP and TS (FWAIT).
     """
@@ -557,9 +606,9 @@ def mode_changed(s):
     elif s.cr4 >> 21 & 1 and s.rflags & FLAG_AC:
         s.tlb_set = 2
     key = s.mode | (8 if s.cpl == 3 else 0) | s.tlb_set << 4
-    if s.segs[SS].access_rights & AR_DB:
-        key |= 0x40
     if s.mode != MODE_LONG64:
+        if s.segs[SS].access_rights & AR_DB:
+            key |= 0x40
         if _flat(s, DS) and _flat(s, ES) and _flat(s, SS):
             key |= 0x80
         if _flat(s, CS):
