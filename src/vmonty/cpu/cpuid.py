@@ -4,6 +4,7 @@ Identification".
 
 import cython
 from cython.cimports.libc.stdlib import calloc, free
+from cython.cimports.vmonty.cpu.codecache import cache_flush
 from cython.cimports.vmonty.cpu.state import (
     CR4_OSXSAVE,
     CR4_VMXE,
@@ -107,6 +108,27 @@ def set_table(state_address: int, rows: list, cr4: int, efer: int, xcr0: int) ->
     m.efer_allowed = efer
     m.xcr0_allowed = xcr0
     m.count = len(rows)
+
+
+def set_features(state_address: int, words: list) -> None:
+    """Say which instructions a processor has: bits by the numbers of ``opcodes.FEATURES``; the others raise #UD.
+
+    ValueError while the processor runs or without eight words.
+    """
+    s: cython.pointer(CpuState) = cython.cast(cython.pointer(CpuState), cython.cast(uint64_t, state_address))
+    k: cython.int
+    word: uint64_t
+    changed: cython.bint = False
+    if len(words) != 8:
+        raise ValueError("the features of a processor are eight words")
+    if s.in_run:
+        raise ValueError("a processor's features cannot change while it runs")
+    for k in range(8):
+        word = words[k]
+        changed = changed or s.features[k] != word
+        s.features[k] = word
+    if changed:
+        cache_flush(s)
 
 
 def drop_table(state_address: int) -> None:

@@ -56,6 +56,8 @@ cdef enum:
     A_MODRM = 16384
     A_VECTOR = 32768     # has an xmm, ymm or mmx operand
     A_X87 = 65536
+    A_Y2 = 131072        # needs AVX2 for 32-byte vectors
+    A_R2 = 262144        # needs AVX2 with a register operand
 
 cdef enum:
     F_C = 1
@@ -139,4 +141,6 @@ cdef uint16_t ROOT[2][4][256][4]
 cdef uint16_t GROUP[512][72]
 
 cdef int decode(uint8_t *code, int available, uint64_t rip, int code_size, Insn *i) noexcept nogil
+# Whether a processor with these features has the instruction; makes LZCNT and TZCNT the older BSR and BSF.
+cdef int offered(Insn *i, uint64_t *features, int code_size) noexcept nogil
 cdef int operand_bytes(Insn *i, int n) noexcept nogil

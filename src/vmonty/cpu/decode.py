@@ -31,6 +31,35 @@ def _build():
 
 _build()
 
+# Numbers of features that depend on more than the row.
+_ABM = cython.declare(cython.int, opcodes.FEATURES.index("abm"))
+_AVX2 = cython.declare(cython.int, opcodes.FEATURES.index("avx2"))
+_BMI1 = cython.declare(cython.int, opcodes.FEATURES.index("bmi1"))
+_CX16 = cython.declare(cython.int, opcodes.FEATURES.index("cx16"))
+_CX8 = cython.declare(cython.int, opcodes.FEATURES.index("cx8"))
+_LAHF_LM = cython.declare(cython.int, opcodes.FEATURES.index("lahf-lm"))
+
+
+def offered(i, features, code_size):
+    """Tell whether CPUID offers the instruction; LZCNT and TZCNT without their bits are BSR and BSF."""
+    r: cython.pointer(OpRow) = cython.address(ROW[i.row])
+    f: cython.int = r.feature
+    if f == 0:
+        return 1
+    if f == _CX8 and i.w:
+        f = _CX16
+    elif f == _LAHF_LM and code_size != 8:
+        return 1
+    elif (r.attributes & A_Y2 and i.l) or (r.attributes & A_R2 and not i.has_memory):
+        f = _AVX2
+    if (features[f >> 6] >> (f & 63)) & 1:
+        return 1
+    if i.map == 1 and not i.vex and f in (_ABM, _BMI1):
+        i.row = ROOT[0][1][i.opcode][0]
+        i.pp = 0
+        return 1
+    return 0
+
 
 def operand_bytes(i, n):
     """Give the size of operand ``n`` in bytes; 0 for an address only."""

@@ -10,10 +10,11 @@ Abbreviations": E G V W H B M R U P Q N I J Z O L), size letters b w d q v y z x
 number of bytes; ``=`` before an operand marks it written, ``+`` read and written, nothing read.
 
 Attributes: ``@class`` (how the translator treats it; copy without), ``r: w: u: m:`` flags read, written, undefined,
-perhaps written (letters O S Z A P C), ``%feature`` (CPUID name), ``lock`` (LOCK allowed), ``cl`` (reads rCX), ``wcx``
-(writes rCX), ``d64`` (64-bit operand by default), ``f64`` (always 64-bit operand), ``i64`` (invalid in 64-bit mode),
-``o64`` (only there), ``W0 W1 L0 L1`` (VEX bits demanded), ``trap`` (the host may raise an exception that is the
-guest's), ``al`` (memory operand must be aligned).
+perhaps written (letters O S Z A P C), ``%feature`` (CPUID name, as in ``models``), ``lock`` (LOCK allowed), ``cl``
+(reads rCX), ``wcx`` (writes rCX), ``d64`` (64-bit operand by default), ``f64`` (always 64-bit operand), ``i64``
+(invalid in 64-bit mode), ``o64`` (only there), ``W0 W1 L0 L1`` (VEX bits demanded), ``trap`` (the host may raise an
+exception that is the guest's), ``al`` (memory operand must be aligned), ``y2 r2`` (AVX2 with 32-byte vectors, with a
+register operand).
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ F3.90   PAUSE   -       @nop
 9B      FWAIT   -       trap
 9C      PUSHF   -       @pushf d64 r:OSZAPC
 9D      POPF    -       @popf d64 w:OSZAPC
-9E      SAHF    -       w:SZAPC
-9F      LAHF    -       r:SZAPC
+9E      SAHF    -       w:SZAPC %lahf-lm
+9F      LAHF    -       r:SZAPC %lahf-lm
 A0      MOV     Ob      @moffs
 A1      MOV     Ov      @moffs
 A2      MOV     =Ob     @moffs
@@ -201,15 +202,15 @@ NP.0F.01=D1 XSETBV  -       @sysend %xsave
 0F.01=F9    RDTSCP  -       @sys %rdtscp
 0F.02       LAR     +Gv,Ew  @sys w:Z
 0F.03       LSL     +Gv,Ew  @sys w:Z
-0F.05       SYSCALL -       @sysend
+0F.05       SYSCALL -       @sysend %syscall
 0F.06       CLTS    -       @sysend
-0F.07       SYSRET  -       @sysend w:OSZAPC
+0F.07       SYSRET  -       @sysend w:OSZAPC %syscall
 0F.08       INVD    -       @sysend
 0F.09       WBINVD  -       @sysend
 0F.0B       UD2     -       @ud
 0F.B9       UD1     Gv,Ev   @ud
 0F.FF       UD0     Gv,Ev   @ud
-0F.0D       PREFETCHW   En  @nop
+0F.0D       PREFETCHW   En  @nop %3dnowprefetch
 0F.18       PREFETCH    En  @nop
 0F.19       NOP     En      @nop
 0F.1A       NOP     En      @nop
@@ -222,12 +223,12 @@ NP.0F.01=D1 XSETBV  -       @sysend %xsave
 0F.21       MOV_FROM_DR     =Rn     @sysend
 0F.22       MOV_TO_CR       Rn      @sysend
 0F.23       MOV_TO_DR       Rn      @sysend
-0F.30       WRMSR   -       @sysend
-0F.31       RDTSC   -       @sys
-0F.32       RDMSR   -       @sysend
+0F.30       WRMSR   -       @sysend %msr
+0F.31       RDTSC   -       @sys %tsc
+0F.32       RDMSR   -       @sysend %msr
 0F.33       RDPMC   -       @sysend
-0F.34       SYSENTER    -   @sysend
-0F.35       SYSEXIT -       @sysend
+0F.34       SYSENTER    -   @sysend %sep
+0F.35       SYSEXIT -       @sysend %sep
 0F.A0       PUSH_FS -       @sysend d64
 0F.A1       POP_FS  -       @sysend d64
 0F.A2       CPUID   -       @sysend
@@ -246,19 +247,19 @@ NP.0F.01=D1 XSETBV  -       @sysend %xsave
 0F.A5       SHLD    +Ev,Gv      cl m:OSZAPC
 0F.AC       SHRD    +Ev,Gv,Ib   shift w:SZPC u:OA
 0F.AD       SHRD    +Ev,Gv      cl m:OSZAPC
-NP.0F.AE/0m FXSAVE  =M512       @fpu
-NP.0F.AE/1m FXRSTOR M512        @fpu
-NP.0F.AE/2m LDMXCSR Md          trap
-NP.0F.AE/3m STMXCSR =Md
+NP.0F.AE/0m FXSAVE  =M512       @fpu %fxsr
+NP.0F.AE/1m FXRSTOR M512        @fpu %fxsr
+NP.0F.AE/2m LDMXCSR Md          trap %sse
+NP.0F.AE/3m STMXCSR =Md %sse
 NP.0F.AE/4m XSAVE   Mn          @fpu %xsave
 NP.0F.AE/5m XRSTOR  Mn          @fpu %xsave
 NP.0F.AE/6m XSAVEOPT    Mn      @fpu %xsaveopt
-NP.0F.AE/7m CLFLUSH M1
-66.0F.AE/7m CLFLUSHOPT  M1
-66.0F.AE/6m CLWB    M1
-NP.0F.AE/5r LFENCE  -
-NP.0F.AE/6r MFENCE  -
-NP.0F.AE/7r SFENCE  -
+NP.0F.AE/7m CLFLUSH M1 %clflush
+66.0F.AE/7m CLFLUSHOPT  M1 %clflushopt
+66.0F.AE/6m CLWB    M1 %clwb
+NP.0F.AE/5r LFENCE  - %sse2
+NP.0F.AE/6r MFENCE  - %sse2
+NP.0F.AE/7r SFENCE  - %sse
 F3.0F.AE/0r RDFSBASE    =Ry     @sys %fsgsbase o64
 F3.0F.AE/1r RDGSBASE    =Ry     @sys %fsgsbase o64
 F3.0F.AE/2r WRFSBASE    Ry      @sys %fsgsbase o64
@@ -284,8 +285,8 @@ F3.0F.BD    LZCNT   =Gv,Ev      w:ZC u:OSAP %abm
 0F.BF       MOVSX   =Gv,Ew
 0F.C0       XADD    +Eb,+Gb     lock w:OSZAPC
 0F.C1       XADD    +Ev,+Gv     lock w:OSZAPC
-NP.0F.C3m   MOVNTI  =My,Gy
-0F.C7/1m    CMPXCHG8B   +Mc     al lock cl w:Z
+NP.0F.C3m   MOVNTI  =My,Gy %sse2
+0F.C7/1m    CMPXCHG8B   +Mc     al lock cl w:Z %cx8
 0F.C7/6r    RDRAND  =Rv         w:OSZAPC %rdrand
 NP.0F.C7/7r RDSEED  =Rv         w:OSZAPC %rdseed
 66.0F.C7/7r RDSEED  =Rv         w:OSZAPC %rdseed
@@ -307,8 +308,8 @@ NP.0F38.F0m MOVBE   =Gv,Mv      %movbe
 66.0F38.F0m MOVBE   =Gv,Mv      %movbe
 NP.0F38.F1m MOVBE   =Mv,Gv      %movbe
 66.0F38.F1m MOVBE   =Mv,Gv      %movbe
-F2.0F38.F0  CRC32   +Gy,Eb      %sse42
-F2.0F38.F1  CRC32   +Gy,Ev      %sse42
+F2.0F38.F0  CRC32   +Gy,Eb      %sse4.2
+F2.0F38.F1  CRC32   +Gy,Ev      %sse4.2
 66.0F38.F6  ADCX    +Gy,Ey      r:C w:C %adx
 F3.0F38.F6  ADOX    +Gy,Ey      r:O w:O %adx
 
@@ -460,60 +461,60 @@ F2 0F.E6 CVTPD2DQ =Vx,Wx =Vx,Wx
 66 0F.E7m MOVNTDQ =Mx,Vx =Mx,Vx al
 F2 0F.F0m LDDQU =Vx,Mx =Vx,Mx %sse3
 66 0F.F7r MASKMOVDQU Vx,Ux Vx,Ux @maskmov L0
-NP 0F.77 EMMS - - @emms
-66 0F38.10 PBLENDVB +Vx,Wx - %sse41
-66 0F38.14 BLENDVPS +Vx,Wx - %sse41
-66 0F38.15 BLENDVPD +Vx,Wx - %sse41
-66 0F38.17 PTEST Vx,Wx Vx,Wx w:OSZAPC %sse41
-66 0F38.20 PMOVSXBW =Vx,Wq =Vx,Wh %sse41
-66 0F38.21 PMOVSXBD =Vx,Wd =Vx,Wf %sse41
-66 0F38.22 PMOVSXBQ =Vx,Ww =Vx,We %sse41
-66 0F38.23 PMOVSXWD =Vx,Wq =Vx,Wh %sse41
-66 0F38.24 PMOVSXWQ =Vx,Wd =Vx,Wf %sse41
-66 0F38.25 PMOVSXDQ =Vx,Wq =Vx,Wh %sse41
-66 0F38.2Am MOVNTDQA =Vx,Mx =Vx,Mx %sse41 al
-66 0F38.30 PMOVZXBW =Vx,Wq =Vx,Wh %sse41
-66 0F38.31 PMOVZXBD =Vx,Wd =Vx,Wf %sse41
-66 0F38.32 PMOVZXBQ =Vx,Ww =Vx,We %sse41
-66 0F38.33 PMOVZXWD =Vx,Wq =Vx,Wh %sse41
-66 0F38.34 PMOVZXWQ =Vx,Wd =Vx,Wf %sse41
-66 0F38.35 PMOVZXDQ =Vx,Wq =Vx,Wh %sse41
-66 0F38.41 PHMINPOSUW =Vx,Wx =Vx,Wx L0 %sse41
+NP 0F.77 EMMS - - @emms %mmx
+66 0F38.10 PBLENDVB +Vx,Wx - %sse4.1
+66 0F38.14 BLENDVPS +Vx,Wx - %sse4.1
+66 0F38.15 BLENDVPD +Vx,Wx - %sse4.1
+66 0F38.17 PTEST Vx,Wx Vx,Wx w:OSZAPC %sse4.1
+66 0F38.20 PMOVSXBW =Vx,Wq =Vx,Wh %sse4.1
+66 0F38.21 PMOVSXBD =Vx,Wd =Vx,Wf %sse4.1
+66 0F38.22 PMOVSXBQ =Vx,Ww =Vx,We %sse4.1
+66 0F38.23 PMOVSXWD =Vx,Wq =Vx,Wh %sse4.1
+66 0F38.24 PMOVSXWQ =Vx,Wd =Vx,Wf %sse4.1
+66 0F38.25 PMOVSXDQ =Vx,Wq =Vx,Wh %sse4.1
+66 0F38.2Am MOVNTDQA =Vx,Mx =Vx,Mx %sse4.1 al
+66 0F38.30 PMOVZXBW =Vx,Wq =Vx,Wh %sse4.1
+66 0F38.31 PMOVZXBD =Vx,Wd =Vx,Wf %sse4.1
+66 0F38.32 PMOVZXBQ =Vx,Ww =Vx,We %sse4.1
+66 0F38.33 PMOVZXWD =Vx,Wq =Vx,Wh %sse4.1
+66 0F38.34 PMOVZXWQ =Vx,Wd =Vx,Wf %sse4.1
+66 0F38.35 PMOVZXDQ =Vx,Wq =Vx,Wh %sse4.1
+66 0F38.41 PHMINPOSUW =Vx,Wx =Vx,Wx L0 %sse4.1
 66 0F38.DB AESIMC =Vx,Wx =Vx,Wx L0 %aes
 66 0F38.DC AESENC +Vx,Wx =Vx,Hx,Wx L0 %aes
 66 0F38.DD AESENCLAST +Vx,Wx =Vx,Hx,Wx L0 %aes
 66 0F38.DE AESDEC +Vx,Wx =Vx,Hx,Wx L0 %aes
 66 0F38.DF AESDECLAST +Vx,Wx =Vx,Hx,Wx L0 %aes
-NP 0F38.C8 SHA1NEXTE +Vx,Wx - %sha
-NP 0F38.C9 SHA1MSG1 +Vx,Wx - %sha
-NP 0F38.CA SHA1MSG2 +Vx,Wx - %sha
-NP 0F38.CB SHA256RNDS2 +Vx,Wx - %sha
-NP 0F38.CC SHA256MSG1 +Vx,Wx - %sha
-NP 0F38.CD SHA256MSG2 +Vx,Wx - %sha
-NP 0F3A.CC SHA1RNDS4 +Vx,Wx,Ib - %sha
-66 0F3A.08 ROUNDPS =Vx,Wx,Ib =Vx,Wx,Ib %sse41
-66 0F3A.09 ROUNDPD =Vx,Wx,Ib =Vx,Wx,Ib %sse41
-66 0F3A.0A ROUNDSS +Vx,Wd,Ib =Vx,Hx,Wd,Ib %sse41
-66 0F3A.0B ROUNDSD +Vx,Wq,Ib =Vx,Hx,Wq,Ib %sse41
-66 0F3A.0C BLENDPS +Vx,Wx,Ib =Vx,Hx,Wx,Ib %sse41
-66 0F3A.0D BLENDPD +Vx,Wx,Ib =Vx,Hx,Wx,Ib %sse41
-66 0F3A.0E PBLENDW +Vx,Wx,Ib =Vx,Hx,Wx,Ib %sse41
+NP 0F38.C8 SHA1NEXTE +Vx,Wx - %sha-ni
+NP 0F38.C9 SHA1MSG1 +Vx,Wx - %sha-ni
+NP 0F38.CA SHA1MSG2 +Vx,Wx - %sha-ni
+NP 0F38.CB SHA256RNDS2 +Vx,Wx - %sha-ni
+NP 0F38.CC SHA256MSG1 +Vx,Wx - %sha-ni
+NP 0F38.CD SHA256MSG2 +Vx,Wx - %sha-ni
+NP 0F3A.CC SHA1RNDS4 +Vx,Wx,Ib - %sha-ni
+66 0F3A.08 ROUNDPS =Vx,Wx,Ib =Vx,Wx,Ib %sse4.1
+66 0F3A.09 ROUNDPD =Vx,Wx,Ib =Vx,Wx,Ib %sse4.1
+66 0F3A.0A ROUNDSS +Vx,Wd,Ib =Vx,Hx,Wd,Ib %sse4.1
+66 0F3A.0B ROUNDSD +Vx,Wq,Ib =Vx,Hx,Wq,Ib %sse4.1
+66 0F3A.0C BLENDPS +Vx,Wx,Ib =Vx,Hx,Wx,Ib %sse4.1
+66 0F3A.0D BLENDPD +Vx,Wx,Ib =Vx,Hx,Wx,Ib %sse4.1
+66 0F3A.0E PBLENDW +Vx,Wx,Ib =Vx,Hx,Wx,Ib %sse4.1
 66 0F3A.0F PALIGNR +Vx,Wx,Ib =Vx,Hx,Wx,Ib %ssse3
-66 0F3A.14 PEXTRB =E1,Vx,Ib =E1,Vx,Ib L0 %sse41
-66 0F3A.15 PEXTRW =E2,Vx,Ib =E2,Vx,Ib L0 %sse41
-66 0F3A.16 PEXTRD =Ey,Vx,Ib =Ey,Vx,Ib L0 %sse41
-66 0F3A.17 EXTRACTPS =E4,Vx,Ib =E4,Vx,Ib L0 %sse41
-66 0F3A.20 PINSRB +Vx,E1,Ib =Vx,Hx,E1,Ib L0 %sse41
-66 0F3A.21 INSERTPS +Vx,Wd,Ib =Vx,Hx,Wd,Ib L0 %sse41
-66 0F3A.22 PINSRD +Vx,Ey,Ib =Vx,Hx,Ey,Ib L0 %sse41
-66 0F3A.40 DPPS +Vx,Wx,Ib =Vx,Hx,Wx,Ib %sse41
-66 0F3A.41 DPPD +Vx,Wx,Ib =Vx,Hx,Wx,Ib L0 %sse41
-66 0F3A.42 MPSADBW +Vx,Wx,Ib =Vx,Hx,Wx,Ib %sse41
+66 0F3A.14 PEXTRB =E1,Vx,Ib =E1,Vx,Ib L0 %sse4.1
+66 0F3A.15 PEXTRW =E2,Vx,Ib =E2,Vx,Ib L0 %sse4.1
+66 0F3A.16 PEXTRD =Ey,Vx,Ib =Ey,Vx,Ib L0 %sse4.1
+66 0F3A.17 EXTRACTPS =E4,Vx,Ib =E4,Vx,Ib L0 %sse4.1
+66 0F3A.20 PINSRB +Vx,E1,Ib =Vx,Hx,E1,Ib L0 %sse4.1
+66 0F3A.21 INSERTPS +Vx,Wd,Ib =Vx,Hx,Wd,Ib L0 %sse4.1
+66 0F3A.22 PINSRD +Vx,Ey,Ib =Vx,Hx,Ey,Ib L0 %sse4.1
+66 0F3A.40 DPPS +Vx,Wx,Ib =Vx,Hx,Wx,Ib %sse4.1
+66 0F3A.41 DPPD +Vx,Wx,Ib =Vx,Hx,Wx,Ib L0 %sse4.1
+66 0F3A.42 MPSADBW +Vx,Wx,Ib =Vx,Hx,Wx,Ib %sse4.1
 66 0F3A.44 PCLMULQDQ +Vx,Wx,Ib =Vx,Hx,Wx,Ib L0 %pclmulqdq
-66 0F3A.60 PCMPESTRM Vx,Wx,Ib Vx,Wx,Ib L0 w:OSZAPC %sse42
-66 0F3A.61 PCMPESTRI Vx,Wx,Ib Vx,Wx,Ib L0 w:OSZAPC wcx %sse42
-66 0F3A.62 PCMPISTRM Vx,Wx,Ib Vx,Wx,Ib L0 w:OSZAPC %sse42
-66 0F3A.63 PCMPISTRI Vx,Wx,Ib Vx,Wx,Ib L0 w:OSZAPC wcx %sse42
+66 0F3A.60 PCMPESTRM Vx,Wx,Ib Vx,Wx,Ib L0 w:OSZAPC %sse4.2
+66 0F3A.61 PCMPESTRI Vx,Wx,Ib Vx,Wx,Ib L0 w:OSZAPC wcx %sse4.2
+66 0F3A.62 PCMPISTRM Vx,Wx,Ib Vx,Wx,Ib L0 w:OSZAPC %sse4.2
+66 0F3A.63 PCMPISTRI Vx,Wx,Ib Vx,Wx,Ib L0 w:OSZAPC wcx %sse4.2
 66 0F3A.DF AESKEYGENASSIST =Vx,Wx,Ib =Vx,Wx,Ib L0 %aes
 66 0F38.0C VPERMILPS - =Vx,Hx,Wx W0 %avx
 66 0F38.0D VPERMILPD - =Vx,Hx,Wx W0 %avx
@@ -521,8 +522,8 @@ NP 0F3A.CC SHA1RNDS4 +Vx,Wx,Ib - %sha
 66 0F38.0F VTESTPD - Vx,Wx W0 w:OSZAPC %avx
 66 0F38.13 VCVTPH2PS - =Vx,Wh W0 %f16c
 66 0F38.16 VPERMPS - =Vx,Hx,Wx W0 L1 %avx2
-66 0F38.18 VBROADCASTSS - =Vx,Wd W0 %avx
-66 0F38.19 VBROADCASTSD - =Vx,Wq W0 L1 %avx
+66 0F38.18 VBROADCASTSS - =Vx,Wd W0 r2 %avx
+66 0F38.19 VBROADCASTSD - =Vx,Wq W0 L1 r2 %avx
 66 0F38.1Am VBROADCASTF128 - =Vx,Mo W0 L1 %avx
 66 0F38.2Cm VMASKMOVPS - =Vx,Hx,Mx W0 %avx
 66 0F38.2Dm VMASKMOVPD - =Vx,Hx,Mx W0 %avx
@@ -555,6 +556,19 @@ NP 0F3A.CC SHA1RNDS4 +Vx,Wx,Ib - %sha
 66 0F3A.4B VBLENDVPD - =Vx,Hx,Wx,Lx W0 %avx
 66 0F3A.4C VPBLENDVB - =Vx,Hx,Wx,Lx W0 %avx
 """
+
+# What came with SSE, of the names above; the others without a feature of their own came with SSE2.
+_SSE = """
+MOVUPS MOVSS MOVLPS MOVHPS UNPCKLPS UNPCKHPS MOVAPS CVTPI2PS CVTSI2SS MOVNTPS CVTTPS2PI CVTTSS2SI CVTPS2PI CVTSS2SI
+UCOMISS COMISS MOVMSKPS SQRTPS SQRTSS RSQRTPS RSQRTSS RCPPS RCPSS ANDPS ANDNPS ORPS XORPS ADDPS ADDSS MULPS MULSS
+SUBPS SUBSS MINPS MINSS DIVPS DIVSS MAXPS MAXSS CMPPS CMPSS SHUFPS
+"""
+SSE = frozenset(_SSE.split())
+# Instructions on MMX registers that came later. SDM, "CPUID Feature Flag" column of each.
+_MMX_OF_SSE = """
+PAVGB PAVGW PEXTRW PINSRW PMAXSW PMAXUB PMINSW PMINUB PMOVMSKB PMULHUW PSADBW PSHUFW MOVNTQ
+"""
+MMX_SINCE = dict.fromkeys(_MMX_OF_SSE.split(), "%sse") | {"PADDQ": "%sse2", "PSUBQ": "%sse2", "PMULUDQ": "%sse2"}
 
 ARITHMETIC = {0x51: "", 0x58: "ADD", 0x59: "MUL", 0x5C: "SUB", 0x5D: "MIN", 0x5E: "DIV", 0x5F: "MAX"}
 
@@ -711,7 +725,7 @@ def _integer_rows() -> list[Row]:
         rows += _row(f"{0x70 + i:02X}", "J" + name, "Jb", "@jcc", "f64", *flags)
         rows += _row(f"0F.{0x80 + i:02X}", "J" + name, "Jz", "@jcc", "f64", *flags)
         rows += _row(f"0F.{0x90 + i:02X}", "SET" + name, "=Eb", *flags)
-        rows += _row(f"0F.{0x40 + i:02X}", "CMOV" + name, "+Gv,Ev", *flags)
+        rows += _row(f"0F.{0x40 + i:02X}", "CMOV" + name, "+Gv,Ev", "%cmov", *flags)
     for i in range(1, 8):
         rows += _row(f"{0x90 + i:02X}", "XCHG", "+Zv")
     for line in BASE.strip().splitlines():
@@ -730,6 +744,8 @@ def _x87_rows() -> list[Row]:
             flags = [X87_FLAGS.get(opcode, {}).get((byte >> 3) & 7, "")]
             if opcode in (0xDB, 0xDF) and (byte >> 3) & 7 in (5, 6):
                 flags = ["w:OSZAPC"]
+            if any(flags):
+                flags.append("%cmov")
             rows += _row(f"{opcode:02X}={byte:02X}", f"X87_{opcode:02X}{byte:02X}", "-", "trap", *filter(None, flags))
     return rows
 
@@ -740,7 +756,7 @@ def _vector_rows() -> list[Row]:
     def both(prefix: str, code: str, name: str, legacy: str, vex: str, *attributes: str) -> None:
         plain = [a for a in attributes if a not in ("W0", "W1", "L0", "L1")]
         if not any(a.startswith("%") for a in plain):
-            plain.append("%sse2")
+            plain.append("%sse" if name in SSE else "%sse2")
         if legacy != "-" or name == "EMMS":
             unaligned = "MOVU" in name or "STR" in name[-5:] or name in ("LDDQU", "MOVDQU")
             explicit = () if "al" in plain or unaligned else ("al",)
@@ -748,6 +764,8 @@ def _vector_rows() -> list[Row]:
         if vex != "-" or name == "EMMS":
             features = [a for a in attributes if a in ("%avx", "%avx2", "%f16c", "%aes", "%pclmulqdq")]
             others = [a for a in attributes if not a.startswith("%")]
+            if not features and (name[0] == "P" or name in ("MPSADBW", "MOVNTDQA")) and name != "PTEST":
+                others.append("y2")
             vex_name = name if name.startswith("V") else ("VZERO" if name == "EMMS" else "V" + name)
             rows.extend(_row(f"VEX.{prefix}.{code}", vex_name, vex, "trap", *(features or ["%avx"]), *others))
 
@@ -762,7 +780,7 @@ def _vector_rows() -> list[Row]:
         words = text.split()
         for mark, name in zip(words[::2], words[1::2], strict=True):
             code, star = mark[:2], mark[2:]
-            feature = "%sse2" if code_map == "0F" else ("%sse41" if star == "*" else "%ssse3")
+            feature = "%sse2" if code_map == "0F" else ("%sse4.1" if star == "*" else "%ssse3")
             memory = "Wo" if star == "!" else "Wx"
             if star == "=":
                 both("66", f"{code_map}.{code}", name, "=Vx,Wx", "=Vx,Wx", feature)
@@ -770,10 +788,11 @@ def _vector_rows() -> list[Row]:
                 both("66", f"{code_map}.{code}", name, "+Vx,Wx", f"=Vx,Hx,{memory}", feature)
             if star != "*":
                 low_half = code_map == "0F" and code in ("60", "61", "62")
-                rows += _row(f"NP.{code_map}.{code}", name, "+Pq,Qd" if low_half else "+Pq,Qq", "trap", "%mmx")
+                rows += _row(f"NP.{code_map}.{code}", name, "+Pq,Qd" if low_half else "+Pq,Qq", "trap",
+                             "%ssse3" if code_map == "0F38" else MMX_SINCE.get(name, "%mmx"))  # fmt: skip
     for opcode, reg, name, mmx in VECTOR_SHIFTS:
         rows += _row(f"66.0F.{opcode:02X}/{reg}r", name, "+Ux,Ib", "%sse2")
-        rows += _row(f"VEX.66.0F.{opcode:02X}/{reg}r", "V" + name, "=Hx,Ux,Ib", "%avx")
+        rows += _row(f"VEX.66.0F.{opcode:02X}/{reg}r", "V" + name, "=Hx,Ux,Ib", "%avx", "y2")
         if mmx:
             rows += _row(f"NP.0F.{opcode:02X}/{reg}r", name, "+Nq,Ib", "%mmx")
     for spec, name, operands in (
@@ -781,8 +800,8 @@ def _vector_rows() -> list[Row]:
         ("70", "PSHUFW", "=Pq,Qq,Ib"), ("C4", "PINSRW", "+Pq,E2,Ib"), ("C5r", "PEXTRW", "=Gd,Nq,Ib"),
         ("D7r", "PMOVMSKB", "=Gd,Nq"), ("E7m", "MOVNTQ", "=Mq,Pq"),
     ):  # fmt: skip
-        rows += _row(f"NP.0F.{spec}", name, operands, "trap", "%mmx")
-    rows += _row("NP.0F.F7r", "MASKMOVQ", "Pq,Nq", "@maskmov", "%mmx")
+        rows += _row(f"NP.0F.{spec}", name, operands, "trap", MMX_SINCE.get(name, "%mmx"))
+    rows += _row("NP.0F.F7r", "MASKMOVQ", "Pq,Nq", "@maskmov", "%sse")
     rows += _row("NP.0F3A.0F", "PALIGNR", "+Pq,Qq,Ib", "trap", "%ssse3")
     for name, opcode in (("VFMADDSUB", 6), ("VFMSUBADD", 7), ("VFMADD", 8), ("VFMSUB", 0xA), ("VFNMADD", 0xC),
                          ("VFNMSUB", 0xE)):  # fmt: skip

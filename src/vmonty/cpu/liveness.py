@@ -20,6 +20,7 @@ from cython.cimports.vmonty.cpu.decode import (
     F_ALL,
     ROW,
     decode,
+    offered,
     operand_bytes,
 )
 
@@ -42,7 +43,7 @@ def flags_killed(i):
     return w
 
 
-def live_at(code, available, rip, code_size):
+def live_at(code, available, rip, code_size, features):
     """Look a few instructions ahead: the flags that may be needed at ``rip``."""
     i: Insn
     at: cython.int = 0
@@ -53,7 +54,7 @@ def live_at(code, available, rip, code_size):
     open_: cython.int = F_ALL  # neither read nor overwritten so far
     for k in range(6):
         n = decode(code + at, available - at, rip + at, code_size, cython.address(i))
-        if n <= 0:
+        if n <= 0 or not offered(cython.address(i), features, code_size):
             return live | open_
         cls = ROW[i.row].cls
         live |= flags_read(cython.address(i)) & open_

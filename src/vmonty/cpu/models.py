@@ -8,13 +8,15 @@ that was asked for by name and can't be had is an error. Sources: SDM, "CPUID—
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from vmonty.base.errors import UsageError
+from vmonty.cpu import opcodes
 from vmonty.cpu.core import Cpu
-from vmonty.cpu.cpuid import set_table
+from vmonty.cpu.cpuid import set_features, set_table
 
 # Feature → (leaf, subleaf, register, bit). Names are QEMU's; aliases below.
 _WORDS: dict[tuple[int, int, str], str] = {
@@ -396,10 +398,37 @@ def xcr0_bits(configuration: Configuration) -> int:
     return 7 if "avx" in configuration.features else 3
 
 
+# Instructions whose absence other means tell: CR4.VMXE, EFER.SVME, CR0.EM.
+_UNGATED = frozenset(["", "vmx", "svm", "fpu"])
+# PREFETCHW is a hint, and no more, on every 64-bit processor. APM, "PREFETCHx".
+_IMPLIED = {"3dnowprefetch": "lm"}
+_WORD_BITS, _FEATURE_WORDS = 64, 8
+
+
+def feature_words(features: Collection[str]) -> list[int]:
+    """The bits of ``opcodes.FEATURES`` that a processor with these features has; see ``cpuid.set_features``."""
+    words = [0] * _FEATURE_WORDS
+    for number, name in enumerate(opcodes.FEATURES):
+        if name in _UNGATED or name in features or _IMPLIED.get(name) in features:
+            words[number // _WORD_BITS] |= 1 << number % _WORD_BITS
+    return words
+
+
+def features_of(registers: Callable[[int, int], Sequence[int] | None]) -> frozenset[str]:
+    """The features that CPUID answers show; *registers* gives EAX, EBX, ECX, EDX of a leaf and subleaf, or None."""
+    found = set()
+    for name, (leaf, subleaf, register, bit) in FEATURES.items():
+        answer = registers(leaf, subleaf)
+        if answer is not None and answer[("eax", "ebx", "ecx", "edx").index(register)] >> bit & 1:
+            found.add(name)
+    return frozenset(found)
+
+
 def install(cpu: Cpu, configuration: Configuration, apic_id: int = 0, threads: int = 1) -> None:
-    """Give a processor the CPUID answers and register bits of a configuration."""
+    """Give a processor the CPUID answers, instructions and register bits of a configuration."""
     set_table(
         cpu.state_address, cpuid_rows(configuration, apic_id, threads), cr4_bits(configuration),
         efer_bits(configuration),
         xcr0_bits(configuration),
     )  # fmt: skip
+    set_features(cpu.state_address, feature_words(configuration.features))

@@ -10,12 +10,13 @@ from vmonty.cpu import isa
 # decode.A_*
 ATTRIBUTES = {
     "lock": 1, "cl": 2, "wcx": 4, "d64": 8, "f64": 16, "i64": 32, "o64": 64, "W0": 128, "W1": 256, "L0": 512,
-    "L1": 1024, "trap": 2048, "al": 4096, "shift": 8192,
+    "L1": 1024, "trap": 2048, "al": 4096, "shift": 8192, "y2": 131072, "r2": 262144,
 }  # fmt: skip
 MODRM, VECTOR, X87 = 16384, 32768, 65536
 SIZE_512 = 251  # the one size code that is no single letter
 GROUPED = 0x8000  # in ROOT: the rest is an index into GROUP
-FEATURES = ("", *sorted({row.feature for row in isa.ROWS if row.feature}))
+# Number 0 is no feature. decode.pxd has names for some of these numbers.
+FEATURES = ("", *sorted({row.feature for row in isa.ROWS if row.feature} | {"cx16"}))
 
 
 def pack_row(row: isa.Row) -> bytes:

@@ -394,7 +394,7 @@ cdef struct CpuState:
     uint64_t code_queue[64]
     uint64_t host_generation     # changes when host software may have written guest memory
     uint32_t stop_events     # tests: leave run() with EXIT_DEBUG instead of delivering an event
-    uint64_t features[8]     # instruction features offered (decode.FEATURES bits); 0 bits make #UD
+    uint64_t features[8]     # instruction features offered (numbers of opcodes.FEATURES); 0 bits make #UD
     uint64_t slots[8]        # host addresses of grouped operands
     uint64_t statistics[16]
     uint8_t code_filter[4096]    # linear pages that something links to, hashed

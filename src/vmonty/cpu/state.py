@@ -17,6 +17,7 @@ def state_new():
         return cython.NULL
     s: cython.pointer(CpuState) = cython.cast(cython.pointer(CpuState), memory)
     s.run = 1
+    k: cython.int
     s.index_mask = cython.cast(uint64_t, TLB_ENTRIES - 1) << 12
     s.page_mask = ~cython.cast(uint64_t, 0xFFF)
     s.jump_mask = (JUMP_CACHE_ENTRIES - 1) << 2
@@ -24,6 +25,8 @@ def state_new():
     s.bit_mask_32 = 31
     s.bit_mask_64 = 63
     s.physical_bits = 46
+    for k in range(8):
+        s.features[k] = ~cython.cast(uint64_t, 0)
     return s
 
 

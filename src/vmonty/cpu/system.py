@@ -419,7 +419,7 @@ def _group_7_register(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> c
     if byte == 0xF9:
         return control.rdtscp(s, i.length)
     if byte == 0xCA or byte == 0xCB:
-        if s.cpl or not s.cr4 >> 21 & 1:
+        if s.cpl:  # CR4.SMAP does not matter. SDM, "STAC—Set AC Flag in EFLAGS Register"
             return raise_exception(s, 6)
         if byte == 0xCB:
             s.rflags |= FLAG_AC

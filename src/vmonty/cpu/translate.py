@@ -32,6 +32,7 @@ from cython.cimports.vmonty.cpu.decode import (
     F_ALL,
     ROW,
     decode,
+    offered,
 )
 from cython.cimports.vmonty.cpu.exits import emit_stubs, jump_to, leave_at
 from cython.cimports.vmonty.cpu.grouping import find_groups
@@ -105,6 +106,8 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
             i.row = 0
             i.length = 1
             n = 1
+        elif not offered(i, cython.address(w.s.features[0]), w.code_size):
+            i.fault = 6
         w.count += 1
         at += n
         if _ends_block(i):
@@ -121,7 +124,10 @@ def _live_at(w: cython.pointer(Work), target: uint64_t) -> cython.int:
     linear: uint64_t = target + w.code_base
     if (linear ^ w.block.linear) >> 12:
         return F_ALL
-    return live_at(w.window + (linear & 0xFFF), 4096 - cython.cast(cython.int, linear & 0xFFF), target, w.code_size)
+    return live_at(
+        w.window + (linear & 0xFFF), 4096 - cython.cast(cython.int, linear & 0xFFF), target, w.code_size,
+        cython.address(w.s.features[0]),
+    )  # fmt: skip
 
 
 @cython.cfunc

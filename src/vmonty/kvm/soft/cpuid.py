@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 
 from vmonty.cpu import models
 from vmonty.kvm.uapi.flags import (
@@ -14,6 +15,7 @@ from vmonty.kvm.uapi.flags import (
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
 
 KVM_MAX_CPUID_ENTRIES = 256
+BASIC_FEATURES, EXTENDED_FEATURES = 1, 0x8000_0001
 KVM_CPUID_SIGNATURE = 0x4000_0000
 KVM_SIGNATURE = b"KVMKVMKVM\0\0\0"
 
@@ -33,6 +35,32 @@ def _rows() -> tuple[models.Row, ...]:
         (KVM_CPUID_SIGNATURE, None, KVM_CPUID_SIGNATURE + 1, ebx, ecx, edx),
         (KVM_CPUID_SIGNATURE + 1, None, FEATURES, 0, 0, 0),
     )
+
+
+# Instructions that KVM itself lets through or refuses, whatever the guest's CPUID says (KVM_X86_QUIRK_MWAIT_NEVER_UD).
+_KVM_DECIDES = frozenset(["monitor"])
+
+
+def instructions(entries: Sequence[kvm_cpuid_entry2]) -> frozenset[str]:
+    """The features whose instructions a guest with these CPUID answers may execute; the others raise #UD.
+
+    Where the leaf of the basic features (1) or of the extended ones (0x80000001) was not set, nothing of its range
+    was decided, and the processor's own features stay: KVM runs a vCPU whose CPUID was never set, too.
+    """
+    table = {(entry.function, entry.index if entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX else None): entry
+             for entry in entries}  # fmt: skip
+    own = models.parse(OFFERED).features
+    said = models.features_of(partial(_registers, table))
+    decided = {leaf >> 31 for leaf in (BASIC_FEATURES, EXTENDED_FEATURES) if (leaf, None) in table}
+    undecided = {name for name in own if models.FEATURES[name][0] >> 31 not in decided}
+    return own & said | undecided | _KVM_DECIDES
+
+
+def _registers(
+    table: dict[tuple[int, int | None], kvm_cpuid_entry2], leaf: int, subleaf: int
+) -> tuple[int, int, int, int] | None:
+    entry = table.get((leaf, subleaf)) or table.get((leaf, None))
+    return None if entry is None else (entry.eax, entry.ebx, entry.ecx, entry.edx)
 
 
 def supported() -> list[kvm_cpuid_entry2]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from vmonty.base.ram import Ram
 from vmonty.cpu import models
 from vmonty.cpu.core import Cpu
+from vmonty.cpu.cpuid import set_features
 from vmonty.cpu.vmcs import REVISION, Field
 from vmonty.cpu.vmx import Vmx as VmxInstructions
-from vmonty.kvm.soft.cpuid import OFFERED
+from vmonty.kvm.soft.cpuid import OFFERED, instructions
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
 
 XSAVE_SIZE = 832
@@ -139,4 +140,5 @@ class Processor:
         self._vmx.invept(2, eptp)
 
     def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
-        """CPUID exits, so the processor's own table stays as it is."""
+        """CPUID exits, so the processor's own table stays as it is; its instructions follow the guest's."""
+        set_features(self._cpu.state_address, models.feature_words(instructions(entries)))
