@@ -205,11 +205,12 @@ def test_popf_sets_tf_for_the_instruction_after_the_next(long: Machine) -> None:
 
 
 def test_instruction_breakpoint_and_rf(long: Machine) -> None:
-    """SDM, "Instruction-Breakpoint Exception Condition": a fault; IRET with RF goes past it."""
+    """SDM, "Instruction-Breakpoint Exception Condition": a fault that leaves RF alone; IRET with RF goes past it."""
     long["dr0"], long["dr7"] = CODE + 1, 0x402
     assert long.run(bytes.fromhex("9090f4")) == "halt"
     assert (long.handler, long.stack(1), long["dr6"] & 15) == (1, [CODE + 1], 1)
-    assert long.stack(3)[2] & RF
+    assert not long.stack(3)[2] & RF
+    long.ram.write_u64(long["rsp"] + 16, 2 | RF)
     long.ram.write(HANDLERS + 17, bytes.fromhex("48cf"))
     long["activity"] = 0
     assert long.cpu.run() == "halt"

@@ -45,12 +45,7 @@ GAPS: dict[str, dict[str, str]] = {
 # Tests that the software KVM does not pass yet, by name (with the case where only that one fails), and why. They
 # run, and are expected to fail: one that passes is a failure until it is struck off here.
 SOFT_UNFINISHED: dict[str, str] = {
-    "test_watchpoint": "the processor does not stop at data breakpoints yet",
     "test_unemulatable_mmio_instruction_is_an_internal_error": "the processor itself emulates: it knows all of them",
-    "test_movs_copies_from_ram_to_mmio": "the emulator finishes a MOVS that writes MMIO before the write is told",
-    "test_rep_stos_writes_every_element": "the emulator tells only the last element of a REP STOS to MMIO",
-    "test_sixteen_bytes_are_two_exits": "the emulator tells only eight bytes of a wide access to MMIO",
-    "test_write_over_a_page_boundary_is_two_exits": "the emulator tells only the second half of a crossing write",
 }
 
 

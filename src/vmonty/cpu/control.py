@@ -5,6 +5,7 @@ Exits".
 """
 
 import cython
+from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.cpuid import cr4_allowed, lookup, xcr0_allowed
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
 from cython.cimports.vmonty.cpu.paging import NESTED_READ, Translation, nested_host, record_fault
@@ -35,7 +36,6 @@ from cython.cimports.vmonty.cpu.state import (
     CS,
     EFER_LMA,
     EFER_LME,
-    FLAG_RF,
     GO_ON,
     LEAVE_EVENT,
     LEAVE_NEXT,
@@ -456,8 +456,7 @@ def _debug_checks(s, dr, register, load, length):
     if vmx_wants(s, PROC_MOV_DR):
         return vm_exit(s, REASON_DR_ACCESS, dr | (load << 4) | (register << 8), length)
     if s.dr[7] & 0x2000:
-        # General detect. SDM, "Debug Status Register (DR6)": BD
-        s.dr[7] &= ~cython.cast(uint64_t, 0x2000)
+        # General detect. SDM, "Debug Status Register (DR6)": BD. The delivery clears GD.
         raise_exception(s, 1)
         s.event.payload = 0x2000
         s.event.is_fault = 1
@@ -480,8 +479,7 @@ def mov_to_dr(s, dr, register, length):
     elif dr == 7:
         value = (value & cython.cast(uint64_t, 0xFFFF2BFF)) | 0x400
     s.dr[dr] = value
-    s.rflags &= ~cython.cast(uint64_t, FLAG_RF)  # kept lazily while no breakpoint is enabled
-    mode_changed(s)
+    debug_changed(s)
     return LEAVE_NEXT
 
 

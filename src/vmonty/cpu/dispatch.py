@@ -8,6 +8,7 @@ registers, as the guest's are live from the first block to the last.
 from __future__ import annotations
 
 import cython
+from cython.cimports.vmonty.cpu.breakpoints import breakpoint_fault
 from cython.cimports.vmonty.cpu.codecache import (
     OUT_FAULT,
     OUT_INDIRECT,
@@ -32,8 +33,9 @@ from cython.cimports.vmonty.cpu.codecache import (
     vector_function,
 )
 from cython.cimports.vmonty.cpu.decode import Insn, decode
-from cython.cimports.vmonty.cpu.events import attention, breakpoint_fault, deliver, instruction_done, poll, stepping
+from cython.cimports.vmonty.cpu.events import attention, data_trap, deliver, instruction_done, poll, stepping
 from cython.cimports.vmonty.cpu.hosttraps import SIGFPE, SIGILL, SIGSEGV, prepare_thread, unwatch, watch
+from cython.cimports.vmonty.cpu.mmio import mmio_answer, mmio_done, mmio_report
 from cython.cimports.vmonty.cpu.paging import swap32
 from cython.cimports.vmonty.cpu.ports import complete
 from cython.cimports.vmonty.cpu.state import (
@@ -45,6 +47,8 @@ from cython.cimports.vmonty.cpu.state import (
     EXIT_NONE,
     EXIT_PIO,
     EXIT_RUN_FLAG,
+    FLAG_RF,
+    FLAG_TF,
     JUMP_CACHE_BITS,
     JUMP_CACHE_ENTRIES,
     LEAVE_CAREFUL,
@@ -87,12 +91,13 @@ def _call_helper(s: cython.pointer(CpuState), number: uint64_t, host_rip: uint64
     i: cython.pointer(Insn) = cython.address(c.side[number])
     r: cython.int
     s.rip = i.rip
+    s.watch_hits = 0
     r = execute(s, i)
     if r == 0 or r == LEAVE_NEXT:
-        s.mmio_at = 0
-        s.mmio_count = 0
-        if r == 0 and not s.code_page_written:
+        mmio_done(s)
+        if r == 0 and (s.code_page_written | s.mmio_writes_count | s.watch_hits) == 0:
             return 0
+        data_trap(s)
         s.rip = i.rip + i.length
         return LEAVE_JUMP
     return r
@@ -185,9 +190,7 @@ def _new_key(s: cython.pointer(CpuState)) -> cython.void:
 def _resume_mmio(s: cython.pointer(CpuState)) -> cython.void:
     """Take the caller's answer to an EXIT_MMIO that stopped an instruction in its middle."""
     if s.exit.reason == EXIT_MMIO and s.mmio_count:
-        s.mmio[s.mmio_count - 1].done = 1
-        if not s.exit.write:
-            s.mmio[s.mmio_count - 1].data[0] = s.exit.data
+        mmio_answer(s)
         s.careful_next = 1
     s.mmio_at = 0
     s.exit.reason = EXIT_NONE
@@ -201,7 +204,8 @@ def _after_helper(s: cython.pointer(CpuState), i: cython.pointer(Insn), r: cytho
     if r == 0 or r == LEAVE_NEXT:
         s.rip = i.rip + i.length
     if r == 0 or r in (LEAVE_NEXT, LEAVE_JUMP):
-        s.mmio_count = 0
+        mmio_done(s)
+        data_trap(s)
         s.interruptibility &= ~shadow
 
 
@@ -229,6 +233,8 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
     enter: enter_function = cython.cast(enter_function, cython.cast(cython.p_void, c.enter))
     link = -1
     while True:
+        if s.mmio_writes_count and mmio_report(s):
+            return
         if s.event.pending:
             link = -1
             if s.stop_events:
@@ -260,8 +266,12 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
         shadow = s.interruptibility & (SHADOW_STI | SHADOW_MOV_SS)
         single = 1 if s.careful_next or s.budget or shadow or stepping(s) else 0
         before = s.rflags
-        if s.dr[7] & 0xFF and breakpoint_fault(s):
-            continue
+        if s.breakpoints:
+            if breakpoint_fault(s):
+                continue
+        else:
+            s.rflags &= ~cython.cast(uint64_t, FLAG_RF)  # it has nothing to suppress
+        s.watch_hits = 0
         s.careful_next = 0
         linear = s.rip
         if s.mode != MODE_LONG64:
@@ -333,15 +343,16 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             _after_helper(s, i, r, shadow)
             if r == LEAVE_EXIT:
                 return
+            if i.map == 1 and i.opcode == 0x05:  # SYSCALL: no step into a kernel that masks TF
+                before &= s.rflags | ~cython.cast(uint64_t, FLAG_TF)
             if single and _stepped(s, r, before):
                 return
         elif out == OUT_NEXT:
-            s.mmio_count = 0
+            mmio_done(s)
+            data_trap(s)
             s.interruptibility &= ~shadow
             if s.code_page_written:
                 shadow_reset(s)
-            if s.exit.reason:
-                return
             if _stepped(s, 0, before):
                 return
         elif out == OUT_TRAP:
@@ -390,7 +401,8 @@ def _stepped(s: cython.pointer(CpuState), r: cython.int, before: uint64_t) -> cy
     if s.budget:
         s.budget -= 1
         if s.budget == 0:
-            s.exit.reason = EXIT_BUDGET
+            if not mmio_report(s):
+                s.exit.reason = EXIT_BUDGET
             return 1
     return 0
 

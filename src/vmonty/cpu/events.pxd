@@ -29,14 +29,17 @@ cdef inline bint attention(CpuState *s) noexcept nogil:
 
 
 cdef inline bint stepping(CpuState *s) noexcept nogil:
-    """Must instructions run one by one: TF, or a breakpoint that is enabled? (RF matters only with those.)"""
-    return (s.rflags & 0x100) != 0 or (s.dr[7] & 0xFF) != 0
+    """Must instructions run one by one: TF, a breakpoint on instructions, or the monitor trap flag?"""
+    return (s.rflags & 0x100) != 0 or (s.breakpoints | s.monitor_trap) != 0
 
 
-# Before an instruction with DR7 enables: 1 when an instruction breakpoint at rip recorded #DB.
-cdef bint breakpoint_fault(CpuState *s) noexcept nogil
-# After one that ran alone; before: RFLAGS when it began.
+# After one that ran alone; before: RFLAGS when it began. Data breakpoints that any instruction met: data_trap().
 cdef void instruction_done(CpuState *s, uint64_t before) noexcept nogil
+
+# An instruction, or one iteration of it, is done: the data breakpoints that it met wait for the boundary.
+cdef inline void data_trap(CpuState *s) noexcept nogil:
+    s.pending_debug |= s.watch_hits
+    s.watch_hits = 0
 
 cdef int _deliver_one(CpuState *s) noexcept nogil
 cdef int _class(uint32_t vector) noexcept nogil

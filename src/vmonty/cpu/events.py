@@ -8,6 +8,7 @@ a fault on the way combines with it (double fault, triple fault), and a VM exit 
 
 import cython
 from cython.cimports.vmonty.cpu.control import host_tsc
+from cython.cimports.vmonty.cpu.mmio import mmio_done
 from cython.cimports.vmonty.cpu.segments import (
     canonical,
     enter_code,
@@ -35,6 +36,7 @@ from cython.cimports.vmonty.cpu.state import (
     EVENT_SOFT_EXCEPTION,
     EVENT_SOFT_INTERRUPT,
     EXIT_HALT,
+    EXIT_MMIO,
     EXIT_SHUTDOWN,
     FLAG_AC,
     FLAG_IF,
@@ -75,6 +77,7 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     REASON_EXTERNAL_INTERRUPT,
     REASON_HLT,
     REASON_INTERRUPT_WINDOW,
+    REASON_MONITOR_TRAP,
     REASON_NMI_WINDOW,
     REASON_PREEMPTION_TIMER,
     REASON_TRIPLE_FAULT,
@@ -121,16 +124,26 @@ def deliver(s):
     A bare processor that shuts down keeps the event that began it, pending, for its observer.
     """
     first: Event = s.event
+    now: Event
+    vectoring: uint32_t
     r: cython.int
     while s.event.pending:
+        now = s.event
+        vectoring = s.vectoring
         r = _deliver_one(s)
         if r == GO_ON:
             s.vectoring = 0
+            mmio_done(s)
+            if s.monitor_trap:
+                s.monitor_trap = 2
             return LEAVE_JUMP
         if r != LEAVE_EVENT:
             if s.exit.reason == EXIT_SHUTDOWN and r == LEAVE_EXIT:
                 s.event = first
                 s.exit.data = first.vector
+            elif s.exit.reason == EXIT_MMIO:  # a table in device memory: it begins again with the answer
+                s.event = now
+                s.vectoring = vectoring
             return r
     return LEAVE_JUMP
 
@@ -179,10 +192,12 @@ def _through_idt(s, external):
     r: cython.int
     if kind >= EVENT_SOFT_INTERRUPT:
         rip += s.event.instruction_length
+        flags &= ~cython.cast(uint64_t, FLAG_RF)
         if s.mode != MODE_LONG64:
             rip &= cython.cast(uint64_t, 0xFFFFFFFF)
-    elif kind == EVENT_EXCEPTION and (vector != 1 or s.event.is_fault):
-        flags |= FLAG_RF  # faults resume their instruction without its breakpoint
+    elif kind == EVENT_EXCEPTION and (vector != 1 or (s.event.is_fault and s.event.payload & 0x2000)):
+        # SDM, "Instruction-Breakpoint Exception Condition": all faults but that of an instruction breakpoint
+        flags |= FLAG_RF
     if long_mode(s):
         r = _long(s, external, flags, rip)
     elif s.mode == MODE_REAL:
@@ -648,29 +663,9 @@ def pushf(s, size, value):
 def _debug_trap(s):
     """#DB for what the finished instruction left. SDM, "Debug Exceptions"."""
     raise_exception(s, 1)
-    s.event.payload = s.pending_debug
+    s.event.payload = s.pending_debug & 0xE00F
     s.pending_debug = 0
     return deliver(s)
-
-
-def breakpoint_fault(s):
-    """SDM, "Instruction-Breakpoint Exception Condition": a fault before the instruction, unless RF is set."""
-    i: uint32_t
-    linear: uint64_t = s.rip
-    hit: uint64_t = 0
-    if s.rflags & FLAG_RF:
-        return False
-    if s.mode != MODE_LONG64:
-        linear = (linear + s.segs[CS].base) & cython.cast(uint64_t, 0xFFFFFFFF)
-    for i in range(4):
-        if (s.dr[7] >> (2 * i)) & 3 and (s.dr[7] >> (16 + 4 * i)) & 15 == 0 and s.dr[i] == linear:
-            hit |= cython.cast(uint64_t, 1) << i
-    if hit == 0:
-        return False
-    raise_exception(s, 1)
-    s.event.payload = hit
-    s.event.is_fault = 1
-    return True
 
 
 def instruction_done(s, before):
@@ -679,6 +674,8 @@ def instruction_done(s, before):
         s.rflags &= ~cython.cast(uint64_t, FLAG_RF)
     if before & FLAG_TF:
         s.pending_debug |= 0x4000
+    if s.monitor_trap:
+        s.monitor_trap = 2
 
 
 def _interrupts_open(s):
@@ -690,7 +687,9 @@ def poll(s):
     v: cython.pointer(VmxState)
     if s.guest_mode == GUEST_VMX:
         v = vmx_of(s)
-        if s.pending_debug and (s.interruptibility & SHADOW_MOV_SS) == 0 and s.activity == 0:
+        if s.monitor_trap == 2:
+            return vm_exit(s, REASON_MONITOR_TRAP, 0, 0)
+        if s.pending_debug and (s.interruptibility & SHADOW_MOV_SS) == 0 and s.activity < 2:
             return _debug_trap(s)
         if (v.pin & PIN_PREEMPTION_TIMER) and host_tsc() >= v.timer_deadline:
             return vm_exit(s, REASON_PREEMPTION_TIMER, 0, 0)

@@ -6,6 +6,7 @@ Nothing here is called while a guest runs.
 from __future__ import annotations
 
 import cython
+from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.cpuid import lookup
 from cython.cimports.vmonty.cpu.events import deliver, poll
 from cython.cimports.vmonty.cpu.paging import Translation, walk
@@ -165,6 +166,7 @@ def put(cpu: Cpu, name: str, value: cython.ulonglong) -> None:
         short[0] = cython.cast(uint32_t, value)
     else:
         _field(cpu.s, name)[0] = value
+    debug_changed(cpu.s)
     mode_changed(cpu.s)
     flush_all(cpu.s)
 

@@ -21,3 +21,4 @@ cdef bint _intercepted(CpuState *s, uint32_t port, uint32_t size) noexcept nogil
 cdef int _leave(CpuState *s, uint32_t port, uint32_t size, uint32_t write, uint64_t data) noexcept nogil
 cdef uint64_t _masked(uint64_t value, uint32_t address_size) noexcept nogil
 cdef void _advance(CpuState *s, uint32_t register, uint32_t size, uint32_t address_size) noexcept nogil
+cdef void _trap(CpuState *s, uint32_t port, uint32_t size, bint repeats) noexcept nogil

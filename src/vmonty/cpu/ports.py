@@ -1,6 +1,9 @@
 """IN, OUT, INS, OUTS. SDM, "I/O Port Access Protection"; "Exit Qualification for I/O Instructions"."""
 
 import cython
+from cython.cimports.vmonty.cpu.breakpoints import port_access
+from cython.cimports.vmonty.cpu.events import data_trap
+from cython.cimports.vmonty.cpu.mmio import mmio_done
 from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.segments import implicit_read
 from cython.cimports.vmonty.cpu.state import (
@@ -8,6 +11,8 @@ from cython.cimports.vmonty.cpu.state import (
     ES,
     EXIT_PIO,
     FLAG_DF,
+    FLAG_RF,
+    FLAG_TF,
     GO_ON,
     LEAVE_EXIT,
     MODE_REAL,
@@ -17,6 +22,8 @@ from cython.cimports.vmonty.cpu.state import (
     RDI,
     RDX,
     RSI,
+    SHADOW_MOV_SS,
+    SHADOW_STI,
     raise_error,
 )
 from cython.cimports.vmonty.cpu.tlb import probe_write, read_value, write_value
@@ -71,6 +78,21 @@ def _intercepted(s, port, size):
     return (vmx_of(s).processor & PROC_UNCONDITIONAL_IO) != 0
 
 
+def _trap(s, port, size, repeats):
+    """What waits at the boundary behind a port instruction, or behind an iteration of one that *repeats*."""
+    if s.port_watch:
+        port_access(s, port, size)
+    if s.rflags & FLAG_TF:
+        s.pending_debug |= 0x4000
+    if s.monitor_trap:
+        s.monitor_trap = 2
+    s.interruptibility &= ~cython.cast(uint32_t, SHADOW_STI | SHADOW_MOV_SS)
+    if repeats:
+        s.rflags |= FLAG_RF
+    else:
+        s.rflags &= ~cython.cast(uint64_t, FLAG_RF)
+
+
 def _leave(s, port, size, write, data):
     """Report a port access of the bare processor."""
     s.exit.reason = EXIT_PIO
@@ -90,6 +112,7 @@ def port_in(s, port, size, immediate, length):
     if _intercepted(s, port, size):
         return vm_exit(s, REASON_IO, (size - 1) | 8 | (immediate << 6) | (cython.cast(uint64_t, port) << 16), length)
     s.rip += length
+    _trap(s, port, size, 0)
     return _leave(s, port, size, 0, 0)
 
 
@@ -102,6 +125,7 @@ def port_out(s, port, size, immediate, length):
     if _intercepted(s, port, size):
         return vm_exit(s, REASON_IO, (size - 1) | (immediate << 6) | (cython.cast(uint64_t, port) << 16), length)
     s.rip += length
+    _trap(s, port, size, 0)
     return _leave(s, port, size, 1, data)
 
 
@@ -187,6 +211,10 @@ def string_out(s, size, address_size, rep, segment, length):
         )
     if not rep or _masked(s.gpr[RCX], address_size) == 0:
         s.rip += length
+        rep = 0
+    _trap(s, port, size, rep)
+    data_trap(s)
+    mmio_done(s)
     return _leave(s, port, size, 1, data)
 
 
@@ -211,11 +239,14 @@ def complete(s):
     if r != GO_ON:
         return r
     _advance(s, RDI, size, address_size)
+    data_trap(s)
     if s.exit.count & 0x10000:
         s.gpr[RCX] = (s.gpr[RCX] & ~_masked(~cython.cast(uint64_t, 0), address_size)) | _masked(
             s.gpr[RCX] - 1, address_size
         )
         if _masked(s.gpr[RCX], address_size):
+            _trap(s, cython.cast(uint32_t, s.exit.address), size, 1)
             return GO_ON
     s.rip += s.exit.count >> 24
+    _trap(s, cython.cast(uint32_t, s.exit.address), size, 0)
     return GO_ON

@@ -172,6 +172,7 @@ cdef enum:
     JUMP_CACHE_ENTRIES = 4096
     MAX_REGIONS = 64
     MTRR_VARIABLE = 8
+    MMIO_SLOTS = 128         # XRSTOR reads 104 parts
     SHADOW_STACK = 65536     # bytes of host stack for return prediction
     LOCAL_LOG = 512
     TABLE_ENTRIES = 64
@@ -206,7 +207,7 @@ cdef struct Event:
     uint32_t error_code
     uint32_t instruction_length   # of INT n, INT3, INTO, INT1: pushed rip = rip + this
     uint64_t payload         # #PF: the linear address (goes to CR2 on delivery); #DB: DR6 bits
-    uint64_t is_fault        # #DB of an instruction breakpoint or general detect: RF is set in the pushed flags
+    uint64_t is_fault        # #DB of an instruction breakpoint or general detect: before the instruction
 
 
 cdef struct Exit:
@@ -258,12 +259,10 @@ cdef struct Region:
     uint32_t pad
 
 
-cdef struct MmioSlot:        # one access of the instruction that runs in a careful block
+cdef struct MmioSlot:        # one part, up to 8 bytes, of an access to device memory
     uint64_t address
-    uint64_t data[8]
+    uint64_t data
     uint32_t size
-    uint32_t write
-    uint32_t done
     uint32_t pad
 
 
@@ -335,11 +334,24 @@ cdef struct CpuState:
     uint32_t interrupt_line  # written by other threads: 1 while an interrupt controller asserts INTR
     uint32_t nmi_line        # written by other threads: 1 requests an NMI
     uint32_t interrupt_vector    # vector that INTR acknowledges with (bare processor; under VMX exits decide)
-    uint32_t pending_debug   # #DB bits that wait for the end of the instruction
+    uint32_t pending_debug   # DR6 bits of #DB that waits for the next boundary between instructions
     Exit exit
-    MmioSlot mmio[4]
+    MmioSlot mmio[128]       # what the current instruction has read so far
+    MmioSlot mmio_writes[128]    # what it has written, for run()'s caller
     uint32_t mmio_count
     uint32_t mmio_at
+    uint32_t mmio_writes_count
+    uint32_t mmio_writes_at
+    # Breakpoints, by number (bits 0-3); recomputed by debug_changed() when DR0 to DR3 or DR7 change.
+    uint32_t breakpoints     # armed on instructions
+    uint32_t watch           # on data
+    uint32_t port_watch      # on ports (with CR4.DE)
+    uint32_t watch_hits      # met by the current instruction
+    uint32_t monitor_trap    # under VMX: 1 while the monitor trap flag is set, 2 when its exit is due
+    uint32_t monitor_pad
+    uint64_t watch_address[4]
+    uint32_t watch_size[4]
+    uint32_t watch_reads[4]
     # System side: the event being delivered (VMX interruption-information format, bit 31 valid), for double faults
     # and IDT-vectoring information; which kind of guest runs.
     uint32_t vectoring

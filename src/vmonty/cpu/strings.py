@@ -7,6 +7,8 @@ SDM, "REP/REPE/REPZ/REPNE/REPNZ - Repeat String Operation Prefix".
 
 import cython
 from cython.cimports.vmonty.cpu.codecache import CodeCache, string_function
+from cython.cimports.vmonty.cpu.events import data_trap
+from cython.cimports.vmonty.cpu.mmio import mmio_done
 from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_READ,
@@ -18,7 +20,9 @@ from cython.cimports.vmonty.cpu.state import (
     FLAG_DF,
     FLAG_OF,
     FLAG_PF,
+    FLAG_RF,
     FLAG_SF,
+    FLAG_TF,
     FLAG_ZF,
     LEAVE_RETRY,
     RAX,
@@ -122,8 +126,7 @@ def _one(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.int,
         _compare(s, x if kind == 1 else s.gpr[RAX], y, size)
     else:
         _set(s, RAX, x, size)
-    s.mmio_at = 0
-    s.mmio_count = 0
+    mmio_done(s)
     if kind != 2 and kind != 4:
         _set(s, RSI, s.gpr[RSI] + step, i.address_size)
     if kind != 3:
@@ -219,7 +222,7 @@ def string_instruction(s, i):
         if count == 0:
             return 0
         done = 0
-        if kind == 0 or kind == 2:
+        if (kind == 0 or kind == 2) and not s.rflags & FLAG_TF and not s.monitor_trap:
             r = _stretch(s, i, kind, size, count, cython.address(done))
             if r:
                 return r
@@ -234,5 +237,14 @@ def string_instruction(s, i):
                 return 0
             if i.rep == 0xF2 and s.rflags & FLAG_ZF:
                 return 0
-        if not s.run and _masked(s.gpr[RCX], i.address_size):
+        if not s.run or s.watch_hits or s.mmio_writes_count or s.rflags & FLAG_TF or s.monitor_trap:
+            if _masked(s.gpr[RCX], i.address_size) == 0:
+                return 0
+            # Traps and interrupts behind any iteration but the last push RF.
+            data_trap(s)
+            s.rflags |= FLAG_RF
+            if s.rflags & FLAG_TF:
+                s.pending_debug |= 0x4000
+            if s.monitor_trap:
+                s.monitor_trap = 2
             return LEAVE_RETRY

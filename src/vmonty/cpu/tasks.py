@@ -7,6 +7,7 @@ LDT
 """
 
 import cython
+from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.control import load_pdptes
 from cython.cimports.vmonty.cpu.segments import (
     enter_code,
@@ -207,6 +208,7 @@ def task_switch(s, selector, why, rip, flags, has_error, error_code, external, l
         s.rflags |= FLAG_NT
     s.cr0 |= CR0_TS
     s.dr[7] &= ~cython.cast(uint64_t, 0x155)
+    debug_changed(s)
     if paging_enabled(s) and cr3 != s.cr3:
         r = load_pdptes(s, s.cr0, cr3, s.cr4)
         if r != GO_ON:

@@ -6,6 +6,7 @@ dirty, and hold no translated code enter a write table. Everything else comes to
 """
 
 import cython
+from cython.cimports.vmonty.cpu.breakpoints import watch_access, watch_meets, watched_page
 from cython.cimports.vmonty.cpu.codecache import (
     Block,
     CodeCache,
@@ -18,6 +19,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     unlink_cross_page,
 )
 from cython.cimports.vmonty.cpu.coherence import page_verify
+from cython.cimports.vmonty.cpu.mmio import mmio_read, mmio_write
 from cython.cimports.vmonty.cpu.paging import Translation, translate
 from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.state import (
@@ -30,7 +32,6 @@ from cython.cimports.vmonty.cpu.state import (
     CS,
     DS,
     ES,
-    EXIT_MMIO,
     FETCH_BITS,
     FETCH_ENTRIES,
     FLAG_AC,
@@ -112,7 +113,7 @@ def _look(s: cython.pointer(CpuState), va: uint64_t, access: cython.int, t: cyth
     r = translate(s, va, access, t)
     if r:
         return r
-    if t.host and not access & ACCESS_IMPLICIT:
+    if t.host and not access & ACCESS_IMPLICIT and not (s.watch and watched_page(s, page)):
         if not t.is_global:
             note_local(s, LOCAL_TLB, cython.address(s.local_tlb[0]), set_ << TLB_BITS | index)
         e = cython.address(s.tlb_read[set_][index])
@@ -164,6 +165,7 @@ def memory_slow(s, va, what, host_rip):
             or _look(s, va, access, cython.address(t))
             or t.host == 0
             or (access & ACCESS_WRITE and is_code_page(s, t.host))
+            or (s.watch and watch_meets(s, va, size, 1))
         ):
             s.event.pending = 0
             return _leave(s, LEAVE_PLAIN, what, host_rip)
@@ -177,7 +179,7 @@ def memory_slow(s, va, what, host_rip):
     r = _look(s, va, access, cython.address(t))
     if r:
         return _leave(s, r, what, host_rip)
-    if t.host == 0:
+    if t.host == 0 or (s.watch and watch_meets(s, va, size, access & ACCESS_WRITE)):
         return _leave(s, LEAVE_CAREFUL, what, host_rip)
     if (va & 0xFFF) + size <= 4096:
         if access & ACCESS_WRITE and is_code_page(s, t.host):
@@ -215,35 +217,6 @@ def to_linear(s, offset, what, host_rip):
     return linear | (cython.cast(uint64_t, 1) << 63)
 
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _mmio(s: cython.pointer(CpuState), physical: uint64_t, data: cython.p_uchar, size: uint32_t,
-          write: cython.int) -> cython.int:  # fmt: skip
-    """Do one MMIO access of the current instruction: from the answers at hand, or by leaving run()."""
-    k: uint32_t = s.mmio_at
-    if k < s.mmio_count and s.mmio[k].address == physical and s.mmio[k].size == size and s.mmio[k].write == write:
-        s.mmio_at = k + 1
-        if not write:
-            copy_bytes(data, cython.cast(cython.p_uchar, cython.address(s.mmio[k].data[0])), size)
-        return 0
-    if k >= 4:
-        k = 3
-    s.mmio_count = k + 1
-    s.mmio[k].address = physical
-    s.mmio[k].size = size
-    s.mmio[k].write = write
-    s.exit.reason = EXIT_MMIO
-    s.exit.address = physical
-    s.exit.size = size
-    s.exit.write = write
-    s.exit.data = 0
-    if write:
-        copy_bytes(cython.cast(cython.p_uchar, cython.address(s.mmio[k].data[0])), data, size)
-        copy_bytes(cython.cast(cython.p_uchar, cython.address(s.exit.data)), data, min(8, size))
-    return LEAVE_EXIT
-
-
 def careful_access(s, va, what, host_rip):
     """Give translated code of a careful block an address for one operand; writes take effect at the commit."""
     size: uint32_t = (what >> SLOW_SIZE_SHIFT) & 0x3FF
@@ -275,6 +248,8 @@ def careful_access(s, va, what, host_rip):
             r = _look(s, va + first, access, cython.address(u))
         if r:
             return _leave(s, r, what, host_rip)
+    if s.watch:
+        watch_access(s, va, size, write)
     if first == size and t.host and not (write and is_code_page(s, t.host)):
         return t.host + (va & 0xFFF)
     to = cython.address(s.bounce[k][0]) + (va & 63)
@@ -283,12 +258,12 @@ def careful_access(s, va, what, host_rip):
         if t.host:
             copy_bytes(to, cython.cast(cython.p_uchar, t.host + (va & 0xFFF)), first)
         else:
-            r = _mmio(s, t.physical | (va & 0xFFF), to, first, 0)
+            r = mmio_read(s, t.physical | (va & 0xFFF), to, first)
         if not r and first < size:
             if u.host:
                 copy_bytes(to + first, cython.cast(cython.p_uchar, u.host), size - first)
             else:
-                r = _mmio(s, u.physical, to + first, size - first, 0)
+                r = mmio_read(s, u.physical, to + first, size - first)
         if r:
             return _leave(s, r, what, host_rip)
     if write:
@@ -313,11 +288,11 @@ def _commit_part(s: cython.pointer(CpuState), host: uint64_t, physical: uint64_t
             code_written(s, host)
         copy_bytes(cython.cast(cython.p_uchar, host + offset), data, size)
     else:
-        _mmio(s, physical | offset, data, size, 1)
+        mmio_write(s, physical | offset, data, size)
 
 
 def careful_commit(s):
-    """Carry out the writes of a careful block; an MMIO write leaves its report in ``exit``."""
+    """Carry out the writes of a careful block; those to device memory are queued."""
     k: uint32_t
     first: uint32_t
     data: cython.p_uchar
@@ -344,6 +319,8 @@ def read_linear(s, va, data, size, access):
     t: Translation
     r: cython.int
     part: uint32_t
+    if s.watch and not access & ACCESS_IMPLICIT:
+        watch_access(s, va, size, 0)
     access = _access(s, access)
     while size:
         part = 4096 - (va & 0xFFF)
@@ -357,7 +334,7 @@ def read_linear(s, va, data, size, access):
         if t.host:
             copy_bytes(to, cython.cast(cython.p_uchar, t.host + (va & 0xFFF)), part)
         else:
-            r = _mmio(s, t.physical | (va & 0xFFF), to, part, 0)
+            r = mmio_read(s, t.physical | (va & 0xFFF), to, part)
             if r:
                 return r
         to += part
@@ -382,10 +359,7 @@ def probe_write(s, va, size, access):
 
 
 def write_linear(s, va, data, size, access):
-    """Write linear memory for a helper: all pages are checked before the first byte is written.
-
-    MMIO: the caller's instruction is executed again after the report, so it must not have changed anything yet.
-    """
+    """Write linear memory for a helper: all pages are checked before the first byte is written."""
     source: cython.p_uchar = cython.cast(cython.p_uchar, data)
     t: Translation
     r: cython.int
@@ -393,6 +367,8 @@ def write_linear(s, va, data, size, access):
     r = probe_write(s, va, size, access)
     if r:
         return r
+    if s.watch and not access & ACCESS_IMPLICIT:
+        watch_access(s, va, size, 1)
     access = _access(s, access | ACCESS_WRITE)
     while size:
         part = 4096 - (va & 0xFFF)
@@ -406,9 +382,7 @@ def write_linear(s, va, data, size, access):
                 code_written(s, t.host)
             copy_bytes(cython.cast(cython.p_uchar, t.host + (va & 0xFFF)), source, part)
         else:
-            r = _mmio(s, t.physical | (va & 0xFFF), source, part, 1)
-            if r:
-                return r
+            mmio_write(s, t.physical | (va & 0xFFF), source, part)
         source += part
         va += part
         size -= part
@@ -427,7 +401,9 @@ def write_value(s, va, size, access, value):
 
 
 def host_of(s, va, access, where):
-    """Find the host address of a linear one; 0 in ``where`` for MMIO, and for a write to a page with code."""
+    """Find the host address of a linear one; 0 in ``where`` for what has to go through read_linear or write_linear:
+    MMIO, a page with a data breakpoint, and a write to a page with code.
+    """
     t: Translation
     r: cython.int
     access = _access(s, access)
@@ -438,6 +414,8 @@ def host_of(s, va, access, where):
         return r
     where[0] = t.host + (va & 0xFFF) if t.host else 0
     if access & ACCESS_WRITE and t.host and is_code_page(s, t.host):
+        where[0] = 0
+    if s.watch and watched_page(s, _page(va)):
         where[0] = 0
     return 0
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import cython
 from cython.cimports.libc.stdlib import calloc, free
+from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.dispatch import run_cpu
+from cython.cimports.vmonty.cpu.mmio import mmio_report
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
 from cython.cimports.vmonty.cpu.state import (
     EXIT_BUDGET,
@@ -112,6 +114,13 @@ def vmx_emulate(s, resume):
     reason: cython.int
     if not resume:
         s.mmio_count = 0
+        s.mmio_writes_count = 0
+        s.mmio_writes_at = 0
+        v.emulated = 0
+    elif mmio_report(s):
+        return EXIT_MMIO
+    elif v.emulated:
+        return EXIT_BUDGET
     error = enter_guest(s, 0)
     if error == ENTRY_FAILED:
         return EXIT_VM
@@ -126,6 +135,7 @@ def vmx_emulate(s, resume):
         vm_exit(s, REASON_EXTERNAL_INTERRUPT, 0, 0)
         reason = EXIT_VM
     v.emulating = 0
+    v.emulated = s.budget == 0
     s.budget = 0
     leave_guest(s)
     return reason
@@ -259,9 +269,10 @@ class Vmx:
     def emulate(self, resume: bool = False) -> str:
         """Execute the guest's next instruction here, with accesses to where no memory is mapped as MMIO.
 
-        "mmio": an access waits in ``mmio`` — a write is done with, and the instruction too; to a read give the data
-        with ``answer_mmio`` and call again with *resume*. "budget": the instruction is done. "vm": a VM exit happened
-        instead. The GIL is released. Raises VmxError for VMfail, RuntimeError when the processor itself stopped.
+        "mmio": an access of up to eight bytes is in ``mmio``; to a read give the data with ``answer_mmio``. Call again
+        with *resume* until it is "budget": the instruction, or one iteration of a repeated one, is done. "vm": a VM
+        exit happened instead. The GIL is released. Raises VmxError for VMfail, RuntimeError when the processor itself
+        stopped.
         """
         result: cython.longlong
         again: cython.bint = resume
@@ -285,7 +296,7 @@ class Vmx:
         self.s.exit.data = data
 
     def forget_mmio(self) -> None:
-        """The access that emulate() reported last meets memory by now: do it again."""
+        """The read that emulate() reported last meets memory by now: do it again."""
         if self.s.mmio_count:
             self.s.mmio_count -= 1
         self.s.exit.write = 1  # there is no answer to keep
@@ -393,6 +404,7 @@ class Vmx:
         if index > 7:
             raise IndexError(f"no debug register {index}")
         self.s.dr[index] = value
+        debug_changed(self.s)
 
     def rdmsr(self, index: cython.uint) -> int:
         """Read an MSR of the processor (what RDMSR gives a guest that isn't intercepted). KeyError when unknown."""

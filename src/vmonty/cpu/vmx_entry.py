@@ -6,6 +6,7 @@ runs, physical addresses in EPT entries, bitmaps and MSR areas are addresses of 
 """
 
 import cython
+from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.control import host_tsc, load_pdptes
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
 from cython.cimports.vmonty.cpu.state import (
@@ -110,6 +111,7 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     GUEST_NONE,
     GUEST_VMX,
     PIN_PREEMPTION_TIMER,
+    PROC_MONITOR_TRAP,
     PROC_TSC_OFFSETTING,
     REASON_EXTERNAL_INTERRUPT,
     REASON_INVALID_GUEST_STATE,
@@ -217,8 +219,9 @@ def _load_guest(s):
         elif load_pdptes(s, cr0, cr3, cr4) != GO_ON:
             s.event.pending = 0
             return 2
-    if v.entry_controls & ENTRY_LOAD_DEBUG:
+    if v.entry_controls & ENTRY_LOAD_DEBUG and s.dr[7] != get(m, GUEST_DR7):
         s.dr[7] = get(m, GUEST_DR7)
+        debug_changed(s)
     if v.entry_controls & ENTRY_LOAD_PAT:
         s.pat = get(m, GUEST_IA32_PAT)
     for i in range(6):
@@ -238,6 +241,8 @@ def _load_guest(s):
     s.interruptibility = cython.cast(uint32_t, get(m, GUEST_INTERRUPTIBILITY_INFO))
     s.activity = cython.cast(uint32_t, get(m, GUEST_ACTIVITY_STATE))
     s.pending_debug = cython.cast(uint32_t, get(m, GUEST_PENDING_DBG_EXCEPTIONS))
+    s.pending_debug = s.pending_debug & 0x400F if s.pending_debug & 0x5000 else 0
+    s.monitor_trap = 1 if v.processor & PROC_MONITOR_TRAP else 0
     s.cpl = (s.segs[SS].access_rights >> 5) & 3
     return 0
 
@@ -250,6 +255,13 @@ def _inject(s):
     s.vectoring = 0
     if (information >> 31) == 0:
         return
+    if s.monitor_trap or ((information >> 8) & 7) == 7:
+        s.monitor_trap = 2  # SDM, "Monitor Trap Flag": behind the delivery
+    if ((information >> 8) & 7) == 7:
+        return
+    # SDM, "Delivery of Pending Debug Exceptions after VM Entry"
+    if ((information >> 8) & 7) <= EVENT_EXCEPTION or (s.interruptibility & SHADOW_MOV_SS) == 0:
+        s.pending_debug = 0
     s.event.pending = 1
     s.event.vector = information & 0xFF
     s.event.kind = (information >> 8) & 7
@@ -386,8 +398,9 @@ def leave_guest(s):
     put(m, GUEST_SYSENTER_EIP, s.sysenter_eip)
     put(m, GUEST_INTERRUPTIBILITY_INFO, s.interruptibility)
     put(m, GUEST_ACTIVITY_STATE, s.activity)
-    put(m, GUEST_PENDING_DBG_EXCEPTIONS, s.pending_debug)
+    put(m, GUEST_PENDING_DBG_EXCEPTIONS, (s.pending_debug & 0x400F) | (0x1000 if s.pending_debug & 0xF else 0))
     s.pending_debug = 0
+    s.monitor_trap = 0
     controls = v.entry_controls & ~cython.cast(uint32_t, ENTRY_IA32E)
     if s.efer & EFER_LMA:
         controls |= ENTRY_IA32E

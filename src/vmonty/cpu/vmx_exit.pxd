@@ -154,6 +154,7 @@ cdef struct VmxState:
     uint8_t *virtual_apic
     uint64_t timer_deadline  # host TSC at which the preemption timer reaches zero
     uint32_t emulating       # host software executes one instruction for the guest: no memory is MMIO, not an exit
+    uint32_t emulated        # that instruction is done; what it wrote may wait in mmio_writes
     uint32_t injecting       # the event to deliver came from VM entry: no intercept applies
     uint32_t entries         # VM entries on this processor
     uint64_t tlb_vpid        # what the TLB holds: VPID and EPTP of the last guest

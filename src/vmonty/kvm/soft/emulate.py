@@ -32,15 +32,22 @@ class Emulator:
     def _run(self, resume: bool) -> bool:
         while (ended := self._cpu.emulate(resume)) == "mmio":
             gpa, size, is_write, data = self._cpu.mmio()
+            resume = True
             if self._vcpu.kvm.mmu.page_fault(gpa, is_write):
                 # Memory after all, which is not mapped yet: the instruction has several operands.
-                self._cpu.forget_mmio()
-                resume = True
+                if is_write:
+                    self._vcpu.kvm.write_gpa(gpa, data.to_bytes(8, "little")[:size])
+                else:
+                    self._cpu.forget_mmio()
             elif is_write:
-                return self._vcpu.mmio_write(gpa, data.to_bytes(8, "little")[:size])
+                if not self._vcpu.mmio_write(gpa, data.to_bytes(8, "little")[:size], self._resume):
+                    return False
             else:
-                return self._vcpu.mmio_read(gpa, min(size, 8), self._answer)
+                return self._vcpu.mmio_read(gpa, size, self._answer)
         return self._vcpu.vendor.handle_exit() if ended == "vm" else True
+
+    def _resume(self) -> bool:
+        return self._run(resume=True)
 
     def _answer(self, data: bytes) -> bool:
         self._cpu.answer_mmio(int.from_bytes(data, "little"))

@@ -656,11 +656,15 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         msr.pad[:] = [0] * len(msr.pad)
         self._completion = lambda: done(None if msr.error else msr.data)
 
-    def mmio_write(self, gpa: int, data: bytes) -> bool:
-        """Write to where no memory is: the local APIC, the in-kernel bus, the coalesced ring, or user space."""
+    def mmio_write(self, gpa: int, data: bytes, done: Callable[[], bool]) -> bool:
+        """Write to where no memory is: the local APIC, the in-kernel bus, the coalesced ring, or user space.
+
+        False: *done* is called when user space comes back.
+        """
         if self.kvm.mmio_write(self, gpa, data):
             return True
         self._exit_mmio(gpa, data, True)
+        self._completion = done
         return False
 
     def mmio_read(self, gpa: int, size: int, done: Callable[[bytes], bool]) -> bool:
