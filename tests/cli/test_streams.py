@@ -104,6 +104,24 @@ def test_no_reboot(kernel: Path) -> None:
     assert (done.returncode, done.stdout) == (0, b"once\n")
 
 
+@pytest.mark.parametrize("board", ["pc", "q35"])
+def test_the_board_is_chosen(kernel: Path, board: str) -> None:
+    done = subprocess.run(
+        command("echo", kernel, "--machine", board), input=b"q", capture_output=True, timeout=LIMIT_S, check=False,
+        env=environment(),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, b"ready\nq")
+
+
+def test_an_unknown_board_is_bad_usage(kernel: Path) -> None:
+    line = command("echo", kernel, "--machine", "z80")
+    done = subprocess.run(
+        line, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT_S, check=False, env=environment()
+    )
+    assert done.returncode == 2
+    assert b"'z80'" in done.stderr
+
+
 def test_resets_go_on_until_the_timeout(kernel: Path) -> None:
     line = command("reset", kernel, "--timeout", "0.5")
     done = subprocess.run(

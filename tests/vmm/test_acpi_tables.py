@@ -12,11 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmonty.kvm.api import System
+from vmonty.vmm import boards
 from vmonty.vmm.boot import acpi
-from vmonty.vmm.hw import acpi_pm
+from vmonty.vmm.hw import acpi_ged, acpi_pm
+from vmonty.vmm.machine import Config
+
+from . import kernels
+from .fake_kvm import FakeKvm
+from .pci_driver import Latch
 
 BASE = 0xE_0000
-PLATFORM = acpi.Platform(cpus=3, pm_base=0x600, sci=9)
+PLATFORM = acpi.Platform(cpus=3, pm_base=0x600, sci=9, hpet=0xFED0_0000, hpet_id=0x8086_A201, ecam=0xB000_0000)
+REDUCED = acpi.Platform(cpus=2, ged=0xFEA0_0000, keyboard_controller=False, rtc=False)
 
 
 class Tables:
@@ -35,6 +43,7 @@ class Tables:
         for (address,) in struct.iter_unpack("<Q", self.add(xsdt)[36:]):
             self.add(address)
         self.add(struct.unpack_from("<Q", self.found["FACP"], 140)[0])
+        self.facs = struct.unpack_from("<I", self.found["FACP"], 36)[0]
 
     def bytes(self, address: int, size: int) -> bytes:
         at = address - self.base
@@ -58,7 +67,9 @@ def tables() -> Tables:
 
 
 def test_every_pointer_resolves(tables: Tables) -> None:
-    assert set(tables.found) == {"XSDT", "FACP", "APIC", "DSDT"}
+    assert set(tables.found) == {"XSDT", "FACP", "APIC", "DSDT", "HPET", "MCFG"}
+    assert tables.bytes(tables.facs, 8) == b"FACS" + struct.pack("<I", 64)
+    assert tables.facs % 64 == 0
     assert tables.rsdp == BASE
     assert len(tables.image) < 0x2_0000, "they end below 1 MiB"
 
@@ -84,7 +95,7 @@ def test_fadt(tables: Tables) -> None:
     flags = struct.unpack_from("<I", table, 112)[0]
     for flag in (acpi.FADT_WBINVD, acpi.FADT_TIMER_32_BITS, acpi.FADT_RESET_REGISTER):
         assert flags & flag
-    assert struct.unpack_from("<H", table, 109)[0] == acpi.BOOT_LEGACY_DEVICES
+    assert struct.unpack_from("<H", table, 109)[0] == acpi.BOOT_LEGACY_DEVICES | acpi.BOOT_8042 | acpi.BOOT_NO_VGA
 
 
 def test_fadt_addresses(tables: Tables) -> None:
@@ -143,17 +154,72 @@ def test_any_platform(cpus: int, pm_base: int, sci: int, page: int) -> None:
     assert struct.unpack_from("<I", tables.found["FACP"], 64)[0] == pm_base + acpi_pm.PM1_CONTROL
 
 
-@pytest.mark.parametrize("name", ["FACP", "APIC", "DSDT"])
-def test_the_reference_disassembler_takes_them(tables: Tables, name: str, tmp_path: Path) -> None:
+def test_hardware_reduced() -> None:
+    tables = Tables(REDUCED)
+    fadt = tables.found["FACP"]
+    assert tables.facs == 0
+    assert struct.unpack_from("<I", fadt, 112)[0] & acpi.FADT_HARDWARE_REDUCED
+    assert struct.unpack_from("<H", fadt, 109)[0] & acpi.BOOT_NO_RTC
+    assert fadt[56:96] == bytes(40), "no PM blocks"
+    addresses = [struct.unpack_from("<BBBBQ", fadt, offset) for offset in (116, 244, 256)]
+    assert [(space, address) for space, *_, address in addresses] == [
+        (acpi.SYSTEM_MEMORY, 0xFEA0_0000 + offset)
+        for offset in (acpi_ged.RESET, acpi_ged.SLEEP_CONTROL, acpi_ged.SLEEP_STATUS)
+    ]
+    madt = tables.found["APIC"]
+    assert struct.unpack_from("<I", madt, 40)[0] == 0, "no PIC"
+    assert not [entry for entry in entries(madt) if entry[0] == 2]
+
+
+def test_hpet_and_mcfg(tables: Tables) -> None:
+    identity, space, *_, address = struct.unpack_from("<IBBBBQ", tables.found["HPET"], 36)
+    assert (identity, space, address) == (0x8086_A201, acpi.SYSTEM_MEMORY, 0xFED0_0000)
+    assert struct.unpack_from("<QHBB", tables.found["MCFG"], 44) == (0xB000_0000, 0, 0, 255)
+
+
+def disassemble(table: bytes, folder: Path) -> str:
+    """The reference disassembler's text; it must have nothing to complain of."""
     if shutil.which("iasl") is None:
         pytest.skip("iasl is not on this host: apt-get install acpica-tools")
-    tmp_path.joinpath("table.aml").write_bytes(tables.found[name])
-    done = subprocess.run(
-        ["iasl", "-d", "table.aml"], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False
-    )
+    folder.joinpath("table.aml").write_bytes(table)
+    command = ["iasl", "-d", "table.aml"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stderr
-    text = tmp_path.joinpath("table.dsl").read_text()
+    text = folder.joinpath("table.dsl").read_text()
     for complaint in ("Error", "Invalid", "Incorrect", "Unknown", "**** "):
         assert complaint not in done.stdout + done.stderr + text, text
-    expected = {"FACP": "00000604", "APIC": "Local Apic Address : FEE00000", "DSDT": r"Name (\_S5, Package (0x04)"}
-    assert expected[name] in text
+    return text
+
+
+EXPECTED = {
+    "FACP": "00000604", "APIC": "Local Apic Address : FEE00000", "DSDT": r"Name (\_S5, Package (0x04)",
+    "HPET": "00000000FED00000", "MCFG": "00000000B0000000",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_reference_disassembler_takes_them(tables: Tables, name: str, tmp_path: Path) -> None:
+    assert EXPECTED[name] in disassemble(tables.found[name], tmp_path)
+
+
+def test_the_reference_disassembler_takes_a_hardware_reduced_fadt(tmp_path: Path) -> None:
+    assert "Hardware Reduced (V5) : 1" in disassemble(Tables(REDUCED).found["FACP"], tmp_path)
+
+
+# ---- the boards' own -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("board", boards.BOARDS)
+def test_a_boards_dsdt_compiles_again_without_a_warning(board: str, image: bytes, tmp_path: Path) -> None:
+    with System(FakeKvm()) as system:
+        machine = boards.create(system, Config(image, memory=kernels.MEMORY, cpus=2, machine=board), bytes)
+        with machine:
+            if board == "microvm":
+                for _ in range(2):
+                    machine.add_mmio_device(lambda slot: Latch())
+            platform = machine.platform()
+    disassemble(Tables(platform).found["DSDT"], tmp_path)
+    command = ["iasl", "table.dsl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "0 Errors, 0 Warnings" in done.stdout, done.stdout

@@ -11,7 +11,9 @@ import pytest
 
 from vmonty.base.errors import BootImageError, KvmError, UsageError
 from vmonty.kvm.api import System
-from vmonty.vmm.machine import COM1, I8042_DATA, MOST_VCPUS, PM_BASE, RTC, Config, Machine
+from vmonty.vmm import boards
+from vmonty.vmm.boards.pci_host import PM_BASE
+from vmonty.vmm.machine import MOST_VCPUS, Config
 from vmonty.vmm.outcome import Ending
 
 from . import kernels
@@ -52,7 +54,7 @@ def test_impossible_number_of_vcpus(image: bytes, cpus: int) -> None:
 def test_more_vcpus_than_this_kvm_takes(image: bytes) -> None:
     fake = FakeKvm(max_vcpus=8)
     with System(fake) as system, pytest.raises(UsageError, match="9 vCPUs: this KVM takes 1 to 8"):
-        Machine(system, config(image, cpus=9), bytes)
+        boards.create(system, config(image, cpus=9), bytes)
     assert not fake.files
 
 
@@ -65,7 +67,7 @@ def test_what_does_not_fit_is_told_before_a_kvm_is_opened(image: bytes) -> None:
 
 def test_as_many_vcpus_as_there_can_be(image: bytes) -> None:
     fake = FakeKvm()
-    with System(fake) as system, Machine(system, config(image, cpus=MOST_VCPUS), bytes) as machine:
+    with System(fake) as system, boards.create(system, config(image, cpus=MOST_VCPUS), bytes) as machine:
         assert [thread.vcpu.id for thread in machine.vcpus] == list(range(MOST_VCPUS))
     assert not fake.files
 
@@ -73,11 +75,25 @@ def test_as_many_vcpus_as_there_can_be(image: bytes) -> None:
 # ---- building ---------------------------------------------------------------------------------------------
 
 
-def test_what_stands_where(image: bytes) -> None:
-    with System(FakeKvm()) as system, Machine(system, config(image), bytes) as machine:
-        assert [(placed.name, placed.base) for placed in machine.ports.ranges()] == [
-            ("i8042", I8042_DATA), ("cmos", RTC), ("serial", COM1), ("acpi-pm", PM_BASE),
-        ]  # fmt: skip
+STANDS = {
+    "pc": [("i8042", 0x60), ("cmos", 0x70), ("serial", 0x3F8), ("acpi-pm", PM_BASE), ("pci-config", 0xCF8)],
+    "q35": [("i8042", 0x60), ("cmos", 0x70), ("serial", 0x3F8), ("acpi-pm", PM_BASE), ("pci-config", 0xCF8),
+            ("ecam", 0xB000_0000)],
+    "microvm": [("serial", 0x3F8), ("acpi-ged", 0xFEA0_0000)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("board", STANDS)
+def test_what_stands_where(image: bytes, board: str) -> None:
+    with System(FakeKvm()) as system, boards.create(system, config(image, machine=board), bytes) as machine:
+        machine.start()
+        placed = machine.ports.ranges() + machine.mmio.ranges()
+        assert [(one.name, one.base) for one in placed] == STANDS[board]
+
+
+def test_an_unknown_board(image: bytes) -> None:
+    with System(FakeKvm()) as system, pytest.raises(UsageError, match="unknown machine 'z80'; there are: pc, q35"):
+        boards.create(system, config(image, machine="z80"), bytes)
 
 
 REQUESTS = [
@@ -92,8 +108,9 @@ REQUESTS = [
 def test_a_kvm_that_refuses_leaves_nothing_open(image: bytes, request_: str) -> None:
     fake = FakeKvm(refuses={request_: errno.ENOMEM})
     with System(fake) as system:
-        with pytest.raises(KvmError, match=request_) as error:
-            Machine(system, config(image, cpus=2), bytes)
+        with pytest.raises(KvmError, match=request_) as error:  # noqa: SIM117
+            with boards.create(system, config(image, cpus=2), bytes) as machine:
+                machine.start()
         assert error.value.errno == errno.ENOMEM
         assert len(fake.files) == 1, "only the system file is open"
 
@@ -102,22 +119,23 @@ def test_every_request_of_a_build_is_in_the_list(image: bytes) -> None:
     fake = FakeKvm()
     with System(fake) as system:
         fake.calls.clear()
-        Machine(system, config(image), bytes).close()
-    assert set(fake.calls) == {*REQUESTS, "KVM_CHECK_EXTENSION"}
+        with boards.create(system, config(image), bytes) as machine:
+            machine.start()
+    assert set(fake.calls) - {"KVM_RUN"} == {*REQUESTS, "KVM_CHECK_EXTENSION"}
 
 
 # ---- running ------------------------------------------------------------------------------------------------
 
 
 def test_threads_have_names(image: bytes) -> None:
-    with System(FakeKvm()) as system, Machine(system, config(image, cpus=3), bytes) as machine:
+    with System(FakeKvm()) as system, boards.create(system, config(image, cpus=3), bytes) as machine:
         machine.start()
         names = {thread.name for thread in threading.enumerate()}
         assert {f"CPU {index}/KVM" for index in range(3)} <= names
 
 
 def test_stop_from_another_thread(image: bytes) -> None:
-    with System(FakeKvm()) as system, Machine(system, config(image, cpus=2), bytes) as machine:
+    with System(FakeKvm()) as system, boards.create(system, config(image, cpus=2), bytes) as machine:
         machine.start()
         assert machine.wait(0) is None
         threading.Thread(target=machine.stop, args=("enough",)).start()
@@ -130,7 +148,7 @@ def test_the_first_ending_counts(image: bytes) -> None:
     def guest(cpu: int) -> Guest:
         yield Out(0x64, 0xFE)
 
-    with System(FakeKvm(guest)) as system, Machine(system, config(image, cpus=4), bytes) as machine:
+    with System(FakeKvm(guest)) as system, boards.create(system, config(image, cpus=4), bytes) as machine:
         machine.start()
         outcome = machine.wait(LIMIT_S)
         machine.stop()
@@ -140,7 +158,7 @@ def test_the_first_ending_counts(image: bytes) -> None:
 
 
 def test_stopped_before_it_started(image: bytes) -> None:
-    with System(FakeKvm()) as system, Machine(system, config(image), bytes) as machine:
+    with System(FakeKvm()) as system, boards.create(system, config(image), bytes) as machine:
         machine.stop()
         machine.start()
         assert machine.wait(LIMIT_S) is not None
@@ -149,7 +167,7 @@ def test_stopped_before_it_started(image: bytes) -> None:
 def test_close_ends_a_run_and_may_be_repeated(image: bytes) -> None:
     fake = FakeKvm()
     with System(fake) as system:
-        machine = Machine(system, config(image, cpus=2), bytes)
+        machine = boards.create(system, config(image, cpus=2), bytes)
         machine.start()
         machine.close()
         machine.close()
@@ -166,7 +184,7 @@ def test_input_that_comes_too_late_is_no_error(image: bytes) -> None:
         yield Wait()
 
     with System(FakeKvm(guest)) as system:
-        with Machine(system, config(image), bytes) as machine:
+        with boards.create(system, config(image), bytes) as machine:
             machine.start()
             assert reached.wait(LIMIT_S)
         machine.serial.receive(b"late")
@@ -183,7 +201,7 @@ def test_the_power_button_reaches_the_guest(image: bytes) -> None:
         lines.append((yield Wait()))
         yield Out(PM_BASE + 4, 5 << 10 | 1 << 13, 2)
 
-    with System(FakeKvm(guest)) as system, Machine(system, config(image), bytes) as machine:
+    with System(FakeKvm(guest)) as system, boards.create(system, config(image), bytes) as machine:
         machine.start()
         assert ready.wait(LIMIT_S)
         machine.acpi_pm.press_power_button()
@@ -200,6 +218,6 @@ def test_memory_goes_with_the_machine(image: bytes) -> None:
     before = guest_rams()
     with System(FakeKvm()) as system:
         for _ in range(3):
-            Machine(system, config(image), bytes).close()
+            boards.create(system, config(image), bytes).close()
             gc.collect()
             assert guest_rams() == before

@@ -7,7 +7,8 @@ import threading
 import pytest
 
 from vmonty.kvm.api import System
-from vmonty.vmm.machine import Config, Machine
+from vmonty.vmm import boards
+from vmonty.vmm.machine import Config
 from vmonty.vmm.outcome import Ending, Outcome
 
 from . import kernels
@@ -16,7 +17,7 @@ from .conftest import LIMIT_S, Screen
 
 def run(system: System, screen: Screen, source: str, **changes: object) -> Outcome:
     made = Config(kernels.kernel(source), memory=kernels.MEMORY, **changes)  # type: ignore[arg-type]
-    with Machine(system, made, screen.write) as machine:
+    with boards.create(system, made, screen.write) as machine:
         machine.start()
         outcome = machine.wait(LIMIT_S)
     assert outcome is not None, f"it did not end; it printed {bytes(screen.text)!r}"
@@ -51,7 +52,7 @@ def test_triple_fault_shows_the_registers(system: System, screen: Screen) -> Non
 @pytest.mark.parametrize(("source", "says"), [(kernels.HALT, b"halting\n"), (kernels.SPIN, b"spinning\n")])
 def test_stop_from_another_thread(system: System, screen: Screen, source: str, says: bytes) -> None:
     made = Config(kernels.kernel(source), memory=kernels.MEMORY, cpus=2)
-    with Machine(system, made, screen.write) as machine:
+    with boards.create(system, made, screen.write) as machine:
         machine.start()
         screen.wait_for(says)
         threading.Thread(target=machine.stop).start()
@@ -61,7 +62,7 @@ def test_stop_from_another_thread(system: System, screen: Screen, source: str, s
 
 
 def test_echo(system: System, screen: Screen) -> None:
-    with Machine(system, Config(kernels.kernel(kernels.ECHO), memory=kernels.MEMORY), screen.write) as machine:
+    with boards.create(system, Config(kernels.kernel(kernels.ECHO), memory=kernels.MEMORY), screen.write) as machine:
         machine.serial.receive(b"early, ")
         machine.start()
         screen.wait_for(b"ready\nearly, ")

@@ -11,6 +11,7 @@ import pytest
 from vmonty.kvm.api import System
 from vmonty.kvm.uapi import Exit
 from vmonty.kvm.uapi.flags import KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
+from vmonty.vmm import boards
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.outcome import Ending, Outcome
 from vmonty.vmm.vcpu import FEATURE_HYPERVISOR, FEATURE_TSC_DEADLINE, cpuid_for
@@ -28,7 +29,7 @@ def run(
 ) -> tuple[Outcome, FakeKvm]:
     """Play *guest* on each vCPU of a machine of one; return how it ended."""
     fake = FakeKvm(guest)
-    with System(fake) as system, Machine(system, Config(image, memory=kernels.MEMORY), console) as machine:
+    with System(fake) as system, boards.create(system, Config(image, memory=kernels.MEMORY), console) as machine:
         machine.start()
         outcome = machine.wait(LIMIT_S)
     assert outcome is not None, "the machine did not end"
@@ -181,7 +182,7 @@ def test_input_wakes_a_halted_guest(image: bytes) -> None:
 
     machines: list[Machine] = []
     fake = FakeKvm(guest)
-    with System(fake) as system, Machine(system, Config(image, memory=kernels.MEMORY), bytes) as machine:
+    with System(fake) as system, boards.create(system, Config(image, memory=kernels.MEMORY), bytes) as machine:
         machines.append(machine)
         machine.start()
         assert machine.wait(LIMIT_S) is not None

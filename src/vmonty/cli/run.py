@@ -15,7 +15,7 @@ from vmonty.cli.progress import terminal_progress
 from vmonty.cli.sizes import Size
 from vmonty.cli.terminal import MOST_BACKLOG, Console
 from vmonty.guests import busybox
-from vmonty.vmm import accel
+from vmonty.vmm import accel, boards
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.outcome import Ending, Outcome
@@ -51,6 +51,9 @@ def read_image(path: Path, what: str) -> bytes:
     "--accel", "accelerator", default="auto", show_default=True,
     help="What runs the vCPUs: kvm, soft, auto, or several in order, such as kvm:soft.",
 )  # fmt: skip
+@click.option(
+    "--machine", "board", type=click.Choice(list(boards.BOARDS)), default="pc", show_default=True, help="The board."
+)
 @click.option("--no-reboot", is_flag=True, help="End when the guest reboots.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="End after this time, with status 124.")
 def run(
@@ -61,6 +64,7 @@ def run(
     memory: int,
     cpus: int,
     accelerator: str,
+    board: str,
     no_reboot: bool,
     timeout: float | None,
 ) -> int:
@@ -84,11 +88,11 @@ def run(
     if kernel is not None:
         image, disk = read_image(kernel, "kernel"), read_image(initrd, "initrd") if initrd else None
         line = command_line if command_line is not None else "console=ttyS0"
-        config = Config(image, disk, line, memory, cpus)
+        config = Config(image, disk, line, memory, cpus, board)
     choice = accel.choose(accelerator)
     with choice.system:
         if config is None:
-            config = default_guest(command_line, memory, cpus)
+            config = default_guest(command_line, memory, cpus, board)
         session = Session(choice, config, no_reboot)
         outcome = session.run(timeout)
     if session.failure is not None:
@@ -101,12 +105,12 @@ def run(
     return session.status if session.status is not None else STATUS[outcome.ending]
 
 
-def default_guest(command_line: str | None, memory: int, cpus: int) -> Config:
+def default_guest(command_line: str | None, memory: int, cpus: int, board: str) -> Config:
     """The busybox guest, fetched and built when it is not in the cache."""
     with terminal_progress() as progress:
         guest = busybox.build(progress=progress)
     line = command_line if command_line is not None else "console=ttyS0 quiet cryptomgr.notests=1"
-    return Config(read_image(guest.kernel, "kernel"), read_image(guest.initrd, "initrd"), line, memory, cpus)
+    return Config(read_image(guest.kernel, "kernel"), read_image(guest.initrd, "initrd"), line, memory, cpus, board)
 
 
 class Session:
@@ -149,7 +153,7 @@ class Session:
 
         console = Console(self._receive, self.stop, self._backlog)
         # Built before the terminal changes: what it refuses is told on a terminal in order.
-        self._machine = Machine(self._choice.system, self._config, console.write)
+        self._machine = boards.create(self._choice.system, self._config, console.write)
         click.echo(f"vmonty: {self._choice.reason}", err=True)
         previous = {
             number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -191,4 +195,4 @@ class Session:
             self._machine = None
             del machine
             gc.collect()
-            self._machine = Machine(self._choice.system, self._config, console.write)
+            self._machine = boards.create(self._choice.system, self._config, console.write)

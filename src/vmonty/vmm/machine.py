@@ -1,35 +1,30 @@
-"""A minimal PC: RAM, in-kernel interrupt chips and PIT, a serial console, clock, keyboard controller, ACPI power.
+"""What all machines are: a VM with its RAM, buses, interrupt chips and vCPUs, and how its run ends.
 
-The whole build order is in ``Machine.__init__``; devices do not know where they stand.
+A board (``vmonty.vmm.boards``) is a subclass that says in ``build`` what stands where.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import ClassVar, Self
 
 from vmonty.base.errors import HandleClosed, UsageError
-from vmonty.kvm.api import System, Vcpu, Vm
+from vmonty.kvm.api import System, Vcpu
 from vmonty.kvm.uapi import Cap, flags
 from vmonty.kvm.uapi.irq import kvm_irq_routing_entry
 from vmonty.vmm.boot import acpi, linux
-from vmonty.vmm.bus import Bus
-from vmonty.vmm.hw.acpi_pm import SIZE as PM_SIZE
-from vmonty.vmm.hw.acpi_pm import AcpiPm
-from vmonty.vmm.hw.cmos import Cmos
-from vmonty.vmm.hw.i8042 import I8042
+from vmonty.vmm.bus import Bus, BusDevice
+from vmonty.vmm.hw.pci import PciDevice
 from vmonty.vmm.hw.serial import Serial
+from vmonty.vmm.irq import InterruptLines, Line
 from vmonty.vmm.memory import LOW_RAM_LIMIT, GuestMemory, check_size
 from vmonty.vmm.outcome import Ending, Outcome
 from vmonty.vmm.vcpu import VcpuThread, cpuid_for
-
-COM1, COM1_IRQ = 0x3F8, 4
-I8042_DATA = 0x60
-RTC = 0x70
-PM_BASE, SCI_IRQ = 0x600, 9
 
 # An xAPIC's ID is a byte, and 0xFF is everybody.
 MOST_VCPUS = 255
@@ -60,14 +55,28 @@ def pc_routing() -> list[kvm_irq_routing_entry]:
 
 
 @dataclass(frozen=True)
+class MmioSlot:
+    """A place for one virtio-mmio device: where its registers stand, and its interrupt line (level-triggered)."""
+
+    base: int
+    size: int
+    gsi: int
+    line: Line
+
+
+@dataclass(frozen=True)
 class Config:
-    """What a machine is made of; sizes in bytes. Raises UsageError and its kin for what no machine can have."""
+    """What a machine is made of; sizes in bytes. Raises UsageError and its kin for what no machine can have.
+
+    *machine* is a board's name, with properties as ``boards.create`` takes them.
+    """
 
     kernel: bytes
     initrd: bytes | None = None
     command_line: str = "console=ttyS0"
     memory: int = 512 << 20
     cpus: int = 1
+    machine: str = "pc"
 
     def __post_init__(self) -> None:
         check_size(self.memory)
@@ -76,54 +85,93 @@ class Config:
         linux.place(self.kernel, self.initrd, self.command_line, min(self.memory, LOW_RAM_LIMIT))
 
 
-class Machine:
-    """A virtual machine on *system*, ready to start. Use it with ``with``.
+class Machine(ABC):
+    """A virtual machine on *system*. Add devices, then start it; use it with ``with``.
 
     *console* takes the serial output, on a vCPU's thread. Raises UsageError and its kin for a bad
     configuration, KvmError when KVM refuses something.
     """
 
+    name: ClassVar[str]
+    low_ram_limit: ClassVar[int] = LOW_RAM_LIMIT
+    pit: ClassVar[bool] = True
+    serial: Serial
+
     def __init__(self, system: System, config: Config, console: Callable[[bytes], None]) -> None:
         limit = system.check_extension(Cap.MAX_VCPUS) or system.check_extension(Cap.NR_VCPUS)
         if config.cpus > limit:
             raise UsageError(f"{config.cpus} vCPUs: this KVM takes 1 to {limit}")
-        self.memory = GuestMemory(config.memory)
-        platform = acpi.Platform(cpus=config.cpus, pm_base=PM_BASE, sci=SCI_IRQ)
-        entry = linux.load(self.memory, config.kernel, config.initrd, config.command_line, platform)
-
+        self.config = config
+        self.console = console
+        self.memory = GuestMemory(config.memory, self.low_ram_limit)
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._outcome_lock = threading.Lock()
         self.vcpus: list[VcpuThread] = []
         self.vm = system.create_vm()
         try:
-            self._create_chips(self.vm)
+            self._create_chips()
             self.memory.attach(self.vm)
             self.ports = Bus("the port space", 0x1_0000)
             self.mmio = Bus("the memory space", 1 << 52)
-            self.serial = Serial(self._line(COM1_IRQ), console)
-            self.acpi_pm = AcpiPm(self._power_off, self._line(SCI_IRQ))
-            self.ports.place(COM1, 8, self.serial, "serial")
-            self.ports.place(I8042_DATA, 5, I8042(self._reset), "i8042")
-            self.ports.place(RTC, 2, Cmos(), "cmos")
-            self.ports.place(PM_BASE, PM_SIZE, self.acpi_pm, "acpi-pm")
+            self.lines = InterruptLines(self.vm)
+            self.build()
             for index in range(config.cpus):
                 vcpu = self._create_vcpu(system, index)
                 self.vcpus.append(VcpuThread(vcpu, self.ports, self.mmio, self._end))
-            linux.enter(self.vcpus[0].vcpu, entry)
         except BaseException:
             self.close()
             raise
 
-    @staticmethod
-    def _create_chips(vm: Vm) -> None:
+    # ---- what a board says -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build(self) -> None:
+        """Place every chip: the board's build order."""
+
+    @abstractmethod
+    def platform(self) -> acpi.Platform:
+        """What the ACPI tables tell of this board and the devices on it."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Do to the chips what firmware would have done before a kernel starts."""
+
+    @abstractmethod
+    def press_power_button(self) -> None:
+        """Ask the guest to shut down. From any thread."""
+
+    def add_device(self, device: PciDevice, slot: int | None = None) -> int:
+        """Plug *device* into a PCI slot, the first free one unless *slot* is given; returns the slot.
+
+        Before start(). Raises UsageError when the slot is taken, or the board has no PCI.
+        """
+        raise UsageError(f"{device.name}: a {self.name} has no PCI; choose the virtio-mmio form of the device")
+
+    def add_mmio_device(self, make: Callable[[MmioSlot], BusDevice]) -> BusDevice:
+        """Let *make* build a device for the next free virtio-mmio slot, and place it; returns the device.
+
+        Before start(). Raises UsageError when all slots are taken, or the board has none.
+        """
+        raise UsageError(f"a {self.name} has no virtio-mmio slots; choose the PCI form of the device")
+
+    # ---- building ---------------------------------------------------------------------------------------------
+
+    def _create_chips(self) -> None:
+        vm = self.vm
         vm.set_identity_map_addr(IDENTITY_MAP_ADDRESS)
         vm.set_tss_addr(TSS_ADDRESS)
         vm.create_irqchip()
         # As a PC wires them: the PIT's line, GSI 0, is pin 2 of the I/O APIC.
         vm.set_gsi_routing(pc_routing())
-        # Without port 0x61 in KVM a guest that calibrates by the PIT exits for each poll.
-        vm.create_pit2(flags.KVM_PIT_SPEAKER_DUMMY)
+        if self.pit:
+            # Without port 0x61 in KVM a guest that calibrates by the PIT exits for each poll.
+            vm.create_pit2(flags.KVM_PIT_SPEAKER_DUMMY)
+
+    def send_msi(self, address: int, data: int) -> None:
+        """Deliver a message-signalled interrupt. From any thread."""
+        with contextlib.suppress(HandleClosed):
+            self.vm.signal_msi(address, data)
 
     def _create_vcpu(self, system: System, index: int) -> Vcpu:
         vcpu = self.vm.create_vcpu(index)
@@ -145,19 +193,20 @@ class Machine:
             registers[offset : offset + 4] = mode.to_bytes(4, "little")
         vcpu.set_lapic(lapic)
 
-    def _line(self, gsi: int) -> Callable[[int], None]:
-        def drive(level: int) -> None:
-            # Input may still arrive while the machine is being closed.
-            with contextlib.suppress(HandleClosed):
-                self.vm.irq_line(gsi, level)
-
-        return drive
-
-    def _power_off(self) -> None:
+    def power_off(self) -> None:
+        """The guest powered off. From any thread."""
         self._end(Outcome(Ending.POWER_OFF, "the guest powered off"))
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """The guest asked for a reset. From any thread."""
         self._end(Outcome(Ending.RESET, "the guest asked for a reset"))
+
+    def _boot(self) -> None:
+        """Do what firmware would do, and enter the kernel."""
+        self.prepare()
+        config = self.config
+        entry = linux.load(self.memory, config.kernel, config.initrd, config.command_line, self.platform())
+        linux.enter(self.vcpus[0].vcpu, entry)
 
     def _end(self, outcome: Outcome) -> None:
         with self._outcome_lock:
@@ -169,7 +218,8 @@ class Machine:
         self._done.set()
 
     def start(self) -> None:
-        """Start all vCPUs."""
+        """Load what is booted, and start all vCPUs. Call it once. Raises BootImageError, KvmError."""
+        self._boot()
         for thread in self.vcpus:
             thread.start()
 
@@ -189,7 +239,7 @@ class Machine:
             thread.vcpu.close()
         self.vm.close()
 
-    def __enter__(self) -> Machine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

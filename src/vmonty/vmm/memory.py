@@ -41,15 +41,16 @@ def check_size(size: int) -> None:
 class GuestMemory:
     """The RAM of a machine, addressed by guest-physical address.
 
-    Raises UsageError for a size of 0, one that is no multiple of 4 KiB, or more than the host has.
+    At most *low_limit* bytes lie below 4 GiB, the rest above. Raises UsageError for a size of 0, one that is no
+    multiple of 4 KiB, or more than the host has.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, low_limit: int = LOW_RAM_LIMIT) -> None:
         check_size(size)
         self.size = size
         self.ram = Ram(size)
         self._provider: Provider | None = None
-        low = min(size, LOW_RAM_LIMIT)
+        low = min(size, low_limit)
         self.blocks = [Block(0, low, 0)]
         if size > low:
             self.blocks.append(Block(HIGH_RAM_BASE, size - low, low))

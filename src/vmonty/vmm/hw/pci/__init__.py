@@ -3,6 +3,7 @@
 Source: PCI Local Bus Specification 3.0; PCI Express Base Specification 3.0.
 """
 
+from vmonty.vmm.hw.pci.bridge import PciBridge, PcieRootPort
 from vmonty.vmm.hw.pci.bus import PciBus
 from vmonty.vmm.hw.pci.config import ConfigSpace
 from vmonty.vmm.hw.pci.decode import Decoder, Space, Window
@@ -17,8 +18,10 @@ __all__ = [
     "Decoder",
     "Ecam",
     "Msix",
+    "PciBridge",
     "PciBus",
     "PciDevice",
+    "PcieRootPort",
     "Slot",
     "Space",
     "Window",

@@ -6,17 +6,21 @@ import threading
 from collections.abc import Callable
 
 from vmonty.base.errors import UsageError
-from vmonty.vmm.hw.pci.decode import Decoder
+from vmonty.vmm.hw.pci.decode import Decoding
 from vmonty.vmm.hw.pci.device import PciDevice, Slot
 
 SLOTS, FUNCTIONS = 32, 8
 
 
 class PciBus:
-    """32 slots of 8 functions. *intx* is called with (slot, pin, level); *send_msi* with (address, data)."""
+    """32 slots of 8 functions.
+
+    *intx* is called with (slot, pin, level) when a pin of a slot changes, which all functions of the slot share;
+    *send_msi* with (address, data).
+    """
 
     def __init__(
-        self, name: str, decoder: Decoder, intx: Callable[[int, int, int], None], send_msi: Callable[[int, int], None]
+        self, name: str, decoder: Decoding, intx: Callable[[int, int, int], None], send_msi: Callable[[int, int], None]
     ) -> None:
         self.name = name
         self.decoder = decoder
@@ -25,6 +29,8 @@ class PciBus:
         self._functions: dict[tuple[int, int], PciDevice] = {}
         # Guests serialise configuration accesses; a hostile one that does not must find whole registers.
         self.lock = threading.RLock()
+        self._pin_lock = threading.Lock()
+        self._pins: dict[tuple[int, int], set[tuple[int, int]]] = {}
 
     def add(self, device: PciDevice, slot: int | None = None, function: int = 0) -> int:
         """Plug *device* into *slot*, or the first free one; returns the slot. Raises UsageError when it is taken."""
@@ -41,10 +47,21 @@ class PciBus:
             where = slot
 
             def intx(pin: int, level: int) -> None:
-                self._intx(where, pin, level)
+                self._drive(where, pin, (function, -1), level)
 
-            device.attach(Slot(self.decoder, intx, self._send_msi))
+            def forward(pin: int, source: int, level: int) -> None:
+                self._drive(where, pin, (function, source), level)
+
+            device.attach(Slot(self.decoder, intx, forward, self._send_msi))
             return slot
+
+    def _drive(self, slot: int, pin: int, source: tuple[int, int], level: int) -> None:
+        with self._pin_lock:
+            raised = self._pins.setdefault((slot, pin), set())
+            before = bool(raised)
+            (raised.add if level else raised.discard)(source)
+            if bool(raised) != before:
+                self._intx(slot, pin, int(bool(raised)))
 
     def remove(self, device: PciDevice) -> None:
         """Unplug *device*. Raises UsageError when it is not here."""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from vmonty.base.errors import UsageError
 from vmonty.vmm.bus import Bus, BusDevice, Range
@@ -33,6 +34,14 @@ class Window:
     moved: Callable[[int | None], None] | None = None
     base: int | None = field(default=None, init=False)  # what the guest wants; None: decodes nothing
     placed: Range | None = field(default=None, init=False)
+
+
+class Decoding(Protocol):
+    """Where windows go: the machine's buses, or a bridge on the way to them."""
+
+    def move(self, window: Window, base: int | None) -> None:
+        """Let *window* decode from *base* on; None switches it off."""
+        ...
 
 
 class Decoder:

@@ -13,7 +13,7 @@ from vmonty.vmm.bus import Bus, BusDevice
 from vmonty.vmm.hw.pci import config as cfg
 from vmonty.vmm.hw.pci import msix as msix_module
 from vmonty.vmm.hw.pci.config import ConfigSpace
-from vmonty.vmm.hw.pci.decode import Decoder, Space, Window
+from vmonty.vmm.hw.pci.decode import Decoding, Space, Window
 from vmonty.vmm.hw.pci.msix import Msix
 
 BAR_IO, BAR_64_BITS, BAR_PREFETCHABLE = 1, 4, 8
@@ -24,10 +24,14 @@ FIRST_EXTENDED = 0x100
 
 @dataclass(frozen=True)
 class Slot:
-    """What a bus gives a function: its address decoder, interrupt pins (pin 0 is INTA#, level) and message bus."""
+    """What a bus gives a function: its address decoder, interrupt pins (pin 0 is INTA#, level) and message bus.
 
-    decoder: Decoder
+    ``forward_intx`` is for bridges: (pin, source, level), where each pin is raised while any of its sources is.
+    """
+
+    decoder: Decoding
     intx: Callable[[int, int], None]
+    forward_intx: Callable[[int, int, int], None]
     send_msi: Callable[[int, int], None]
 
 

@@ -1,0 +1,63 @@
+"""What ``pc`` and ``q35`` share: a PCI root bus with its windows."""
+
+from __future__ import annotations
+
+from vmonty.vmm.boot import pci_setup
+from vmonty.vmm.boot.dsdt import Window
+from vmonty.vmm.bus import BusDevice
+from vmonty.vmm.hw.acpi_pm import AcpiPm
+from vmonty.vmm.hw.pci import ConfigPorts, Decoder, PciBus, PciDevice
+from vmonty.vmm.machine import Machine
+
+CONFIG_PORTS = 0xCF8
+PM_BASE, SCI_IRQ = 0x600, 9
+# Above RAM's low part and below the I/O APIC; the other one above all RAM.
+LOW_WINDOW = Window(0xC000_0000, 0xFEBF_FFFF)
+HIGH_WINDOW_SIZE, HIGH_WINDOW_UNIT = 32 << 30, 32 << 30
+
+
+class PciMachine(Machine):
+    """A machine with a PCI root bus ``pci``, which the board makes in ``build``."""
+
+    pci: PciBus
+    acpi_pm: AcpiPm
+
+    def add_device(self, device: PciDevice, slot: int | None = None) -> int:
+        """Plug *device* in; see Machine.add_device."""
+        return self.pci.add(device, slot)
+
+    def press_power_button(self) -> None:
+        """The fixed power button of ACPI."""
+        self.acpi_pm.press_power_button()
+
+    def _add_root_bus(self) -> PciBus:
+        self.pci = PciBus("pci.0", Decoder(self.ports, self.mmio), self._intx, self.send_msi)
+        self.ports.place(CONFIG_PORTS, 8, ConfigPorts(self.pci, self.reset), "pci-config")
+        return self.pci
+
+    def _intx(self, slot: int, pin: int, level: int) -> None:
+        """A pin of a slot on the root bus changed; the board's south bridge routes it."""
+        raise NotImplementedError
+
+    def _pm_registers(self) -> BusDevice:
+        self.acpi_pm = AcpiPm(self.power_off, self.lines.source(SCI_IRQ))
+        return self.acpi_pm
+
+    @property
+    def high_window(self) -> Window:
+        """Where 64-bit BARs go: 32 GiB, aligned so, above RAM."""
+        end = max(block.base + block.size for block in self.memory.blocks)
+        first = max(1, -(-end // HIGH_WINDOW_UNIT)) * HIGH_WINDOW_UNIT
+        return Window(first, first + HIGH_WINDOW_SIZE - 1)
+
+    @property
+    def windows(self) -> list[Window]:
+        """All memory that the root passes on."""
+        return [LOW_WINDOW, self.high_window]
+
+    def _assign_addresses(self) -> None:
+        pci_setup.assign(self.pci, LOW_WINDOW, self.high_window, self._interrupt_line)
+
+    def _interrupt_line(self, slot: int, pin: int) -> int:
+        """The ISA interrupt or GSI of a slot's pin, as firmware notes it."""
+        raise NotImplementedError
