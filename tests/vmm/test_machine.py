@@ -75,12 +75,15 @@ def test_as_many_vcpus_as_there_can_be(image: bytes) -> None:
 # ---- building ---------------------------------------------------------------------------------------------
 
 
+LEGACY = [
+    ("i8042-data", 0x60), ("i8042-command", 0x64), ("cmos", 0x70), ("post", 0x80), ("port92", 0x92), ("serial", 0x3F8),
+    ("acpi-pm", PM_BASE), ("pci-config", 0xCF8),
+]  # fmt: skip
 STANDS = {
-    "pc": [("i8042", 0x60), ("cmos", 0x70), ("serial", 0x3F8), ("acpi-pm", PM_BASE), ("pci-config", 0xCF8)],
-    "q35": [("i8042", 0x60), ("cmos", 0x70), ("serial", 0x3F8), ("acpi-pm", PM_BASE), ("pci-config", 0xCF8),
-            ("ecam", 0xB000_0000)],
+    "pc": LEGACY,
+    "q35": [*LEGACY, ("ecam", 0xB000_0000)],
     "microvm": [("serial", 0x3F8), ("acpi-ged", 0xFEA0_0000)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("board", STANDS)

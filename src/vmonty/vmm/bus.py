@@ -25,6 +25,22 @@ class BusDevice(Protocol):
         ...
 
 
+class Part:
+    """The part of *device* that starts at *offset*: for devices whose registers do not stand side by side."""
+
+    def __init__(self, device: BusDevice, offset: int) -> None:
+        self._device = device
+        self._offset = offset
+
+    def read(self, offset: int, size: int) -> int:
+        """As the device's, further on."""
+        return self._device.read(self._offset + offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """As the device's, further on."""
+        self._device.write(self._offset + offset, size, value)
+
+
 @dataclass(frozen=True, order=True)
 class Range:
     """Where a device stands: *size* addresses from *base*."""

@@ -19,6 +19,7 @@ from vmonty.kvm.uapi import Cap, flags
 from vmonty.kvm.uapi.irq import kvm_irq_routing_entry
 from vmonty.vmm.boot import acpi, linux
 from vmonty.vmm.bus import Bus, BusDevice
+from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.hw.pci import PciDevice
 from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.irq import InterruptLines, Line
@@ -88,8 +89,8 @@ class Config:
 class Machine(ABC):
     """A virtual machine on *system*. Add devices, then start it; use it with ``with``.
 
-    *console* takes the serial output, on a vCPU's thread. Raises UsageError and its kin for a bad
-    configuration, KvmError when KVM refuses something.
+    *console* takes the serial output, on a vCPU's thread; devices do their work on ``loop``, the event loop's
+    thread. Raises UsageError and its kin for a bad configuration, KvmError when KVM refuses something.
     """
 
     name: ClassVar[str]
@@ -108,6 +109,7 @@ class Machine(ABC):
         self._outcome: Outcome | None = None
         self._outcome_lock = threading.Lock()
         self.vcpus: list[VcpuThread] = []
+        self.loop = EventLoop("io")
         self.vm = system.create_vm()
         try:
             self._create_chips()
@@ -220,6 +222,7 @@ class Machine(ABC):
     def start(self) -> None:
         """Load what is booted, and start all vCPUs. Call it once. Raises BootImageError, KvmError."""
         self._boot()
+        self.loop.start()
         for thread in self.vcpus:
             thread.start()
 
@@ -237,6 +240,7 @@ class Machine(ABC):
         for thread in self.vcpus:
             thread.join()
             thread.vcpu.close()
+        self.loop.stop()
         self.vm.close()
 
     def __enter__(self) -> Self:

@@ -2,25 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vmonty.vmm.boot import aml, dsdt
+from vmonty.vmm.bus import Part
+from vmonty.vmm.hw import i8042
 from vmonty.vmm.hw.cmos import Cmos
+from vmonty.vmm.hw.debug_ports import PostPort
 from vmonty.vmm.hw.i8042 import I8042
+from vmonty.vmm.hw.port92 import Port92
+from vmonty.vmm.hw.ps2 import Ps2Keyboard, Ps2Mouse
 from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.machine import Machine
 
 COM_PORTS = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
 I8042_DATA, KEYBOARD_IRQ, MOUSE_IRQ = 0x60, 1, 12
 RTC, RTC_IRQ = 0x70, 8
+POST, FAST_A20 = 0x80, 0x92
+CMOS_PROCESSORS = 0x5F
+
+# What firmware leaves in the command byte: interrupts on, scan codes translated.
+COMMAND_BYTE = i8042.INTERRUPT_KEYBOARD | i8042.SYSTEM_FLAG | i8042.TRANSLATE
 
 
-def add_legacy_devices(machine: Machine) -> None:
-    """Place them: COM1 as the console, clock, keyboard controller."""
+@dataclass(frozen=True)
+class LegacyDevices:
+    """What was placed."""
+
+    serial: Serial
+    keyboard: Ps2Keyboard
+    mouse: Ps2Mouse
+    controller: I8042
+    cmos: Cmos
+    post: PostPort
+
+
+def add_legacy_devices(machine: Machine) -> LegacyDevices:
+    """Place them: COM1 as the console, clock with the memory's size, keyboard and mouse, A20 and POST ports."""
     ports, lines = machine.ports, machine.lines
     base, irq = COM_PORTS[0]
-    machine.serial = Serial(lines.source(irq), machine.console)
-    ports.place(base, 8, machine.serial, "serial")
-    ports.place(I8042_DATA, 5, I8042(machine.reset), "i8042")
-    ports.place(RTC, 2, Cmos(), "cmos")
+    serial = Serial(lines.source(irq), machine.console)
+    ports.place(base, 8, serial, "serial")
+    keyboard, mouse, post = Ps2Keyboard(), Ps2Mouse(), PostPort()
+    controller = I8042(
+        machine.reset, keyboard, mouse, keyboard_irq=lines.source(KEYBOARD_IRQ), mouse_irq=lines.source(MOUSE_IRQ)
+    )
+    ports.place(I8042_DATA, 1, Part(controller, 0), "i8042-data")
+    ports.place(I8042_DATA + 4, 1, Part(controller, 4), "i8042-command")
+    cmos = Cmos(irq=lines.source(RTC_IRQ), call_later=machine.loop.call_later)
+    memory = machine.memory
+    cmos.store_memory_size(memory.low_end, memory.size - memory.low_end)
+    cmos.store(CMOS_PROCESSORS, bytes((machine.config.cpus - 1,)))
+    ports.place(RTC, 2, cmos, "cmos")
+    ports.place(POST, 1, post, "post")
+    ports.place(FAST_A20, 1, Port92(machine.reset), "port92")
+    return LegacyDevices(serial, keyboard, mouse, controller, cmos, post)
+
+
+def prepare_legacy_devices(devices: LegacyDevices) -> None:
+    """What firmware does to them."""
+    devices.controller.write(4, 1, i8042.WRITE_COMMAND_BYTE)
+    devices.controller.write(0, 1, COMMAND_BYTE)
 
 
 def describe_legacy_devices() -> bytes:

@@ -7,7 +7,7 @@ slot 1.3   PIIX4: power management at port 0x600, SCI on IRQ 9
 
 from __future__ import annotations
 
-from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices
+from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices, prepare_legacy_devices
 from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine
 from vmonty.vmm.boot import acpi, dsdt
 from vmonty.vmm.hw import piix4_pm
@@ -35,7 +35,8 @@ class Pc(PciMachine):
         bus.add(I440fx(), slot=0)
         bus.add(self.piix3, slot=SOUTH_BRIDGE_SLOT)
         bus.add(self.piix4_pm, slot=SOUTH_BRIDGE_SLOT, function=3)
-        add_legacy_devices(self)
+        self.legacy = add_legacy_devices(self)
+        self.serial = self.legacy.serial
 
     def _intx(self, slot: int, pin: int, level: int) -> None:
         self.piix3.intx(slot, pin, level)
@@ -49,6 +50,7 @@ class Pc(PciMachine):
             self.piix3.config_write(PIRQ_ROUTES + pirq, 1, irq)
         self.piix4_pm.config_write(piix4_pm.PM_BASE, 4, PM_BASE | 1)
         self.piix4_pm.config_write(piix4_pm.PM_MISC, 1, piix4_pm.PM_IO_ENABLE)
+        prepare_legacy_devices(self.legacy)
         self._assign_addresses()
 
     def platform(self) -> acpi.Platform:

@@ -6,7 +6,7 @@ slot 31.0   ICH9 LPC bridge: power management at port 0x600, PIRQA to PIRQH on G
 
 from __future__ import annotations
 
-from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices
+from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices, prepare_legacy_devices
 from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine
 from vmonty.vmm.boot import acpi, aml, dsdt
 from vmonty.vmm.hw import ich9_lpc, q35_mch
@@ -41,7 +41,8 @@ class Q35(PciMachine):
         )
         bus.add(self.mch, slot=0)
         bus.add(self.lpc, slot=LPC_SLOT)
-        add_legacy_devices(self)
+        self.legacy = add_legacy_devices(self)
+        self.serial = self.legacy.serial
 
     def _intx(self, slot: int, pin: int, level: int) -> None:
         self.lpc.intx(slot, pin, level)
@@ -55,6 +56,7 @@ class Q35(PciMachine):
             self.mch.config_write(q35_mch.PCIEXBAR + at, 4, word)
         self.lpc.config_write(ich9_lpc.PM_BASE, 4, PM_BASE | 1)
         self.lpc.config_write(ich9_lpc.ACPI_CONTROL, 1, ich9_lpc.ACPI_ENABLE)
+        prepare_legacy_devices(self.legacy)
         self._assign_addresses()
 
     def platform(self) -> acpi.Platform:
