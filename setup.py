@@ -54,6 +54,7 @@ COMPILED = [
     "vmonty.cpu.legacy",
     "vmonty.cpu.vmx",
     "vmonty.cpu.inspection",
+    "vmonty.vmm.virtio.queue",
 ]
 
 # Called while the guest's vector state is live in the host's registers: no vector register, and no loop

@@ -1,0 +1,1 @@
+"""virtio: rings, transports, and each device against a driver in Python."""
