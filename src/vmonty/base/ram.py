@@ -91,6 +91,14 @@ class Ram:
         pointer: cython.p_uchar = self._check(offset, size)
         memset(pointer, value & 0xFF, size)
 
+    def discard(self, offset: int, size: int) -> None:
+        """Give whole pages back to the host; they read as zeroes from now on. Raises UsageError for parts of pages."""
+        self._check(offset, size)
+        if (offset | size) % PAGE_SIZE:
+            raise UsageError(f"{size:#x} bytes at {offset:#x}: only whole pages can be discarded")
+        if size:
+            self._mapping.madvise(mmap.MADV_REMOVE, offset, size)
+
     def read_u8(self, offset: int) -> int:
         """The byte at *offset*."""
         return self._check(offset, 1)[0]

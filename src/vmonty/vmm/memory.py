@@ -86,6 +86,12 @@ class GuestMemory:
         """Say that RAM was written through a view: code may lie there. Call it before the guest is told of the data."""
         self._tell(self._locate(address, size), size)
 
+    def discard(self, address: int, size: int) -> None:
+        """Give whole pages back to the host: they read as zeroes. Raises GuestMemoryError outside of RAM."""
+        offset = self._locate(address, size)
+        self.ram.discard(offset, size)
+        self._tell(offset, size)
+
     def _tell(self, offset: int, size: int) -> None:
         if self._provider is not None:
             self._provider.memory_written(self.ram.address + offset, size)

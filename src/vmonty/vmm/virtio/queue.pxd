@@ -31,7 +31,7 @@ cdef class Chain:
     cdef readonly unsigned long long writable_size
     cdef readonly unsigned int head
     cdef readonly unsigned long epoch
-    cdef list _places
+    cdef readonly list places
 
 cdef class Queue:
     cdef readonly int index

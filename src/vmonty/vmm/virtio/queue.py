@@ -41,7 +41,7 @@ class Chain:
     def __init__(self) -> None:
         self.readable = []
         self.writable = []
-        self._places = []
+        self.places = []  # (guest-physical address, size) of what was writable at first
 
     def take(self, size: int) -> bytes | None:
         """Consume and return the first *size* bytes of what is readable; None, and nothing consumed, if it has less."""
@@ -245,7 +245,7 @@ class Queue:
             if flags & WRITE:
                 writing = True
                 chain.writable.append(ram_view[offset : offset + cython.cast(cython.longlong, length)])
-                chain._places.append((address, length))
+                chain.places.append((address, length))
                 chain.writable_size += length
             elif writing:
                 raise BrokenRing(f"queue {self.index}: a readable descriptor behind a writable one")
@@ -323,7 +323,7 @@ class Queue:
 
     def _tell(self, chain: Chain, written: int) -> None:
         """Announce a DMA write: code may lie there."""
-        for address, length in chain._places:
+        for address, length in chain.places:
             self._memory.written(address, min(length, written))
             written -= length
             if written <= 0:

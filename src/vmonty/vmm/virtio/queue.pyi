@@ -13,6 +13,7 @@ class Chain:
     writable: list[memoryview]
     readable_size: int
     writable_size: int
+    places: list[tuple[int, int]]
     head: int
     epoch: int
     def take(self, size: int) -> bytes | None: ...

@@ -1,0 +1,212 @@
+"""Block device. Source: virtio 1.2, 5.2 "Block Device"."""
+
+from __future__ import annotations
+
+import queue as queues
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vmonty.base.errors import BlockError
+from vmonty.vmm.block.device import SECTOR, BlockDevice
+from vmonty.vmm.eventloop import EventLoop
+from vmonty.vmm.memory import GuestMemory
+from vmonty.vmm.virtio.device import VirtioDevice
+from vmonty.vmm.virtio.queue import BrokenRing, Chain, Queue
+
+# 5.2.3 "Feature bits".
+SEG_MAX, RO, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES = (
+    1 << bit for bit in (2, 5, 6, 9, 10, 11, 12, 13, 14)
+)
+# 5.2.6 "Device Operation".
+T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+OK, IOERR, UNSUPP = 0, 1, 2
+UNMAP = 1
+ID_BYTES = 20
+
+HEADER = struct.Struct("<IIQ")
+SEGMENT = struct.Struct("<QII")
+# 5.2.4 "Device configuration layout", up to write_zeroes_may_unmap.
+CONFIG = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
+WRITEBACK_OFFSET = 32
+
+QUEUE_SIZE = 256
+MOST_SEGMENTS = QUEUE_SIZE - 2
+MOST_RANGES = 32  # of one discard or write-zeroes request
+MOST_RANGE_SECTORS = 1 << 22  # 2 GiB
+WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What the disk says of itself, in bytes: its logical and physical block, and the I/O sizes that it likes."""
+
+    logical_block: int = 512
+    physical_block: int = 4096
+    minimum_io: int = 4096
+    optimal_io: int = 0
+
+
+class Blk(VirtioDevice):
+    """The disk *backend*, with *serial* as its ID (20 bytes at most).
+
+    Requests run on a few threads of its own, concurrently, straight between file and guest RAM. The cache is
+    write-back: a flush that is answered means that all writes answered before are durable. A driver that takes no
+    FLUSH, or switches the cache to write-through, has each write flushed before it is answered.
+    """
+
+    device_id, name = 2, "virtio-blk"
+
+    def __init__(
+        self, memory: GuestMemory, loop: EventLoop, backend: BlockDevice, *, serial: str = "",
+        topology: Topology | None = None, queue_count: int = 1, workers: int = WORKERS,
+    ) -> None:  # fmt: skip
+        self.backend = backend
+        self._id = serial.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
+        self._topology = topology or Topology()
+        features = SEG_MAX | BLK_SIZE | FLUSH | TOPOLOGY | CONFIG_WCE
+        features |= RO if backend.read_only else DISCARD | WRITE_ZEROES
+        features |= MQ if queue_count > 1 else 0
+        super().__init__(memory, loop, [QUEUE_SIZE] * queue_count, features, self._describe(queue_count))
+        self._writeback = True
+        self._requests: queues.SimpleQueue[Callable[[], None] | None] = queues.SimpleQueue()
+        self._idle = threading.Condition()
+        self._in_flight = 0
+        self._worker_count = workers
+        self._workers: list[threading.Thread] = []
+
+    def _describe(self, queue_count: int) -> bytes:
+        shape = self._topology
+        blocks = shape.physical_block // shape.logical_block
+        return CONFIG.pack(
+            self.backend.size // SECTOR, 0, MOST_SEGMENTS, 0, 0, 0, shape.logical_block,
+            blocks.bit_length() - 1, 0, shape.minimum_io // shape.logical_block,
+            shape.optimal_io // shape.logical_block, 1, 0, queue_count,
+            MOST_RANGE_SECTORS, MOST_RANGES, shape.physical_block // SECTOR, MOST_RANGE_SECTORS, MOST_RANGES, 1,
+        )  # fmt: skip
+
+    def resized(self) -> None:
+        """The backend's size changed: tell the driver. From any thread."""
+        struct.pack_into("<Q", self.config, 0, self.backend.size // SECTOR)
+        self.change_config(bytes(self.config))
+
+    # ---- the driver's calls -----------------------------------------------------------------------------
+
+    def started(self) -> None:
+        """Settle the cache mode, and start the threads when this is the first time."""
+        self._writeback = self.has(FLUSH)
+        self.config[WRITEBACK_OFFSET] = int(self._writeback)
+        while len(self._workers) < self._worker_count:
+            name = f"{self.name} {len(self._workers)}"
+            worker = threading.Thread(target=self._work, name=name, daemon=True)
+            self._workers.append(worker)
+            worker.start()
+
+    def stopped(self) -> None:
+        """Wait for the requests in flight: they use guest RAM."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._in_flight)
+
+    def close(self) -> None:
+        """End the threads. The backend stays open: it is its maker's."""
+        self.stopped()
+        for _ in self._workers:
+            self._requests.put(None)
+        for worker in self._workers:
+            worker.join()
+        self._workers.clear()
+
+    def config_written(self, offset: int, size: int, value: int) -> None:
+        """The cache mode is all that can be written (5.2.5)."""
+        if offset == WRITEBACK_OFFSET and size == 1 and self.has(CONFIG_WCE) and value in (0, 1):
+            self._writeback = bool(value)
+            self.config[offset] = value
+
+    def handle(self, queue: Queue) -> None:
+        """Give each request to the threads."""
+        self.serve(queue, lambda chain: self._accept(queue, chain))
+
+    def _accept(self, queue: Queue, chain: Chain) -> None:
+        header = chain.take(HEADER.size)
+        status = chain.take_last()
+        if header is None or status is None:
+            raise BrokenRing(f"{self.name}: a request without header or status byte")
+        kind, _, sector = HEADER.unpack(header)
+        with self._idle:
+            self._in_flight += 1
+        self._requests.put(lambda: self._finish(queue, chain, kind, sector, status))
+
+    # ---- the threads ------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while (request := self._requests.get()) is not None:
+            request()
+
+    def _finish(self, queue: Queue, chain: Chain, kind: int, sector: int, status: memoryview) -> None:
+        try:
+            try:
+                status[0] = self._execute(chain, kind, sector)
+            except BlockError:
+                status[0] = IOERR
+            except Exception:  # a fault of ours: the guest's request must end all the same, and its thread live on
+                status[0] = IOERR
+                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+            # Readers get data and status, which is the last byte; the others write nothing else.
+            queue.push(chain, chain.writable_size)
+            self.signal(queue)
+        finally:
+            with self._idle:
+                self._in_flight -= 1
+                if not self._in_flight:
+                    self._idle.notify_all()
+
+    def _execute(self, chain: Chain, kind: int, sector: int) -> int:
+        """Carry a request out; returns its status. Raises BlockError."""
+        match kind:
+            case 0:
+                if not self._inside(sector, chain.writable_size - 1):
+                    return IOERR
+                self.backend.preadv(sector * SECTOR, chain.writable)
+            case 1:
+                if self.backend.read_only or not self._inside(sector, sum(map(len, chain.readable))):
+                    return IOERR
+                self.backend.pwritev(sector * SECTOR, chain.readable)
+                self._settle_write()
+            case 4:
+                self.backend.flush()
+            case 8:
+                chain.put(self._id)
+            case 11 | 13 if not self.backend.read_only:
+                return self._ranges(chain, kind)
+            case _:
+                return UNSUPP
+        return OK
+
+    def _inside(self, sector: int, size: int) -> bool:
+        return size % SECTOR == 0 and sector * SECTOR + size <= self.backend.size
+
+    def _settle_write(self) -> None:
+        if not self._writeback:
+            self.backend.flush()
+
+    def _ranges(self, chain: Chain, kind: int) -> int:
+        """5.2.6.2: discard or zero up to MOST_RANGES ranges."""
+        size = sum(map(len, chain.readable))
+        if not size or size % SEGMENT.size or size > MOST_RANGES * SEGMENT.size:
+            return IOERR
+        ranges = list(SEGMENT.iter_unpack(chain.take(size) or b""))
+        allowed = UNMAP if kind == T_WRITE_ZEROES else 0
+        for sector, count, flags in ranges:
+            if flags & ~allowed:
+                return UNSUPP
+            if count > MOST_RANGE_SECTORS or not self._inside(sector, count * SECTOR):
+                return IOERR
+        for sector, count, flags in ranges:
+            if kind == T_DISCARD:
+                self.backend.discard(sector * SECTOR, count * SECTOR)
+            else:
+                self.backend.write_zeroes(sector * SECTOR, count * SECTOR, bool(flags & UNMAP))
+        self._settle_write()
+        return OK

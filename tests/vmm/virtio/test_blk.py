@@ -1,0 +1,246 @@
+"""The block device: every request, durability by order of calls, concurrency, and requests that make no sense."""
+
+from __future__ import annotations
+
+import errno
+import struct
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from vmonty.base.errors import BlockError
+from vmonty.testing.virtio import LIMIT_S, Buffer, VirtioDriver
+from vmonty.vmm.block.device import BlockDevice
+from vmonty.vmm.virtio import blk
+from vmonty.vmm.virtio.blk import Blk, Topology
+
+from .conftest import Bench
+
+SIZE = 1 << 20
+
+
+class MemoryDisk(BlockDevice):
+    """A disk in memory that writes down its calls; ``gate`` holds reads up while it is clear."""
+
+    def __init__(self, read_only: bool = False) -> None:
+        self.data = bytearray(range(256)) * (SIZE // 256)
+        self.size, self.read_only = SIZE, read_only
+        self.calls: list[tuple[object, ...]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fails = False
+        self.inside = 0
+        self.most_inside = threading.Semaphore(0)
+
+    def preadv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self.most_inside.release()
+        assert self.gate.wait(LIMIT_S)
+        if self.fails:
+            raise BlockError(errno.EIO, "on purpose")
+        for buffer in buffers:
+            buffer[:] = self.data[offset : offset + len(buffer)]
+            offset += len(buffer)
+
+    def pwritev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self.calls.append(("write", offset, sum(map(len, buffers))))
+        for buffer in buffers:
+            self.data[offset : offset + len(buffer)] = buffer
+            offset += len(buffer)
+
+    def flush(self) -> None:
+        self.calls.append(("flush",))
+
+    def discard(self, offset: int, length: int) -> None:
+        self.calls.append(("discard", offset, length))
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self.calls.append(("zero", offset, length, unmap))
+        self.data[offset : offset + length] = bytes(length)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def disk() -> MemoryDisk:
+    return MemoryDisk()
+
+
+@pytest.fixture
+def driver(bench: Bench, disk: MemoryDisk) -> VirtioDriver:
+    return bench.driver(Blk(bench.memory, bench.loop, disk, serial="vmonty-0")).start()
+
+
+def ask(
+    driver: VirtioDriver,
+    kind: int,
+    sector: int = 0,
+    data: Sequence[bytes] = (),
+    room: Sequence[int] = (),
+    queue: int = 0,
+) -> Buffer:
+    header = struct.pack("<IIQ", kind, 0, sector)
+    return driver.queues[queue].add([header, *data], [*room, 1], driver.indirect)
+
+
+def done(driver: VirtioDriver, buffer: Buffer, queue: int = 0) -> tuple[int, bytes]:
+    """Wait for *buffer*, alone; its status and data."""
+    assert driver.queues[queue].wait() == [buffer]
+    data = buffer.data()
+    return data[-1], data[:-1]
+
+
+def test_configuration(bench: Bench, disk: MemoryDisk) -> None:
+    device = Blk(bench.memory, bench.loop, disk, topology=Topology(512, 4096, 8192, 65536), queue_count=2)
+    access = bench.driver(device).access
+    assert access.config(0, 8) == SIZE // 512
+    assert access.config(12, 4) == blk.MOST_SEGMENTS
+    assert access.config(20, 4) == 512
+    assert [access.config(24, 1), access.config(25, 1), access.config(26, 2), access.config(28, 4)] == [3, 0, 16, 128]
+    assert access.config(32, 1) == 1
+    assert access.config(34, 2) == 2
+    assert access.config(36, 4) == access.config(48, 4) == blk.MOST_RANGE_SECTORS
+    assert access.config(56, 1) == 1
+    assert blk.CONFIG.size == 60
+
+
+def test_read_and_write(driver: VirtioDriver, disk: MemoryDisk) -> None:
+    assert done(driver, ask(driver, blk.T_IN, 1, room=[512, 1024])) == (0, bytes(range(256)) * 6)
+    status, _ = done(driver, ask(driver, blk.T_OUT, 3, data=[b"a" * 512, b"b" * 1024]))
+    assert status == 0
+    assert disk.data[1536 : 1536 + 1536] == b"a" * 512 + b"b" * 1024
+    assert disk.calls == [("write", 1536, 1536)]
+
+
+def test_headers_and_status_may_lie_anyhow(driver: VirtioDriver) -> None:
+    """2.7.4: no assumptions about how a message is cut."""
+    header = struct.pack("<IIQ", blk.T_IN, 0, 0)
+    whole = driver.queues[0].add([header[:3], header[3:10], header[10:]], [100, 413])
+    assert done(driver, whole) == (0, bytes(range(256)) * 2)
+    data = driver.queues[0].add([struct.pack("<IIQ", blk.T_OUT, 0, 0) + b"z" * 512], [1])
+    assert done(driver, data)[0] == 0
+
+
+def test_flush_and_identity(driver: VirtioDriver, disk: MemoryDisk) -> None:
+    assert done(driver, ask(driver, blk.T_FLUSH)) == (0, b"")
+    assert disk.calls == [("flush",)]
+    assert done(driver, ask(driver, blk.T_GET_ID, room=[20])) == (0, b"vmonty-0".ljust(20, b"\0"))
+
+
+def test_discard_and_write_zeroes(driver: VirtioDriver, disk: MemoryDisk) -> None:
+    ranges = struct.pack("<QII", 8, 8, 0) + struct.pack("<QII", 64, 16, 0)
+    assert done(driver, ask(driver, blk.T_DISCARD, data=[ranges]))[0] == 0
+    assert done(driver, ask(driver, blk.T_WRITE_ZEROES, data=[struct.pack("<QII", 2, 1, 1)]))[0] == 0
+    assert disk.calls == [("discard", 4096, 4096), ("discard", 32768, 8192), ("zero", 1024, 512, True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sector", "data", "room", "status"),
+    [
+        (blk.T_IN, SIZE // 512, [], [512], blk.IOERR),
+        (blk.T_IN, SIZE // 512 - 1, [], [1024], blk.IOERR),
+        (blk.T_IN, (1 << 64) - 1, [], [512], blk.IOERR),
+        (blk.T_IN, 0, [], [511], blk.IOERR),
+        (blk.T_OUT, SIZE // 512, [b"x" * 512], [], blk.IOERR),
+        (blk.T_OUT, 0, [b"x" * 100], [], blk.IOERR),
+        (blk.T_DISCARD, 0, [b"short"], [], blk.IOERR),
+        (blk.T_DISCARD, 0, [], [], blk.IOERR),
+        (blk.T_DISCARD, 0, [struct.pack("<QII", 0, 8, 1)], [], blk.UNSUPP),
+        (blk.T_DISCARD, 0, [struct.pack("<QII", SIZE // 512, 8, 0)], [], blk.IOERR),
+        (blk.T_WRITE_ZEROES, 0, [struct.pack("<QII", 0, 0xFFFFFFFF, 0)], [], blk.IOERR),
+        (blk.T_WRITE_ZEROES, 0, [struct.pack("<QII", 0, 1, 2)], [], blk.UNSUPP),
+        (blk.T_DISCARD, 0, [struct.pack("<QII", 0, 1, 0) * 33], [], blk.IOERR),
+        (2, 0, [], [], blk.UNSUPP),
+        (0xFFFF_FFFF, 0, [], [], blk.UNSUPP),
+    ],
+)  # fmt: skip
+def test_requests_that_cannot_be_done(
+    driver: VirtioDriver, disk: MemoryDisk, kind: int, sector: int, data: list[bytes], room: list[int], status: int
+) -> None:
+    assert done(driver, ask(driver, kind, sector, data, room))[0] == status
+    assert disk.calls == []
+    assert not driver.broken
+
+
+@pytest.mark.parametrize(("readable", "writable"), [([b"short"], [1]), ([b"x" * 16], []), ([], [512])])
+def test_requests_without_header_or_status_break_the_device(
+    bench: Bench, driver: VirtioDriver, readable: list[bytes], writable: list[int]
+) -> None:
+    driver.queues[0].add(readable, writable)
+    bench.settle()
+    assert driver.broken
+
+
+def test_a_backend_that_fails(driver: VirtioDriver, disk: MemoryDisk) -> None:
+    disk.fails = True
+    assert done(driver, ask(driver, blk.T_IN, room=[512]))[0] == blk.IOERR
+
+
+def test_a_read_only_disk(bench: Bench) -> None:
+    disk = MemoryDisk(read_only=True)
+    driver = bench.driver(Blk(bench.memory, bench.loop, disk)).start()
+    assert driver.features & blk.RO
+    assert not driver.features & (blk.DISCARD | blk.WRITE_ZEROES)
+    assert done(driver, ask(driver, blk.T_OUT, data=[b"x" * 512]))[0] == blk.IOERR
+    assert done(driver, ask(driver, blk.T_DISCARD, data=[struct.pack("<QII", 0, 1, 0)]))[0] == blk.UNSUPP
+    assert done(driver, ask(driver, blk.T_IN, room=[512]))[0] == blk.OK
+    assert disk.calls == []
+
+
+def test_requests_run_at_the_same_time(driver: VirtioDriver, disk: MemoryDisk) -> None:
+    disk.gate.clear()
+    for sector in range(4):
+        ask(driver, blk.T_IN, sector, room=[512])
+    for _ in range(4):
+        assert disk.most_inside.acquire(timeout=LIMIT_S)
+    disk.gate.set()
+    assert len(driver.queues[0].wait(4)) == 4
+
+
+def test_a_reset_waits_for_what_is_in_flight(driver: VirtioDriver, disk: MemoryDisk) -> None:
+    disk.gate.clear()
+    buffer = ask(driver, blk.T_IN, room=[512])
+    assert disk.most_inside.acquire(timeout=LIMIT_S)
+    resetting = threading.Thread(target=driver.access.set_status, args=(0,))
+    resetting.start()
+    resetting.join(0.05)
+    assert resetting.is_alive()
+    disk.gate.set()
+    resetting.join(LIMIT_S)
+    assert not resetting.is_alive()
+    assert driver.access.status() == 0
+    assert driver.memory.read(buffer.writable[1][0], 1) == b"\0"  # it ended well
+
+
+def test_write_through_flushes_before_it_answers(bench: Bench, disk: MemoryDisk) -> None:
+    device = Blk(bench.memory, bench.loop, disk)
+    driver = bench.driver(device).start(device.features & ~blk.FLUSH)
+    assert driver.access.config(blk.WRITEBACK_OFFSET, 1) == 0
+    assert done(driver, ask(driver, blk.T_OUT, data=[b"x" * 512]))[0] == 0
+    assert disk.calls == [("write", 0, 512), ("flush",)]
+
+
+def test_the_driver_switches_the_cache_mode(driver: VirtioDriver, disk: MemoryDisk) -> None:
+    assert driver.access.config(blk.WRITEBACK_OFFSET, 1) == 1
+    driver.access.set_config(blk.WRITEBACK_OFFSET, 1, 0)
+    assert done(driver, ask(driver, blk.T_OUT, data=[b"x" * 512]))[0] == 0
+    assert disk.calls == [("write", 0, 512), ("flush",)]
+    driver.access.set_config(blk.WRITEBACK_OFFSET, 1, 7)
+    assert driver.access.config(blk.WRITEBACK_OFFSET, 1) == 0
+
+
+def test_several_queues(bench: Bench, disk: MemoryDisk) -> None:
+    driver = bench.driver(Blk(bench.memory, bench.loop, disk, queue_count=3)).start()
+    assert len(driver.queues) == 3
+    for queue in range(3):
+        assert done(driver, ask(driver, blk.T_IN, queue, room=[512], queue=queue), queue)[0] == 0
+
+
+def test_a_disk_that_grows_tells_the_driver(bench: Bench, disk: MemoryDisk) -> None:
+    device = Blk(bench.memory, bench.loop, disk)
+    driver = bench.driver(device).start()
+    disk.size = 2 * SIZE
+    device.resized()
+    assert driver.access.acknowledge() == 2
+    assert driver.access.config(0, 8) == 2 * SIZE // 512
