@@ -163,3 +163,21 @@ def test_any_bytes_can_be_written(data: bytes | bytearray | memoryview) -> None:
 
 def test_repr() -> None:
     assert repr(RAM) == f"<Ram 8 KiB at {RAM.address:#x}>"
+
+
+def test_discarded_pages_read_as_zeroes_and_take_no_memory() -> None:
+    ram = Ram(4 * PAGE_SIZE)
+    ram.fill(0, 4 * PAGE_SIZE, 0x5A)
+    before = os.fstat(ram.fileno()).st_blocks
+    view = ram.view(PAGE_SIZE, PAGE_SIZE)
+    ram.discard(PAGE_SIZE, 2 * PAGE_SIZE)
+    assert (before - os.fstat(ram.fileno()).st_blocks) * 512 == 2 * PAGE_SIZE
+    # Only now: a read may take the memory again.
+    assert ram.read(0, 4 * PAGE_SIZE) == b"\x5a" * PAGE_SIZE + bytes(2 * PAGE_SIZE) + b"\x5a" * PAGE_SIZE
+    view[0] = 7
+    assert ram.read_u8(PAGE_SIZE) == 7
+    ram.discard(0, 0)
+    with pytest.raises(UsageError, match="whole pages"):
+        ram.discard(1, PAGE_SIZE)
+    with pytest.raises(GuestMemoryError):
+        ram.discard(3 * PAGE_SIZE, 2 * PAGE_SIZE)
