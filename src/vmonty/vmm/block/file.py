@@ -25,12 +25,16 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 class HostFile:
     """An open image file. Behind its end it reads as zeroes; a write there makes it longer.
 
-    Raises DiskImageError when *path* cannot be opened or is locked by another, and BlockError afterwards.
+    *fd* is given when the file is open already; one that is not *durable* is never synced. Raises DiskImageError when
+    *path* cannot be opened or is locked by another, and BlockError afterwards.
     """
 
-    def __init__(self, path: Path, *, writable: bool, lock: bool = True, fd: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, writable: bool, lock: bool = True, fd: int | None = None, durable: bool = True
+    ) -> None:
         self.name = str(path)
         self.writable = writable
+        self._durable = durable
         try:
             self.fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC) if fd is None else fd
         except (OSError, ValueError) as error:
@@ -103,7 +107,8 @@ class HostFile:
     def sync(self) -> None:
         """Make what was written durable."""
         try:
-            os.fdatasync(self.fd)
+            if self._durable:
+                os.fdatasync(self.fd)
         except OSError as error:
             raise self._error("flushing", error) from error
 
