@@ -59,19 +59,17 @@ def detect(file: HostFile, format: str) -> str:  # noqa: A002
 
 
 def _open(path: Path, format: str, read_only: bool, above: tuple[tuple[int, int], ...]) -> BlockDevice:  # noqa: A002
+    if _identity(path) in above or len(above) >= MAX_CHAIN:
+        raise DiskImageError(f"{path} is a backing file of itself, or the chain of them is longer than {MAX_CHAIN}")
     file = HostFile(path, writable=not read_only)
     try:
-        status = os.fstat(file.fd)
-        identity = status.st_dev, status.st_ino
-        if identity in above or len(above) >= MAX_CHAIN:
-            raise DiskImageError(f"{path} is a backing file of itself, or the chain of them is longer than {MAX_CHAIN}")
         if detect(file, format) == "raw":
             return RawDevice(file, probed=format == "auto")
         header = read_header(file)
         backing: BlockDevice | None = None
         if header.backing_file is not None:
             place = backing_path(path, header.backing_file)
-            backing = _open(place, backing_format(path, header.backing_format), True, (*above, identity))
+            backing = _open(place, backing_format(path, header.backing_format), True, (*above, _identity(path)))
         try:
             return open_disk(file, header, backing)
         except BaseException:
@@ -81,6 +79,14 @@ def _open(path: Path, format: str, read_only: bool, above: tuple[tuple[int, int]
     except BaseException:
         file.close()
         raise
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return (-1, hash(path))  # opening it will say what is wrong
+    return status.st_dev, status.st_ino
 
 
 def backing_path(image: Path, name: str) -> Path:
