@@ -252,7 +252,8 @@ def test_threads_side_by_side(make: Make) -> None:
             worker.start()
         for worker in workers:
             worker.join()
-        assert not failures
+        for failure in failures:
+            raise failure
     assert_clean(path)
 
 

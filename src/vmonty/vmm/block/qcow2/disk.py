@@ -517,11 +517,11 @@ class Qcow2Disk(BlockDevice):
             if not self.writeback.pending() and not self._freed and not self.tables.freed:
                 batch = None
             else:
+                batch = self.writeback.take()
                 for cluster in self.tables.freed:
                     self.tables.l2_places.discard(cluster << self._bits)
                     self.give_up(range(cluster, cluster + 1))
                 self.tables.freed = []
-                batch = self.writeback.take()
                 freed, self._freed = self._freed, []
         if batch is None:
             self.file.sync()

@@ -34,7 +34,6 @@ class Batch:
     first: Writes = field(default_factory=list)
     second: Writes = field(default_factory=list)
     third: Writes = field(default_factory=list)
-    length: int = 0
     blocks: set[int] = field(default_factory=set)
     block_entries: set[int] = field(default_factory=set)
     tables: set[int] = field(default_factory=set)
@@ -60,11 +59,13 @@ class Writeback:
         )
 
     def take(self) -> Batch:
-        """Copy what is dirty; it counts as clean from now on."""
+        """Copy what is dirty; it counts as clean from now on. Raises BlockError, and nothing has changed."""
         header, refcounts, tables = self._header, self._refcounts, self._tables
-        bits = header.cluster_bits
+        # Tables must not name what lies behind the end. Nobody writes behind the high-water mark, which the lock keeps
+        # where it is: so this never makes the file shorter.
+        if self._file.length() < refcounts.high_water << header.cluster_bits:
+            self._file.truncate(refcounts.high_water << header.cluster_bits)
         batch = Batch(
-            length=refcounts.high_water << bits,
             blocks=refcounts.dirty, block_entries=refcounts.table_dirty, table_moved=refcounts.table_moved,
             tables=tables.dirty, unlinked=tables.unlinked, l1=tables.l1_dirty,
         )  # fmt: skip
@@ -94,8 +95,6 @@ class Writeback:
         """Write *batch*, without the device's lock. Raises BlockError."""
         file = self._file
         self._mark_dirty()
-        if not file.is_device and file.length() < batch.length:
-            file.truncate(batch.length)
         for step in (batch.first, batch.second, batch.third):
             for offset, data in step:
                 file.write(offset, data)
