@@ -9,6 +9,7 @@ import click
 from vmonty import __version__
 from vmonty.base.errors import UsageError, VmontyError
 from vmonty.cli.bench import bench
+from vmonty.cli.disk import disk
 from vmonty.cli.doctor import doctor
 from vmonty.cli.guest import guest
 from vmonty.cli.run import run
@@ -27,6 +28,7 @@ def cli() -> None:
 cli.add_command(run)
 cli.add_command(doctor)
 cli.add_command(guest)
+cli.add_command(disk)
 cli.add_command(bench)
 
 

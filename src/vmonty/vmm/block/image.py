@@ -27,13 +27,15 @@ def open_image(
     read_only: bool = False,
     snapshot: bool = False,
     limits: Limits | None = None,
+    repair: bool = True,
 ) -> BlockDevice:
     """Open the disk image at *path*.
 
     *format* is raw, qcow2, or auto, which looks at the contents. With *snapshot* all changes go to a temporary file
-    that ends with the disk. *limits* slow it down. Raises DiskImageError with one line for the user.
+    that ends with the disk. *limits* slow it down. A qcow2 image that was not closed is repaired, unless *repair* is
+    off or it is only read. Raises DiskImageError with one line for the user.
     """
-    device = _open(Path(path), format, read_only or snapshot, ())
+    device = _open(Path(path), format, read_only or snapshot, (), repair)
     try:
         if snapshot and not read_only:
             device = _overlay(device)
@@ -58,7 +60,13 @@ def detect(file: HostFile, format: str) -> str:  # noqa: A002
     return found
 
 
-def _open(path: Path, format: str, read_only: bool, above: tuple[tuple[int, int], ...]) -> BlockDevice:  # noqa: A002
+def _open(
+    path: Path,
+    format: str,  # noqa: A002
+    read_only: bool,
+    above: tuple[tuple[int, int], ...],
+    repair: bool,
+) -> BlockDevice:
     if _identity(path) in above or len(above) >= MAX_CHAIN:
         raise DiskImageError(f"{path} is a backing file of itself, or the chain of them is longer than {MAX_CHAIN}")
     file = HostFile(path, writable=not read_only)
@@ -69,9 +77,9 @@ def _open(path: Path, format: str, read_only: bool, above: tuple[tuple[int, int]
         backing: BlockDevice | None = None
         if header.backing_file is not None:
             place = backing_path(path, header.backing_file)
-            backing = _open(place, backing_format(path, header.backing_format), True, (*above, _identity(path)))
+            backing = _open(place, backing_format(path, header.backing_format), True, (*above, _identity(path)), True)
         try:
-            return open_disk(file, header, backing)
+            return open_disk(file, header, backing, repair=repair)
         except BaseException:
             if backing is not None:
                 backing.close()

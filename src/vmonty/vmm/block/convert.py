@@ -1,0 +1,105 @@
+"""Making images: empty ones, and copies in another format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from vmonty.base.errors import BlockError, DiskImageError
+from vmonty.vmm.block.device import SECTOR, BlockDevice
+from vmonty.vmm.block.image import backing_path, open_image
+from vmonty.vmm.block.qcow2 import create
+from vmonty.vmm.block.qcow2.disk import Qcow2Disk
+
+_STEP = 1 << 20
+_PIECE = 1 << 16
+_ZEROES = memoryview(bytes(_PIECE))
+
+
+def _nothing(done: int, total: int, /) -> None:
+    """Progress that nobody wants to see."""
+
+
+def create_image(
+    path: str | os.PathLike[str],
+    size: int | None,
+    *,
+    format: str = "qcow2",  # noqa: A002
+    backing: str | None = None,
+    backing_format: str | None = None,
+    **options: object,
+) -> int:
+    """Make an empty image, and return its size in bytes; *size* None takes that of *backing*.
+
+    *backing* is a path, kept as given: a relative one is relative to the image. *options* are those of
+    qcow2.create.create(). Raises DiskImageError; an existing image that is in use is refused.
+    """
+    path = Path(path)
+    if format not in ("raw", "qcow2"):
+        raise DiskImageError(f"unknown disk format {format!r}; raw and qcow2 can be made")
+    if format == "raw" and (backing or any(value is not None for value in options.values())):
+        raise DiskImageError("a raw image has no backing file, clusters or versions; take the format qcow2")
+    if backing is not None:
+        with open_image(backing_path(path, backing), format=backing_format or "auto", read_only=True) as base:
+            backing_format = backing_format or ("qcow2" if isinstance(base, Qcow2Disk) else "raw")
+            size = base.size if size is None else size
+    if size is None:
+        raise DiskImageError("a new image needs a size")
+    if size % SECTOR:
+        raise DiskImageError(f"a disk of {size} bytes: it must be a multiple of {SECTOR}")
+    with_values = {name: value for name, value in options.items() if value is not None}
+    file = create.new_file(path)
+    try:
+        if format == "raw":
+            file.truncate(0)
+            file.truncate(size)
+        else:
+            create.create(file, size, backing_file=backing, backing_format=backing_format, **with_values)  # type: ignore[arg-type]
+    except BlockError as error:
+        raise DiskImageError(str(error)) from error
+    finally:
+        file.close()
+    return size
+
+
+def copy(
+    source: BlockDevice,
+    target: BlockDevice,
+    *,
+    compress: bool = False,
+    progress: Callable[[int, int], None] = _nothing,
+) -> None:
+    """Copy *source* into *target*, which is new, reads as zeroes, and is no smaller. Zeroes are not written.
+
+    Raises BlockError, and DiskImageError for *compress* into a raw image.
+    """
+    packed = target if compress else None
+    if packed is not None and not isinstance(packed, Qcow2Disk):
+        raise DiskImageError("only qcow2 images hold compressed clusters")
+    step = max(_STEP, packed.header.cluster_size if packed else 0)
+    buffer = memoryview(bytearray(step))
+    for offset in range(0, source.size, step):
+        length = min(step, source.size - offset)
+        source.preadv(offset, [buffer[:length]])
+        if packed:
+            size = packed.header.cluster_size
+            for start in range(0, length, size):
+                data = bytes(buffer[start : min(start + size, length)])
+                if data.count(0) != len(data):
+                    packed.write_compressed((offset + start) // size, data.ljust(size, b"\0"))
+        else:
+            _write_what_is_not_zero(target, offset, buffer[:length])
+        progress(offset + length, source.size)
+    target.flush()
+
+
+def _write_what_is_not_zero(target: BlockDevice, offset: int, data: memoryview) -> None:
+    start = 0
+    while start < len(data):
+        end = start
+        while end < len(data) and data[end : end + _PIECE] != _ZEROES[: len(data) - end]:
+            end += _PIECE
+        if end > start:
+            target.pwritev(offset + start, [data[start:end]])
+        start = end + _PIECE

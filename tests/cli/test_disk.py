@@ -1,0 +1,92 @@
+"""``vmonty disk``: images made, shown, checked, copied; what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vmm.block.conftest import contents, qemu
+from vmonty.vmm.block import open_image
+
+from .conftest import Result
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(random.Random(1).randbytes(100_000) + bytes(1 << 20) + b"end of it" * 1000 + bytes(512))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 512 * 512])
+    return path
+
+
+def test_create_and_info(vmonty: Run, tmp_path: Path, raw: Path) -> None:
+    path = tmp_path / "new.qcow2"
+    assert vmonty("disk", "create", path, "10M", "--cluster-size", "4K") == Result(0, "", "")
+    facts = json.loads(vmonty("disk", "info", path, "--json").out)
+    assert (facts["format"], facts["size"], facts["cluster_size"], facts["snapshots"]) == ("qcow2", 10 << 20, 4096, [])
+    assert "exists; give --force" in vmonty("disk", "create", path, "1M").refusal()
+    assert json.loads(vmonty("disk", "create", path, "1M", "--force", "--json").out)["size"] == 1 << 20
+    made = vmonty("disk", "create", "-f", "raw", tmp_path / "new.raw", "64K")
+    assert made.status == 0
+    assert json.loads(vmonty("disk", "info", tmp_path / "new.raw", "--json").out)["format"] == "raw"
+    over = tmp_path / "over.qcow2"
+    assert vmonty("disk", "create", "-b", raw.name, "-F", "raw", over).status == 0
+    assert contents(over) == raw.read_bytes()
+    assert f"backing file    {raw.name}" in vmonty("disk", "info", over).out
+
+
+@pytest.mark.parametrize("options", [[], ["--compress"], ["-c", "--compression", "zstd"], ["--to", "raw"]])
+def test_convert(vmonty: Run, tmp_path: Path, raw: Path, options: list[str]) -> None:
+    target = tmp_path / "target"
+    assert vmonty("disk", "convert", "-f", "raw", raw, target, *options).status == 0
+    assert contents(target, "raw" if "raw" in options else "qcow2") == raw.read_bytes()
+    assert target.stat().st_blocks * 512 < 600_000
+    assert "exists" in vmonty("disk", "convert", raw, target).refusal()
+    assert vmonty("disk", "convert", "-f", "raw", raw, target, "--force", *options).status == 0
+
+
+def test_snapshots_and_check(vmonty: Run, tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    vmonty("disk", "create", path, "4M")
+    assert vmonty("disk", "snapshot", "create", path, "clean").status == 0
+    qemu("qemu-io", "-c", "write -P 3 0 1M", path)
+    assert [item["name"] for item in json.loads(vmonty("disk", "snapshot", "list", path, "--json").out)] == ["clean"]
+    assert "clean" in vmonty("disk", "snapshot", "list", path).out
+    assert vmonty("disk", "snapshot", "apply", path, "clean").status == 0
+    with open_image(path, read_only=True) as disk:
+        assert disk.read(0, 512) == bytes(512)
+    assert vmonty("disk", "snapshot", "delete", path, "clean").status == 0
+    assert "no snapshot 'clean'" in vmonty("disk", "snapshot", "apply", path, "clean").refusal()
+    assert vmonty("disk", "check", path).out == "0 damages, 0 lost clusters\n"
+    image = bytearray(path.read_bytes())
+    table = int.from_bytes(image[48:56], "big")
+    block = int.from_bytes(image[table : table + 8], "big")
+    image[block + 901] = 1
+    path.write_bytes(image)
+    assert vmonty("disk", "check", path) == Result(1, "0 damages, 1 lost clusters\n", "")
+    assert json.loads(vmonty("disk", "check", path, "--repair", "--json").out)["leaks_fixed"] == 1
+    assert vmonty("disk", "check", path).status == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["create", "{}/a"], "needs a size"),
+        (["create", "{}/a", "1000"], "multiple of 512"),
+        (["create", "{}/a", "1M", "--cluster-size", "100"], "512 to 2M"),
+        (["create", "{}/a", "1M", "-f", "raw", "-b", "x"], "raw image has no backing file"),
+        (["create", "{}/none/a", "1M"], "cannot be made"),
+        (["info", "{}/none"], "No such file"),
+        (["check", "{}/raw", "-f", "raw"], "raw image"),
+        (["convert", "-c", "--to", "raw", "{}/raw", "{}/b"], "only qcow2"),
+    ],
+)
+def test_what_is_refused(vmonty: Run, tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    (tmp_path / "raw").write_bytes(bytes(1024))
+    assert complaint in vmonty("disk", *(item.format(tmp_path) for item in arguments)).refusal()
