@@ -32,11 +32,11 @@ def test_create_and_info(vmonty: Run, tmp_path: Path, raw: Path) -> None:
     assert (facts["format"], facts["size"], facts["cluster_size"], facts["snapshots"]) == ("qcow2", 10 << 20, 4096, [])
     assert "exists; give --force" in vmonty("disk", "create", path, "1M").refusal()
     assert json.loads(vmonty("disk", "create", path, "1M", "--force", "--json").out)["size"] == 1 << 20
-    made = vmonty("disk", "create", "-f", "raw", tmp_path / "new.raw", "64K")
+    made = vmonty("disk", "create", "--format", "raw", tmp_path / "new.raw", "64K")
     assert made.status == 0
     assert json.loads(vmonty("disk", "info", tmp_path / "new.raw", "--json").out)["format"] == "raw"
     over = tmp_path / "over.qcow2"
-    assert vmonty("disk", "create", "-b", raw.name, "-F", "raw", over).status == 0
+    assert vmonty("disk", "create", "--backing", raw.name, "--backing-format", "raw", over).status == 0
     assert contents(over) == raw.read_bytes()
     assert f"backing file    {raw.name}" in vmonty("disk", "info", over).out
 
