@@ -1,0 +1,29 @@
+"""What a backend needs of an event loop; ``vmonty.vmm.eventloop.EventLoop`` has it, and so has a test's clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+
+class Timer(Protocol):
+    """A call that is due."""
+
+    def cancel(self) -> None:
+        """Make it not happen."""
+
+
+class Loop(Protocol):
+    """One thread on which callbacks run."""
+
+    def watch(self, fd: int, callback: Callable[[], Any], *, read: bool = True, write: bool = False) -> None:
+        """Call *callback* whenever *fd* is ready; a second call for *fd* replaces the first."""
+
+    def unwatch(self, fd: int) -> None:
+        """Forget *fd*."""
+
+    def call_soon(self, fn: Callable[[], Any]) -> None:
+        """Call *fn* on the loop's thread. From any thread."""
+
+    def call_later(self, seconds: float, fn: Callable[[], Any]) -> Timer:
+        """Call *fn* on the loop's thread in *seconds*."""
