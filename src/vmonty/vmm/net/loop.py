@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 
 class Timer(Protocol):
@@ -16,14 +16,14 @@ class Timer(Protocol):
 class Loop(Protocol):
     """One thread on which callbacks run."""
 
-    def watch(self, fd: int, callback: Callable[[], Any], *, read: bool = True, write: bool = False) -> None:
+    def watch(self, fd: int, callback: Callable[[], None], *, read: bool = True, write: bool = False) -> None:
         """Call *callback* whenever *fd* is ready; a second call for *fd* replaces the first."""
 
     def unwatch(self, fd: int) -> None:
         """Forget *fd*."""
 
-    def call_soon(self, fn: Callable[[], Any]) -> None:
+    def call_soon(self, fn: Callable[[], None]) -> None:
         """Call *fn* on the loop's thread. From any thread."""
 
-    def call_later(self, seconds: float, fn: Callable[[], Any]) -> Timer:
+    def call_later(self, seconds: float, fn: Callable[[], None]) -> Timer:
         """Call *fn* on the loop's thread in *seconds*."""

@@ -21,9 +21,7 @@ class PcapFile:
     A disk that fills up ends the capture, not the network: ``failure`` then says why.
     """
 
-    def __init__(
-        self, path: Path, snap_length: int = MOST_FRAME, clock: Callable[[], int] = time.time_ns
-    ) -> None:
+    def __init__(self, path: Path, snap_length: int = MOST_FRAME, clock: Callable[[], int] = time.time_ns) -> None:
         self.failure: str | None = None
         self._snap_length = snap_length
         self._clock = clock
