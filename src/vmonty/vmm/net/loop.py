@@ -25,5 +25,8 @@ class Loop(Protocol):
     def call_soon(self, fn: Callable[[], None]) -> None:
         """Call *fn* on the loop's thread. From any thread."""
 
+    def run(self, function: Callable[[], None]) -> None:
+        """Call *function* on the loop's thread and wait for its end."""
+
     def call_later(self, seconds: float, fn: Callable[[], None]) -> Timer:
         """Call *fn* on the loop's thread in *seconds*."""

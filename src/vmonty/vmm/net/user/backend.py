@@ -119,6 +119,9 @@ class UserBackend(NetBackend):
             self.closed = True
         if self._own is not None:
             self._own.stop()
+        self.loop.run(self._close_parts)
+
+    def _close_parts(self) -> None:
         for forward in self.forwards:
             forward.close()
         for part in (self.tcp, self.udp, self.icmp, self.dns, self._tftp):
@@ -223,10 +226,10 @@ class UserBackend(NetBackend):
         return (self.outside_address(address), port) if self.may_reach(address) else None
 
     def send_ipv4(self, source: bytes, target: bytes, protocol: int, payload: Buffer, mac: bytes | None = None) -> None:
-        """Send a packet to a guest; one whose address nobody knows is lost, and asked for."""
+        """Send a packet to a guest; one for an address that nobody has yet waits for it, for a while."""
         mac = mac or self.arp.lookup(target)
         if mac is None:
-            self.arp.request(target)
+            self.arp.when_known(target, lambda: self.send_ipv4(source, target, protocol, payload))
             return
         for frame in self._builder.build(mac, source, target, protocol, payload):
             self.transmit(frame, None)

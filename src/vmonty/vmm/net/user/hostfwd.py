@@ -28,7 +28,7 @@ class HostForward:
         guest = forward.guest if forward.guest is not None else stack.config.leases[0]
         self._guest = guest.packed, forward.guest_port
         kind = socket.SOCK_STREAM if forward.protocol == "tcp" else socket.SOCK_DGRAM
-        self._waiting = 0
+        self._waiting: set[socket.socket] = set()
         self.socket = socket.socket(socket.AF_INET, kind)
         try:
             if kind == socket.SOCK_STREAM:
@@ -56,22 +56,24 @@ class HostForward:
                 outside, _ = self.socket.accept()
             except OSError:
                 return
-            if self._waiting >= MOST_WAITING:
+            if len(self._waiting) >= MOST_WAITING:
                 outside.close()
                 continue
-            self._waiting += 1
+            self._waiting.add(outside)
             self._knock(outside, PATIENCE)
 
     def _knock(self, outside: socket.socket, patience: int) -> None:
         """Open to the guest once its address is known; a guest that is still booting gets its time."""
         stack = self._stack
+        if outside not in self._waiting:
+            return  # closed meanwhile
         mac = stack.arp.lookup(self._guest[0])
-        if mac is None and patience and not stack.closed:
+        if mac is None and patience:
             stack.arp.request(self._guest[0])
             stack.loop.call_later(1.0 if patience < PATIENCE else 0.02, lambda: self._knock(outside, patience - 1))
             return
-        self._waiting -= 1
-        if mac is None or stack.closed or stack.tcp.accepted(outside, self._guest, mac) is None:
+        self._waiting.discard(outside)
+        if mac is None or stack.tcp.accepted(outside, self._guest, mac) is None:
             with contextlib.suppress(OSError):
                 outside.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
             outside.close()
@@ -104,3 +106,6 @@ class HostForward:
         """Give the port back."""
         self._stack.loop.unwatch(self.socket.fileno())
         self.socket.close()
+        for outside in self._waiting:
+            outside.close()
+        self._waiting.clear()

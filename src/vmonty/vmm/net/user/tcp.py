@@ -148,6 +148,7 @@ class Tcb:
         self._timed: tuple[int, float] | None = None
         self._deadline: float | None = None
         self._timer: Timer | None = None
+        self._timer_due = 0.0
         self._retries = 0
         self.starved = False
 
@@ -618,8 +619,12 @@ class Tcb:
     def _arm(self, seconds: float | None = None) -> None:
         wait = self.rto if seconds is None else seconds
         self._deadline = self._wire.clock() + wait
-        # One that is under way looks at the deadline when it fires.
+        # One that is under way looks at the deadline when it fires, unless that were too late.
+        if self._timer is not None and self._timer_due > self._deadline:
+            self._timer.cancel()
+            self._timer = None
         if self._timer is None:
+            self._timer_due = self._deadline
             self._timer = self._wire.call_later(wait, self._timeout)
 
     def _timeout(self) -> None:
@@ -628,6 +633,7 @@ class Tcb:
             return
         left = self._deadline - self._wire.clock()
         if left > 0.001:
+            self._timer_due = self._deadline
             self._timer = self._wire.call_later(left, self._timeout)
             return
         self._deadline = None
