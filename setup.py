@@ -54,6 +54,7 @@ COMPILED = [
     "vmonty.cpu.legacy",
     "vmonty.cpu.vmx",
     "vmonty.cpu.inspection",
+    "vmonty.cpu.context",
     "vmonty.vmm.virtio.queue",
 ]
 

@@ -15,14 +15,15 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from vmonty.base import hostcall
+from vmonty.cpu.core import memory_written
 from vmonty.kvm.soft.caps import CAPABILITIES, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
 from vmonty.kvm.soft.clock import ClockIoctls
 from vmonty.kvm.soft.enable_cap import CapIoctls
 from vmonty.kvm.soft.files import KvmFile, answers
 from vmonty.kvm.soft.irqchip import IrqchipIoctls
 from vmonty.kvm.soft.mce import MCE_CAP_SUPPORTED
-from vmonty.kvm.soft.memslots import KVM_USER_MEM_SLOTS, Change, Memslot, Memslots
-from vmonty.kvm.soft.mmu.tdp import TdpMmu
+from vmonty.kvm.soft.memslots import KVM_USER_MEM_SLOTS, PAGE_SHIFT, Change, Memslot, Memslots
+from vmonty.kvm.soft.modules import Module
 from vmonty.kvm.soft.msr_filter import MsrFilter, from_user
 from vmonty.kvm.soft.msrs import FEATURE_MSRS, MAX_IO_MSRS, MSRS_TO_SAVE
 from vmonty.kvm.soft.pmu_filter import PmuFilter
@@ -62,8 +63,14 @@ def check_extension(number: int) -> int:
 class KvmDevice(KvmFile):
     """/dev/kvm."""
 
-    def __init__(self, install: Install) -> None:
+    def __init__(self, install: Install, module: Module) -> None:
         self._install = install
+        self._module = module
+        module.get()
+
+    def release(self) -> None:
+        """The file was closed."""
+        self._module.put()
 
     @answers(Requests.KVM_GET_API_VERSION)
     def get_api_version(self, argument: Argument) -> int:
@@ -75,7 +82,7 @@ class KvmDevice(KvmFile):
     def create_vm(self, argument: Argument) -> int:
         if argument.number:
             raise OSError(errno.EINVAL, "unknown VM type")
-        return self._install(Kvm(self._install), "kvm-vm", 0)
+        return self._install(Kvm(self._install, self._module), "kvm-vm", 0)
 
     @answers(Requests.KVM_CHECK_EXTENSION)
     def check_extension(self, argument: Argument) -> int:
@@ -142,7 +149,8 @@ def put_cpuid(argument: Argument, entries: list[kvm_cpuid_entry2]) -> None:
 class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
     """struct kvm: a virtual machine, and its fd."""
 
-    def __init__(self, install: Install) -> None:
+    def __init__(self, install: Install, module: Module) -> None:
+        self.module = module
         IrqchipIoctls.__init__(self)
         ClockIoctls.__init__(self)
         CapIoctls.__init__(self)
@@ -150,7 +158,7 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
         self.lock = threading.RLock()
         self.stats = Statistics(VM_STATISTICS, f"kvm-{os.getpid()}")
         self.memslots = Memslots()
-        self.mmu = TdpMmu(self.memslots, self.stats)
+        self.mmu = module.ops.mmu_create(self)
         self.vcpus: dict[int, KvmVcpuFile] = {}
         self.created_vcpus = 0
         self.boot_vcpu_id = 0
@@ -158,6 +166,8 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
         self.msr_filter: MsrFilter | None = None
         self.pmu_filter: PmuFilter | None = None
         self.users_count = 1
+        module.get()
+        module.vm_list.append(self)
 
     def clock_changed(self) -> None:
         """KVM_REQ_CLOCK_UPDATE for all vCPUs."""
@@ -180,7 +190,11 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
             for vcpu in self.vcpus.values():
                 vcpu.destroy()
             self.vcpus.clear()
+            for slot in self.memslots:
+                self._forget_code(slot)
             self.stats.close()
+            self.module.vm_list.remove(self)
+            self.module.put()
 
     def release(self) -> None:
         """The VM's own fd was closed."""
@@ -236,6 +250,12 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
         if change.old is not None:
             self.mmu.zap(change.old)
             self.flush_remote_tlbs()
+            self._forget_code(change.old)
+
+    @staticmethod
+    def _forget_code(slot: Memslot) -> None:
+        """The memory may be anything next time: processors, which outlive the VM, must not know code in it."""
+        memory_written(slot.userspace_addr, slot.npages << PAGE_SHIFT)
 
     def flush_remote_tlbs(self) -> None:
         """kvm_flush_remote_tlbs(): no vCPU uses a translation from before when this returns."""
@@ -374,7 +394,11 @@ class KvmVcpuFile(VcpuX86):
     def ioctl(self, request: int, value: object) -> int:
         """One request at a time, as vcpu->mutex has it in the kernel."""
         with self.mutex:
-            return super().ioctl(request, value)
+            self.vcpu_load()
+            try:
+                return super().ioctl(request, value)
+            finally:
+                self.vcpu_put()
 
     @answers(Requests.KVM_RUN)
     def kvm_run_ioctl(self, argument: Argument) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vmonty.base import hostcall
 from vmonty.base.errors import KvmUnavailable
 from vmonty.cpu import core
+from vmonty.kvm.soft import modules
 from vmonty.kvm.soft.files import KvmFile
 from vmonty.kvm.soft.kvm_main import KvmDevice, KvmVcpuFile
 
@@ -28,9 +29,9 @@ class SoftKvm:
         self._lock = threading.Lock()
 
     def open(self) -> int:
-        """A new system file."""
+        """A new system file. Loads kvm_intel when no vendor module is; see modules.load()."""
         try:
-            device = KvmDevice(self.install)
+            device = KvmDevice(self.install, modules.request())
         except RuntimeError as error:
             raise KvmUnavailable(errno.ENODEV, "open the software KVM", str(error)) from error
         hostcall.install_kick()

@@ -111,6 +111,10 @@ class Statistics:
         self._fd = -1
         self.values = memoryview(bytearray(self._size)).cast("Q")
 
+    def get(self, name: str) -> int:
+        """The (first) value of *name*."""
+        return self.values[_index(self._table, name)]
+
     def open(self) -> int:
         """A new descriptor to read the statistics from. Nothing may count meanwhile."""
         if self._fd < 0:

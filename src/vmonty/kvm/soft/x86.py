@@ -19,6 +19,7 @@ from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.lapic import Lapic
 from vmonty.kvm.soft.mce import McIoctls
 from vmonty.kvm.soft.msrs import STORED, MsrIoctls
+from vmonty.kvm.soft.pcpu import POOL
 from vmonty.kvm.soft.pvclock import PvClock
 from vmonty.kvm.soft.regs import RegisterIoctls
 from vmonty.kvm.soft.signals import MASK_POLL_NS, pending_through
@@ -36,7 +37,6 @@ from vmonty.kvm.soft.stats import (
 from vmonty.kvm.soft.timer import Timer
 from vmonty.kvm.soft.tsc import HOST_TSC_KHZ, read_tsc
 from vmonty.kvm.soft.user import Argument
-from vmonty.kvm.soft.vmx.vmx import Vmx
 from vmonty.kvm.uapi import Exit, Requests, flags
 from vmonty.kvm.uapi.exits import KVM_EXIT_HYPERCALL_LONG_MODE, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
 from vmonty.kvm.uapi.irq import kvm_vapic_addr
@@ -72,7 +72,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
     def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
         super().__init__(kvm, vcpu_id)
         self.stored_msrs = dict(STORED)
-        self.vendor = Vmx(self)
+        self.need_resched = False
+        self.vendor = kvm.module.ops.vcpu_create(self)
         self._completion: Callable[[], bool] | None = None
         self._tsc_offset = 0
         self._cr8 = 0
@@ -96,7 +97,41 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
                 self.apic.reset(init_event=False)
             kvm.irqs.add_apic(self.apic)
             self.mp_state = flags.KVM_MP_STATE_RUNNABLE if is_bsp else flags.KVM_MP_STATE_UNINITIALIZED
-        self.set_guest_tsc(0)
+        self.vcpu_load()
+        try:
+            self.set_guest_tsc(0)
+        finally:
+            self.vcpu_put()
+
+    # ---- scheduling ------------------------------------------------------------------------------------------
+
+    def vcpu_load(self) -> None:
+        """On a physical processor from here to vcpu_put(): the vCPU's registers can be used."""
+        POOL.sched_in(self.vendor)
+
+    def vcpu_put(self) -> None:
+        """Off it, though it may keep the registers."""
+        POOL.sched_out(self.vendor)
+
+    def preempt(self) -> None:
+        """Another vCPU waits for the processor, or it goes down: out of guest mode, and off it."""
+        self.need_resched = True
+        self.vendor.kick()
+
+    def _resched(self) -> None:
+        """The preempt notifiers kvm_sched_out() and kvm_sched_in()."""
+        self.need_resched = False
+        self.vcpu_put()
+        self.vcpu_load()
+
+    def _sleep(self) -> None:
+        """schedule(): wait for a wake-up, without a processor."""
+        self.vcpu_put()
+        try:
+            self.wake.wait()
+            self.wake.clear()
+        finally:
+            self.vcpu_load()
 
     def destroy(self) -> None:
         """kvm_arch_vcpu_destroy()."""
@@ -378,8 +413,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
     def _wait_for_init(self) -> None:
         while not self._has_apic_events():
             self._check_signal()
-            self.wake.wait()
-            self.wake.clear()
+            self._sleep()
         self._accept_apic_events()
         raise OSError(errno.EAGAIN, "the vCPU has just been started")
 
@@ -395,6 +429,11 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def _loop(self) -> None:
         while True:
+            # After the processor is ours: a kick that came before may have found the vCPU on none.
+            if self.signal_pending or self.mask_poll:
+                self._check_signal()
+            if self.need_resched:
+                self._resched()
             if self._runnable():
                 if not self._enter_guest():
                     return
@@ -404,8 +443,6 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
                 self.run.exit_reason = Exit.IRQ_WINDOW_OPEN
                 self.stats.values[REQUEST_IRQ_EXITS] += 1
                 return
-            if self.signal_pending or self.mask_poll:
-                self._check_signal()
 
     def _runnable(self) -> bool:
         return self.mp_state == flags.KVM_MP_STATE_RUNNABLE
@@ -417,8 +454,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         try:
             while not self._has_wakeup():
                 self._check_signal()
-                self.wake.wait()
-                self.wake.clear()
+                self._sleep()
         finally:
             self.stats.values[BLOCKING] = 0
             self.stats.waited(time.monotonic_ns() - since)

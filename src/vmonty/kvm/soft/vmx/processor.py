@@ -1,18 +1,25 @@
-"""The physical processor that a vCPU runs on: a Cpu with VMX on, its VMCS, and the pages that the VMCS names.
+"""A vCPU's VMCS and the pages that it names, and the physical processor which has it at present.
 
-Today each vCPU has a processor of its own, so its translations and TLB are always warm.
+Source: arch/x86/kvm/vmx/vmx.c: vmx_vcpu_load_vmcs(), loaded_vmcs_clear().
 """
 
 from __future__ import annotations
 
+import errno
+from typing import TYPE_CHECKING
+
 from vmonty.base.ram import Ram
 from vmonty.cpu import models
-from vmonty.cpu.core import Cpu
+from vmonty.cpu.context import Context
 from vmonty.cpu.cpuid import set_features
 from vmonty.cpu.vmcs import REVISION, Field
-from vmonty.cpu.vmx import Vmx as VmxInstructions
-from vmonty.kvm.soft.cpuid import OFFERED, instructions
+from vmonty.kvm.soft.cpuid import instructions
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
+
+if TYPE_CHECKING:
+    from vmonty.cpu.core import Cpu
+    from vmonty.cpu.vmx import Vmx as VmxInstructions
+    from vmonty.kvm.soft.pcpu import PhysicalCpu
 
 XSAVE_SIZE = 832
 MSR_BITMAP_SIZE = 4096
@@ -47,35 +54,57 @@ class Page:
 
 
 class Processor:
-    """Names the processor's registers for the vendor module; VMREAD and VMWRITE go straight through."""
+    """Names the registers for the vendor module; VMREAD and VMWRITE go straight through to the physical processor.
+
+    Between ``store`` and ``load`` there is none: only the vCPU's thread, between sched_in and sched_out, may use it.
+    """
+
+    _cpu: Cpu
+    _vmx: VmxInstructions
 
     def __init__(self) -> None:
-        self._pages = Ram(3 * 4096, "vmonty-vmcs")
-        self._cpu = Cpu()
-        models.install(self._cpu, models.parse(OFFERED))
-        self.host_had_control = self._cpu.host_had_control
-        self._vmx = VmxInstructions(self._cpu)
-        vmxon, vmcs, bitmap = (Page(self._pages, 4096 * index) for index in range(3))
-        for region in (0, 4096):
-            self._pages.write_u32(region, REVISION)
-        self._vmx.vmxon(vmxon.address)
-        self._vmx.vmclear(vmcs.address)
-        self._vmx.vmptrld(vmcs.address)
-        self.msr_bitmap = bitmap
-        self._pages.fill(2 * 4096, MSR_BITMAP_SIZE, 0xFF)
+        self._pages = Ram(2 * 4096, "vmonty-vmcs")
+        self.vmcs, self.msr_bitmap = (Page(self._pages, 4096 * index) for index in range(2))
+        self._pages.write_u32(0, REVISION)
+        self._pages.fill(4096, MSR_BITMAP_SIZE, 0xFF)
         for index in PASSED_THROUGH:
             self.pass_msr_through(index, read=True, write=True)
+        self._registers = Context()
+        self._features = models.feature_words(instructions(()))
+        self.pcpu: PhysicalCpu | None = None
+
+    def load(self, pcpu: PhysicalCpu) -> None:
+        """vmx_vcpu_load(): the VMCS is current there, and the registers are in the processor."""
+        if pcpu.virtualization is None:
+            raise OSError(errno.EIO, "virtualization is off: the host restarts")
+        self._cpu, self._vmx = pcpu.cpu, pcpu.virtualization.vmx
+        self._vmx.vmclear(self.vmcs.address)
+        self._vmx.vmptrld(self.vmcs.address)
+        self._registers.load(self._cpu)
+        set_features(self._cpu.state_address, self._features)
+        self.pcpu = pcpu
+        self.host_had_control = self._cpu.host_had_control
         self.vmread = self._vmx.vmread
         self.vmwrite = self._vmx.vmwrite
         self.get_gpr = self._vmx.gpr
         self.set_gpr = self._vmx.set_gpr
         self.enter = self._vmx.run
-        self.kick = self._vmx.kick
         self.emulate = self._vmx.emulate
         self.answer_mmio = self._vmx.answer_mmio
         self.forget_mmio = self._vmx.forget_mmio
         self.get_debug = self._vmx.dr
         self.set_debug = self._vmx.set_dr
+
+    def store(self) -> None:
+        """__loaded_vmcs_clear(): the VMCS's data are in memory, the registers here, and the processor is free."""
+        self._registers.store(self._cpu)
+        self._vmx.vmclear(self.vmcs.address)
+        self.pcpu = None
+
+    def kick(self) -> None:
+        """An interrupt for the physical processor; any thread. One that finds the vCPU elsewhere does no harm."""
+        if (pcpu := self.pcpu) is not None and (operation := pcpu.virtualization) is not None:
+            operation.vmx.kick()
 
     def pass_msr_through(self, index: int, read: bool, write: bool) -> None:
         """Which accesses to an MSR don't exit."""
@@ -83,10 +112,6 @@ class Processor:
         bit = (0x2000 if index >= 0xC000_0000 else 0) + (index & 0x1FFF)
         for at, passes in ((bit, read), (0x4000 + bit, write)):
             (self.msr_bitmap.clear_bit if passes else self.msr_bitmap.set_bit)(at)
-
-    def destroy(self) -> None:
-        """Leave VMX operation."""
-        self._vmx.vmxoff()
 
     def setup_host_state(self) -> None:
         """vmx_set_constant_host_state(): a host that passes the checks at entry; exits return to us, not to it."""
@@ -141,4 +166,5 @@ class Processor:
 
     def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
         """CPUID exits, so the processor's own table stays as it is; its instructions follow the guest's."""
-        set_features(self._cpu.state_address, models.feature_words(instructions(entries)))
+        self._features = models.feature_words(instructions(entries))
+        set_features(self._cpu.state_address, self._features)

@@ -11,6 +11,7 @@ from vmonty.cpu import models
 from vmonty.cpu.vmcs import Field
 from vmonty.kvm.soft.cpuid import OFFERED
 from vmonty.kvm.soft.msr_filter import READ, WRITE
+from vmonty.kvm.soft.pcpu import POOL
 from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.soft.vmx import controls as c
 from vmonty.kvm.soft.vmx.exits import UD_VECTOR, VmxExits
@@ -19,6 +20,8 @@ from vmonty.kvm.uapi import flags
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2, kvm_segment
 
 if TYPE_CHECKING:
+    from vmonty.kvm.soft.pcpu import PhysicalCpu
+    from vmonty.kvm.soft.vmx.main import KvmIntel
     from vmonty.kvm.soft.x86 import VcpuX86
 
 RSP = 4
@@ -50,16 +53,39 @@ class Vmx(VmxExits):
 
     name = "vmx"
 
-    def __init__(self, vcpu: VcpuX86) -> None:
+    def __init__(self, vcpu: VcpuX86, module: KvmIntel) -> None:
         super().__init__(vcpu, Processor())
+        self._module = module
+        self._vpid = module.allocate_vpid()
+        self.preempt = vcpu.preempt
         # The guest's DR0 to DR3 and DR7, while user space's debugger has the processor's.
         self._guest_debug_registers: dict[int, int] | None = None
-        self._setup_controls()
-        self.reset(init=False)
+        POOL.sched_in(self)
+        try:
+            self._setup_controls()
+            self.reset(init=False)
+        finally:
+            POOL.sched_out(self)
+
+    # ---- scheduling ------------------------------------------------------------------------------------
+
+    @property
+    def pcpu(self) -> PhysicalCpu | None:
+        """The physical processor that has the VMCS."""
+        return self.cpu.pcpu
+
+    def load(self, pcpu: PhysicalCpu) -> None:
+        """vmx_vcpu_load()."""
+        self.cpu.load(pcpu)
+
+    def store(self) -> None:
+        """vmx_vcpu_put(), and off the processor."""
+        self.cpu.store()
 
     def destroy(self) -> None:
-        """Free the VMCS and the processor."""
-        self.cpu.destroy()
+        """vmx_vcpu_free()."""
+        POOL.forget(self)
+        self._module.free_vpid(self._vpid)
 
     def _setup_controls(self) -> None:
         """vmx_vcpu_setup(): what makes the guest exit."""
@@ -75,8 +101,9 @@ class Vmx(VmxExits):
         )  # fmt: skip
         write(
             Field.SECONDARY_VM_EXEC_CONTROL,
-            c.SECOND_EPT | c.SECOND_VPID | c.SECOND_UNRESTRICTED | c.SECOND_RDTSCP | c.SECOND_INVPCID,
-        )
+            c.SECOND_EPT | (c.SECOND_VPID if self._vpid else 0) | c.SECOND_UNRESTRICTED | c.SECOND_RDTSCP
+            | c.SECOND_INVPCID,
+        )  # fmt: skip
         write(
             Field.VM_EXIT_CONTROLS,
             c.EXIT_REQUIRED | c.EXIT_HOST_64 | c.EXIT_SAVE_EFER | c.EXIT_SAVE_PAT | c.EXIT_SAVE_DEBUG,
@@ -84,7 +111,7 @@ class Vmx(VmxExits):
         write(Field.VM_ENTRY_CONTROLS, c.ENTRY_REQUIRED | c.ENTRY_LOAD_EFER | c.ENTRY_LOAD_PAT | c.ENTRY_LOAD_DEBUG)
         write(Field.EXCEPTION_BITMAP, 1 << UD_VECTOR)  # VMMCALL
         write(Field.EPT_POINTER, self.vcpu.kvm.mmu.root | c.EPTP_WRITE_BACK | c.EPTP_FOUR_LEVELS)
-        write(Field.VIRTUAL_PROCESSOR_ID, 1)
+        write(Field.VIRTUAL_PROCESSOR_ID, self._vpid)
         write(Field.MSR_BITMAP, self.cpu.msr_bitmap.address)
         write(Field.CR0_GUEST_HOST_MASK, c.CR0_NE)
         write(Field.CR4_GUEST_HOST_MASK, c.CR4_VMXE)

@@ -1,0 +1,115 @@
+"""kvm-intel as a module: its parameters, and VMX operation on each physical processor.
+
+Source: arch/x86/kvm/vmx/main.c, vmx.c: hardware_setup(), vmx_hardware_enable(), alloc_loaded_vmcs().
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vmonty.base.ram import Ram
+from vmonty.cpu.vmcs import REVISION
+from vmonty.cpu.vmx import Vmx as VmxInstructions
+from vmonty.kvm.soft.mmu.tdp import TdpMmu
+from vmonty.kvm.soft.vmx.vmx import Vmx
+
+if TYPE_CHECKING:
+    from vmonty.kvm.soft.kvm_main import Kvm
+    from vmonty.kvm.soft.pcpu import PhysicalCpu
+    from vmonty.kvm.soft.vcpu_state import KvmX86Ops
+    from vmonty.kvm.soft.x86 import VcpuX86
+
+IA32_VMX_BASIC, IA32_VMX_PROCBASED_CTLS2 = 0x480, 0x48B
+SECOND_VIRTUALIZE_APIC, SECOND_APIC_REGISTERS, SECOND_INTERRUPT_DELIVERY = 1, 1 << 8, 1 << 9
+SECOND_EPT, SECOND_VPID, SECOND_UNRESTRICTED = 1 << 1, 1 << 5, 1 << 7
+APICV = SECOND_VIRTUALIZE_APIC | SECOND_APIC_REGISTERS | SECOND_INTERRUPT_DELIVERY
+VPIDS = 1 << 16
+
+
+@dataclass
+class Parameters:
+    """As modinfo kvm_intel tells them. What the processor lacks is turned off by hardware_setup()."""
+
+    ept: bool = True
+    vpid: bool = True
+    unrestricted_guest: bool = True
+    enable_apicv: bool = True
+    nested: bool = False
+
+
+class VmxOperation:
+    """A processor between VMXON and VMXOFF."""
+
+    def __init__(self, pcpu: PhysicalCpu) -> None:
+        self.vmx = VmxInstructions(pcpu.cpu)
+        self._region = Ram(4096, "vmonty-vmxon")
+        self._region.write_u32(0, REVISION)
+        self.vmx.vmxon(self._region.address)
+
+
+class KvmIntel:
+    """struct kvm_x86_init_ops of VMX."""
+
+    name, feature = "kvm_intel", "vmx"
+
+    def __init__(self) -> None:
+        self.parameters = Parameters()
+        self._basic = 0
+        self._vpids: set[int] = set()
+
+    def hardware_setup(self) -> None:
+        """Look at a processor, and turn off what it cannot do."""
+        from vmonty.kvm.soft.pcpu import POOL
+
+        (first, *_) = POOL
+        vmx = VmxInstructions(first.cpu)
+        self._basic = vmx.capability(IA32_VMX_BASIC)
+        may = vmx.capability(IA32_VMX_PROCBASED_CTLS2) >> 32
+        wanted = self.parameters
+        wanted.vpid &= bool(may & SECOND_VPID)
+        wanted.ept &= bool(may & SECOND_EPT)
+        wanted.unrestricted_guest &= wanted.ept and bool(may & SECOND_UNRESTRICTED)
+        wanted.enable_apicv &= may & APICV == APICV
+        if wanted.nested:
+            raise OSError(errno.EOPNOTSUPP, "nested virtualization is not offered")
+        if not wanted.unrestricted_guest:
+            raise OSError(errno.EOPNOTSUPP, "paging by shadow tables, which guests without EPT need, is not there")
+        self._vpids = set(range(1, VPIDS))
+
+    def hardware_unsetup(self) -> None:
+        """Forget it."""
+        self._vpids = set()
+
+    def check_processor_compatibility(self, pcpu: PhysicalCpu) -> None:
+        """setup_vmcs_config() there must come to the same."""
+        if VmxInstructions(pcpu.cpu).capability(IA32_VMX_BASIC) != self._basic:
+            raise OSError(errno.EIO, f"processor {pcpu.number} has another VMX than the first")
+
+    def hardware_enable(self, pcpu: PhysicalCpu) -> None:
+        """VMXON."""
+        pcpu.virtualization = VmxOperation(pcpu)
+
+    def hardware_disable(self, pcpu: PhysicalCpu) -> None:
+        """VMXOFF."""
+        operation: VmxOperation = pcpu.virtualization
+        operation.vmx.vmxoff()
+        pcpu.virtualization = None
+
+    def mmu_create(self, kvm: Kvm) -> TdpMmu:
+        """The EPT."""
+        return TdpMmu(kvm.memslots, kvm.stats)
+
+    def vcpu_create(self, vcpu: VcpuX86) -> KvmX86Ops:
+        """vmx_vcpu_create()."""
+        return Vmx(vcpu, self)
+
+    def allocate_vpid(self) -> int:
+        """A tag for one vCPU's translations; 0, which is none, when they are used up or turned off."""
+        return self._vpids.pop() if self.parameters.vpid and self._vpids else 0
+
+    def free_vpid(self, vpid: int) -> None:
+        """Give it back."""
+        if vpid:
+            self._vpids.add(vpid)
