@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -47,6 +48,7 @@ from vmonty.kvm.uapi.vm import (
 
 KVM_MIN_ALLOC_MMU_PAGES = 64
 VCPU_MMAP_SIZE = 3 * mmap.PAGESIZE
+FLUSH_POLL_S = 20e-6
 
 # Gives a file its descriptor: (file, name, bytes of its mapping).
 Install = Callable[[KvmFile, str, int], int]
@@ -261,8 +263,13 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
         """kvm_flush_remote_tlbs(): no vCPU uses a translation from before when this returns."""
         self.stats.values[REMOTE_TLB_FLUSH_REQUESTS] += 1
         self.stats.values[REMOTE_TLB_FLUSH] += 1
-        for vcpu in list(self.vcpus.values()):
+        vcpus = list(self.vcpus.values())
+        for vcpu in vcpus:
             vcpu.request_tlb_flush()
+        # A vCPU first says that it is in guest mode, then looks for requests: one of us two sees the other's word.
+        for vcpu in vcpus:
+            while vcpu.in_guest and vcpu.tlb_flush_requested:
+                time.sleep(FLUSH_POLL_S)
 
     @answers(Requests.KVM_GET_DIRTY_LOG)
     def get_dirty_log(self, argument: Argument) -> None:
@@ -270,9 +277,10 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
         request = argument.get(kvm_dirty_log)
         with self.lock:
             slot = self._logged_slot(request.slot)
-            bitmap = bytes(slot.dirty)
-            if not self.manual_dirty_log_protect and any(bitmap):
-                slot.dirty[:] = bytes(len(bitmap))
+            if self.manual_dirty_log_protect:
+                bitmap = bytes(slot.dirty)
+            elif any(bitmap := slot.take_dirty()):
+                # What is written from here on is logged again, or is there when user space reads the pages.
                 self.mmu.write_protect(slot.base_gfn, slot.end_gfn)
                 self.flush_remote_tlbs()
         Argument(request.u.dirty_bitmap, 0).write(bitmap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ class Memslot:
     userspace_addr: int
     flags: int
     dirty: bytearray = field(default_factory=bytearray)
+    # A change of the log reads, changes and writes a byte: no other thread's may come in between.
+    _dirty_lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def end_gfn(self) -> int:
@@ -40,7 +43,15 @@ class Memslot:
         """Note a write to *gfn* in the dirty log, if there is one."""
         if self.dirty:
             page = gfn - self.base_gfn
-            self.dirty[page >> 3] |= 1 << (page & 7)
+            with self._dirty_lock:
+                self.dirty[page >> 3] |= 1 << (page & 7)
+
+    def take_dirty(self) -> bytes:
+        """The log, which is empty then: the kernel's xchg() of each word."""
+        with self._dirty_lock:
+            bitmap = bytes(self.dirty)
+            self.dirty[:] = bytes(len(bitmap))
+        return bitmap
 
     def dirty_runs(self, first: int, bits: int) -> Iterator[range]:
         """The dirty pages from *first* on whose *bits* are set, as runs of page numbers."""
@@ -56,8 +67,9 @@ class Memslot:
 
     def clear_dirty(self, pages: range) -> None:
         """Forget that *pages* were written."""
-        for page in pages:
-            self.dirty[page >> 3] &= ~(1 << (page & 7))
+        with self._dirty_lock:
+            for page in pages:
+                self.dirty[page >> 3] &= ~(1 << (page & 7))
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,7 @@ class Memslots:
                 raise OSError(errno.EEXIST, "another slot lies there")
         if flags & KVM_MEM_LOG_DIRTY_PAGES:
             if old is not None and old.dirty:
-                new.dirty = old.dirty
+                new.dirty, new._dirty_lock = old.dirty, old._dirty_lock
             else:
                 pages = (1 << new.npages) - 1 if initially_dirty else 0
                 new.dirty = bytearray(pages.to_bytes((new.npages + 63) // 64 * 8, "little"))

@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vmonty.kvm.soft import cpuid
+from vmonty.kvm.soft import cpuid, pcpu
 from vmonty.kvm.soft.caps import GUEST_DEBUG_VALID
 from vmonty.kvm.soft.events import EventIoctls
 from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.lapic import Lapic
 from vmonty.kvm.soft.mce import McIoctls
 from vmonty.kvm.soft.msrs import STORED, MsrIoctls
-from vmonty.kvm.soft.pcpu import POOL
 from vmonty.kvm.soft.pvclock import PvClock
 from vmonty.kvm.soft.regs import RegisterIoctls
 from vmonty.kvm.soft.signals import MASK_POLL_NS, pending_through
@@ -73,6 +72,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         super().__init__(kvm, vcpu_id)
         self.stored_msrs = dict(STORED)
         self.need_resched = False
+        self.in_guest = False
         self.vendor = kvm.module.ops.vcpu_create(self)
         self._completion: Callable[[], bool] | None = None
         self._tsc_offset = 0
@@ -107,11 +107,11 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def vcpu_load(self) -> None:
         """On a physical processor from here to vcpu_put(): the vCPU's registers can be used."""
-        POOL.sched_in(self.vendor)
+        pcpu.POOL.sched_in(self.vendor)
 
     def vcpu_put(self) -> None:
         """Off it, though it may keep the registers."""
-        POOL.sched_out(self.vendor)
+        pcpu.POOL.sched_out(self.vendor)
 
     def preempt(self) -> None:
         """Another vCPU waits for the processor, or it goes down: out of guest mode, and off it."""
@@ -545,10 +545,6 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             self._accept_apic_events()
             if not self._runnable():
                 return True
-        if self.tlb_flush_requested:
-            self.tlb_flush_requested = False
-            self.stats.values[TLB_FLUSH] += 1
-            self.vendor.flush_tlb()
         if self.triple_fault_pending:
             self.triple_fault_pending = False
             self.run.exit_reason = Exit.SHUTDOWN
@@ -573,12 +569,24 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         self._inject_pending_event()
         if self._vapic_addr:
             self._sync_to_vapic()
-            self.vendor.run()
+            self._run_guest()
             self._sync_from_vapic()
         else:
-            self.vendor.run()
+            self._run_guest()
         self.stats.values[EXITS] += 1
         return self.vendor.handle_exit()
+
+    def _run_guest(self) -> None:
+        """In guest mode, after a flush that was asked for; see flush_remote_tlbs() for the order."""
+        self.in_guest = True
+        try:
+            if self.tlb_flush_requested:
+                self.tlb_flush_requested = False
+                self.stats.values[TLB_FLUSH] += 1
+                self.vendor.flush_tlb()
+            self.vendor.run()
+        finally:
+            self.in_guest = False
 
     def _inject_pending_event(self) -> None:
         """kvm_check_and_inject_events(): one event a time, what was interrupted first."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vmonty.base.ram import Ram
 from vmonty.cpu.vmcs import REVISION
 from vmonty.cpu.vmx import Vmx as VmxInstructions
+from vmonty.kvm.soft import pcpu
 from vmonty.kvm.soft.mmu.tdp import TdpMmu
 from vmonty.kvm.soft.vmx.vmx import Vmx
 
@@ -42,8 +43,8 @@ class Parameters:
 class VmxOperation:
     """A processor between VMXON and VMXOFF."""
 
-    def __init__(self, pcpu: PhysicalCpu) -> None:
-        self.vmx = VmxInstructions(pcpu.cpu)
+    def __init__(self, processor: PhysicalCpu) -> None:
+        self.vmx = VmxInstructions(processor.cpu)
         self._region = Ram(4096, "vmonty-vmxon")
         self._region.write_u32(0, REVISION)
         self.vmx.vmxon(self._region.address)
@@ -57,13 +58,12 @@ class KvmIntel:
     def __init__(self) -> None:
         self.parameters = Parameters()
         self._basic = 0
-        self._vpids: set[int] = set()
+        self._free_vpids: list[int] = []
+        self._next_vpid = 1
 
     def hardware_setup(self) -> None:
         """Look at a processor, and turn off what it cannot do."""
-        from vmonty.kvm.soft.pcpu import POOL
-
-        (first, *_) = POOL
+        (first, *_) = pcpu.POOL
         vmx = VmxInstructions(first.cpu)
         self._basic = vmx.capability(IA32_VMX_BASIC)
         may = vmx.capability(IA32_VMX_PROCBASED_CTLS2) >> 32
@@ -76,26 +76,25 @@ class KvmIntel:
             raise OSError(errno.EOPNOTSUPP, "nested virtualization is not offered")
         if not wanted.unrestricted_guest:
             raise OSError(errno.EOPNOTSUPP, "paging by shadow tables, which guests without EPT need, is not there")
-        self._vpids = set(range(1, VPIDS))
 
     def hardware_unsetup(self) -> None:
         """Forget it."""
-        self._vpids = set()
+        self._basic = 0
 
-    def check_processor_compatibility(self, pcpu: PhysicalCpu) -> None:
+    def check_processor_compatibility(self, processor: PhysicalCpu) -> None:
         """setup_vmcs_config() there must come to the same."""
-        if VmxInstructions(pcpu.cpu).capability(IA32_VMX_BASIC) != self._basic:
-            raise OSError(errno.EIO, f"processor {pcpu.number} has another VMX than the first")
+        if VmxInstructions(processor.cpu).capability(IA32_VMX_BASIC) != self._basic:
+            raise OSError(errno.EIO, f"processor {processor.number} has another VMX than the first")
 
-    def hardware_enable(self, pcpu: PhysicalCpu) -> None:
+    def hardware_enable(self, processor: PhysicalCpu) -> None:
         """VMXON."""
-        pcpu.virtualization = VmxOperation(pcpu)
+        processor.virtualization = VmxOperation(processor)
 
-    def hardware_disable(self, pcpu: PhysicalCpu) -> None:
+    def hardware_disable(self, processor: PhysicalCpu) -> None:
         """VMXOFF."""
-        operation: VmxOperation = pcpu.virtualization
+        operation: VmxOperation = processor.virtualization
         operation.vmx.vmxoff()
-        pcpu.virtualization = None
+        processor.virtualization = None
 
     def mmu_create(self, kvm: Kvm) -> TdpMmu:
         """The EPT."""
@@ -107,9 +106,16 @@ class KvmIntel:
 
     def allocate_vpid(self) -> int:
         """A tag for one vCPU's translations; 0, which is none, when they are used up or turned off."""
-        return self._vpids.pop() if self.parameters.vpid and self._vpids else 0
+        if not self.parameters.vpid:
+            return 0
+        if self._free_vpids:
+            return self._free_vpids.pop()
+        if self._next_vpid == VPIDS:
+            return 0
+        self._next_vpid += 1
+        return self._next_vpid - 1
 
     def free_vpid(self, vpid: int) -> None:
         """Give it back."""
         if vpid:
-            self._vpids.add(vpid)
+            self._free_vpids.append(vpid)

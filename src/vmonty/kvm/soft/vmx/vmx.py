@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from vmonty.cpu import models
 from vmonty.cpu.vmcs import Field
+from vmonty.kvm.soft import pcpu as pcpus
 from vmonty.kvm.soft.cpuid import OFFERED
 from vmonty.kvm.soft.msr_filter import READ, WRITE
-from vmonty.kvm.soft.pcpu import POOL
 from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.soft.vmx import controls as c
 from vmonty.kvm.soft.vmx.exits import UD_VECTOR, VmxExits
@@ -60,12 +60,12 @@ class Vmx(VmxExits):
         self.preempt = vcpu.preempt
         # The guest's DR0 to DR3 and DR7, while user space's debugger has the processor's.
         self._guest_debug_registers: dict[int, int] | None = None
-        POOL.sched_in(self)
+        pcpus.POOL.sched_in(self)
         try:
             self._setup_controls()
             self.reset(init=False)
         finally:
-            POOL.sched_out(self)
+            pcpus.POOL.sched_out(self)
 
     # ---- scheduling ------------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ class Vmx(VmxExits):
 
     def destroy(self) -> None:
         """vmx_vcpu_free()."""
-        POOL.forget(self)
+        pcpus.POOL.forget(self)
         self._module.free_vpid(self._vpid)
 
     def _setup_controls(self) -> None:
