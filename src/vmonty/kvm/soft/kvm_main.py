@@ -49,6 +49,7 @@ from vmonty.kvm.uapi.vm import (
 KVM_MIN_ALLOC_MMU_PAGES = 64
 VCPU_MMAP_SIZE = 3 * mmap.PAGESIZE
 FLUSH_POLL_S = 20e-6
+KVM_RUN = int(Requests.KVM_RUN)
 
 # Gives a file its descriptor: (file, name, bytes of its mapping).
 Install = Callable[[KvmFile, str, int], int]
@@ -402,7 +403,7 @@ class KvmVcpuFile(VcpuX86):
     def ioctl(self, request: int, value: object) -> int:
         """One request at a time, as vcpu->mutex has it in the kernel."""
         with self.mutex:
-            self.vcpu_load()
+            self.vcpu_load(brief=request != KVM_RUN)
             try:
                 return super().ioctl(request, value)
             finally:

@@ -15,6 +15,7 @@ import errno
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ class PhysicalCpus:
         self._free = threading.Condition(self._lock)
         self._frozen = False
         self._slept: list[int] = []
-        self.waiting = 0
+        # Those that wait for a processor, first the next one.
+        self._queue: deque[Context] = deque()
         self.hotplug_states: list[HotplugState] = []
         self.reboot_notifiers: list[Callable[[], None]] = []
         self.syscore_ops: list[SyscoreOps] = []
@@ -221,16 +223,18 @@ class PhysicalCpus:
 
     # ---- the scheduler ----------------------------------------------------------------------------------------
 
-    def sched_in(self, context: Context) -> None:
-        """Give *context* a processor, its own if that is still warm; wait for one when all are busy."""
+    def sched_in(self, context: Context, brief: bool = False) -> None:
+        """Give *context* a processor, its own if that is still warm; wait for one when all are busy.
+
+        *brief*: not to run a guest, only to look at registers: another vCPU gives way at once.
+        """
         with self._lock:
             pcpu = context.pcpu
-            if pcpu is None or pcpu.running or not pcpu.online or self._frozen:
-                pcpu = self._wait_for_one(context)
+            if self._queue or pcpu is None or pcpu.running or not pcpu.online or self._frozen:
+                pcpu = self._wait_for_one(context, brief)
                 self._switch(pcpu, context)
-            pcpu.running = True
-            if self.waiting:
                 pcpu.since_ns = time.monotonic_ns()
+            pcpu.running = True
 
     def sched_out(self, context: Context) -> None:
         """*context* does not need its processor for now."""
@@ -238,7 +242,7 @@ class PhysicalCpus:
             pcpu = context.pcpu
             assert pcpu is not None
             pcpu.running = False
-            if self.waiting or not pcpu.online:
+            if self._queue or not pcpu.online:
                 self._free.notify_all()
 
     def forget(self, context: Context) -> None:
@@ -248,16 +252,24 @@ class PhysicalCpus:
                 context.pcpu.evict()
             self.trim()
 
-    def _wait_for_one(self, context: Context) -> PhysicalCpu:
-        while True:
-            if not self._frozen and (chosen := self._choose(context)) is not None:
-                return chosen
-            self.waiting += 1
-            try:
-                if not self._free.wait(TICK_S) and not self._frozen:
+    def _wait_for_one(self, context: Context, brief: bool) -> PhysicalCpu:
+        """In turn: a vCPU that has just made room does not get ahead of those that wait for it."""
+        if brief:
+            self._queue.appendleft(context)
+        else:
+            self._queue.append(context)
+        try:
+            while True:
+                if self._queue[0] is context and not self._frozen and (chosen := self._choose(context)) is not None:
+                    return chosen
+                if brief:
                     self._tick()
-            finally:
-                self.waiting -= 1
+                if not self._free.wait(TICK_S):
+                    self._tick()
+        finally:
+            self._queue.remove(context)
+            if self._queue:
+                self._free.notify_all()
 
     def _choose(self, context: Context) -> PhysicalCpu | None:
         """select_task_rq(): the one that is warm, else one that is empty, else a new one, else any that is idle."""
@@ -274,6 +286,8 @@ class PhysicalCpus:
 
     def _tick(self) -> None:
         """The vCPU that runs longest makes room."""
+        if self._frozen:
+            return
         busy = [pcpu for pcpu in self._cpus.values() if pcpu.running and pcpu.holder is not None]
         if busy and (holder := min(busy, key=lambda pcpu: pcpu.since_ns).holder) is not None:
             holder.preempt()

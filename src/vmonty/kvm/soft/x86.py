@@ -97,7 +97,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
                 self.apic.reset(init_event=False)
             kvm.irqs.add_apic(self.apic)
             self.mp_state = flags.KVM_MP_STATE_RUNNABLE if is_bsp else flags.KVM_MP_STATE_UNINITIALIZED
-        self.vcpu_load()
+        self.vcpu_load(brief=True)
         try:
             self.set_guest_tsc(0)
         finally:
@@ -105,9 +105,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     # ---- scheduling ------------------------------------------------------------------------------------------
 
-    def vcpu_load(self) -> None:
+    def vcpu_load(self, brief: bool = False) -> None:
         """On a physical processor from here to vcpu_put(): the vCPU's registers can be used."""
-        pcpu.POOL.sched_in(self.vendor)
+        pcpu.POOL.sched_in(self.vendor, brief)
 
     def vcpu_put(self) -> None:
         """Off it, though it may keep the registers."""

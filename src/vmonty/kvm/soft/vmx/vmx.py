@@ -60,7 +60,7 @@ class Vmx(VmxExits):
         self.preempt = vcpu.preempt
         # The guest's DR0 to DR3 and DR7, while user space's debugger has the processor's.
         self._guest_debug_registers: dict[int, int] | None = None
-        pcpus.POOL.sched_in(self)
+        pcpus.POOL.sched_in(self, brief=True)
         try:
             self._setup_controls()
             self.reset(init=False)
