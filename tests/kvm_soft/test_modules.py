@@ -25,8 +25,7 @@ CPUS = 3
 @pytest.fixture(autouse=True)
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[pcpu.PhysicalCpus]:
     """A pool of three processors, and no module."""
-    if (module := modules.loaded()) is not None:
-        modules.unload(module.name)
+    monkeypatch.setattr(modules, "_loaded", None)
     made = pcpu.PhysicalCpus(limit=CPUS)
     for number in range(CPUS):
         made.online(number)

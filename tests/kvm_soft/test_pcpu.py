@@ -36,8 +36,7 @@ busy:
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[pcpu.PhysicalCpus]:
     """A pool with room for two, one of them online; no module yet."""
-    if (module := modules.loaded()) is not None:
-        modules.unload(module.name)
+    monkeypatch.setattr(modules, "_loaded", None)
     made = pcpu.PhysicalCpus(limit=2)
     made.online(0)
     monkeypatch.setattr(pcpu, "POOL", made)

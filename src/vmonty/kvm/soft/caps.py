@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vmonty.kvm.soft.dirty_ring import MAX_BYTES
 from vmonty.kvm.soft.memslots import KVM_USER_MEM_SLOTS
 from vmonty.kvm.uapi import Cap, flags
 
@@ -78,6 +79,8 @@ CAPABILITIES: dict[Cap, int] = {
     Cap.X86_USER_SPACE_MSR: 1,
     Cap.X86_MSR_FILTER: 1,
     Cap.MANUAL_DIRTY_LOG_PROTECT2: flags.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | flags.KVM_DIRTY_LOG_INITIALLY_SET,
+    Cap.DIRTY_LOG_RING: MAX_BYTES,
+    Cap.DIRTY_LOG_RING_ACQ_REL: MAX_BYTES,
     Cap.EXCEPTION_PAYLOAD: 1,
     Cap.SPLIT_IRQCHIP: 1,
     Cap.X2APIC_API: X2APIC_API_VALID,

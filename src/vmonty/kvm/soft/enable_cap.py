@@ -18,6 +18,7 @@ from vmonty.kvm.soft.caps import (
     QUIRKS_VALID,
     X2APIC_API_VALID,
 )
+from vmonty.kvm.soft.dirty_ring import check_size
 from vmonty.kvm.soft.files import KvmFile, answers
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.uapi import Cap, Requests, flags
@@ -44,6 +45,7 @@ class CapIoctls(KvmFile):
     def __init__(self) -> None:
         self.user_space_msr_mask = 0
         self.manual_dirty_log_protect = 0
+        self.dirty_ring_size = 0
         self.exception_payload_enabled = False
         self.hypercall_exit_enabled = 0
         self.disabled_quirks = 0
@@ -54,6 +56,8 @@ class CapIoctls(KvmFile):
         self._enablers: dict[int, Callable[[int], None]] = {
             Cap.X86_USER_SPACE_MSR: self._user_space_msr,
             Cap.MANUAL_DIRTY_LOG_PROTECT2: self._manual_dirty_log_protect,
+            Cap.DIRTY_LOG_RING: self._dirty_log_ring,
+            Cap.DIRTY_LOG_RING_ACQ_REL: self._dirty_log_ring,
             Cap.EXCEPTION_PAYLOAD: self._exception_payload,
             Cap.EXIT_HYPERCALL: self._exit_hypercall,
             Cap.SPLIT_IRQCHIP: self._split_irqchip,
@@ -88,6 +92,13 @@ class CapIoctls(KvmFile):
         enable, all_set = flags.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, flags.KVM_DIRTY_LOG_INITIALLY_SET
         self._check(argument, enable | all_set if argument & enable else enable)
         self.manual_dirty_log_protect = argument
+
+    def _dirty_log_ring(self, argument: int) -> None:
+        check_size(argument)
+        if self.dirty_ring_size:
+            raise OSError(errno.EINVAL, "the VM has dirty rings")
+        self._before_vcpus()
+        self.dirty_ring_size = argument
 
     def _exception_payload(self, argument: int) -> None:
         self.exception_payload_enabled = bool(argument)

@@ -17,13 +17,16 @@ from typing import ClassVar
 
 from vmonty.base import hostcall
 from vmonty.cpu.core import memory_written
+from vmonty.kvm.soft import dirty_ring
 from vmonty.kvm.soft.caps import CAPABILITIES, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
 from vmonty.kvm.soft.clock import ClockIoctls
+from vmonty.kvm.soft.dirty_log import DirtyLogIoctls
+from vmonty.kvm.soft.dirty_ring import DirtyRing
 from vmonty.kvm.soft.enable_cap import CapIoctls
 from vmonty.kvm.soft.files import KvmFile, answers
 from vmonty.kvm.soft.irqchip import IrqchipIoctls
 from vmonty.kvm.soft.mce import MCE_CAP_SUPPORTED
-from vmonty.kvm.soft.memslots import KVM_USER_MEM_SLOTS, PAGE_SHIFT, Change, Memslot, Memslots
+from vmonty.kvm.soft.memslots import PAGE_SHIFT, Change, Memslot, Memslots
 from vmonty.kvm.soft.modules import Module
 from vmonty.kvm.soft.msr_filter import MsrFilter, from_user
 from vmonty.kvm.soft.msrs import FEATURE_MSRS, MAX_IO_MSRS, MSRS_TO_SAVE
@@ -37,9 +40,7 @@ from vmonty.kvm.uapi.flags import KVM_API_VERSION, KVM_COALESCED_MMIO_PAGE_OFFSE
 from vmonty.kvm.uapi.run import kvm_run
 from vmonty.kvm.uapi.vcpu import kvm_cpuid2, kvm_cpuid_entry2, kvm_msr_entry, kvm_msrs
 from vmonty.kvm.uapi.vm import (
-    kvm_clear_dirty_log,
     kvm_create_device,
-    kvm_dirty_log,
     kvm_msr_filter,
     kvm_msr_list,
     kvm_userspace_memory_region,
@@ -149,7 +150,7 @@ def put_cpuid(argument: Argument, entries: list[kvm_cpuid_entry2]) -> None:
     argument.write(b"".join(bytes(entry) for entry in entries), ctypes.sizeof(kvm_cpuid2))
 
 
-class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
+class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
     """struct kvm: a virtual machine, and its fd."""
 
     def __init__(self, install: Install, module: Module) -> None:
@@ -223,8 +224,12 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
             self.created_vcpus += 1
             try:
                 vcpu = KvmVcpuFile(self, vcpu_id)
-                fd = self._install(vcpu, f"kvm-vcpu:{vcpu_id}", VCPU_MMAP_SIZE)
+                ring_size = self.dirty_ring_size
+                size = dirty_ring.OFFSET + ring_size if ring_size else VCPU_MMAP_SIZE
+                fd = self._install(vcpu, f"kvm-vcpu:{vcpu_id}", size)
                 vcpu.map_run_page(fd)
+                if ring_size:
+                    vcpu.map_dirty_ring(fd, ring_size)
             except BaseException:
                 self.created_vcpus -= 1
                 raise
@@ -246,6 +251,7 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
             change = self.memslots.set(
                 region.slot, region.flags, region.guest_phys_addr, region.memory_size, region.userspace_addr,
                 initially_dirty=bool(self.manual_dirty_log_protect & KVM_DIRTY_LOG_INITIALLY_SET),
+                to_ring=self.push_dirty if self.dirty_ring_size else None,
             )  # fmt: skip
             self._memory_changed(change)
 
@@ -260,6 +266,14 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
         """The memory may be anything next time: processors, which outlive the VM, must not know code in it."""
         memory_written(slot.userspace_addr, slot.npages << PAGE_SHIFT)
 
+    def push_dirty(self, slot: int, offset: int) -> None:
+        """mark_page_dirty_in_slot() with rings: in that of the vCPU at work, else of any."""
+        vcpu = KvmVcpuFile.loaded.get(threading.get_ident())
+        if vcpu is None or vcpu.kvm is not self:
+            vcpu = next(iter(self.vcpus.values()), None)
+        if vcpu is not None and vcpu.dirty_ring is not None:
+            vcpu.dirty_ring.push(slot, offset)
+
     def flush_remote_tlbs(self) -> None:
         """kvm_flush_remote_tlbs(): no vCPU uses a translation from before when this returns."""
         self.stats.values[REMOTE_TLB_FLUSH_REQUESTS] += 1
@@ -271,50 +285,6 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls):
         for vcpu in vcpus:
             while vcpu.in_guest and vcpu.tlb_flush_requested:
                 time.sleep(FLUSH_POLL_S)
-
-    @answers(Requests.KVM_GET_DIRTY_LOG)
-    def get_dirty_log(self, argument: Argument) -> None:
-        """kvm_get_dirty_log_protect()."""
-        request = argument.get(kvm_dirty_log)
-        with self.lock:
-            slot = self._logged_slot(request.slot)
-            if self.manual_dirty_log_protect:
-                bitmap = bytes(slot.dirty)
-            elif any(bitmap := slot.take_dirty()):
-                # What is written from here on is logged again, or is there when user space reads the pages.
-                self.mmu.write_protect(slot.base_gfn, slot.end_gfn)
-                self.flush_remote_tlbs()
-        Argument(request.u.dirty_bitmap, 0).write(bitmap)
-
-    def _logged_slot(self, number: int) -> Memslot:
-        if number & 0xFFFF >= KVM_USER_MEM_SLOTS:
-            raise OSError(errno.EINVAL, "no such slot can be")
-        slot = self.memslots.get(number & 0xFFFF)
-        if number >> 16 or slot is None or not slot.dirty:
-            raise OSError(errno.ENOENT, "the slot keeps no dirty log")
-        return slot
-
-    @answers(Requests.KVM_CLEAR_DIRTY_LOG)
-    def clear_dirty_log(self, argument: Argument) -> None:
-        """kvm_clear_dirty_log_protect()."""
-        request = argument.get(kvm_clear_dirty_log)
-        first, count = request.first_page, request.num_pages
-        with self.lock:
-            if first & 63:
-                raise OSError(errno.EINVAL, "the first page must be a multiple of 64")
-            slot = self._logged_slot(request.slot)
-            left = slot.npages - first
-            if left < 0 or count > left or (count < left and count & 63):
-                raise OSError(errno.EINVAL, "the pages must lie in the slot, and be a multiple of 64 or end with it")
-            bitmap = Argument(request.u.dirty_bitmap, 0).read((count + 63) // 64 * 8)
-            bits = int.from_bytes(bitmap, "little") & (1 << count) - 1
-            runs = list(slot.dirty_runs(first, bits))
-            for run in runs:
-                # First the bits: a write that comes in between may be logged once more, and is never lost.
-                slot.clear_dirty(run)
-                self.mmu.write_protect(slot.base_gfn + run.start, slot.base_gfn + run.stop)
-            if runs:
-                self.flush_remote_tlbs()
 
     @answers(Requests.KVM_X86_SET_MSR_FILTER)
     def set_msr_filter(self, argument: Argument) -> None:
@@ -375,6 +345,8 @@ class KvmVcpuFile(VcpuX86):
 
     # Thread ident → the vCPU that it runs: what a signal must find.
     _running: ClassVar[dict[int, KvmVcpuFile]] = {}
+    # Thread ident → the vCPU on which an ioctl is at work there: kvm_get_running_vcpu().
+    loaded: ClassVar[dict[int, KvmVcpuFile]] = {}
     _watch: ClassVar[SignalWatch | None] = None
     _watch_lock: ClassVar[threading.Lock] = threading.Lock()
 
@@ -386,6 +358,10 @@ class KvmVcpuFile(VcpuX86):
         """Map the pages that user space maps too."""
         self.page = memoryview(mmap.mmap(fd, VCPU_MMAP_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE))
         self.run = kvm_run.from_buffer(self.page)
+
+    def map_dirty_ring(self, fd: int, size: int) -> None:
+        """Map the dirty ring, *size* bytes."""
+        self.dirty_ring = DirtyRing(memoryview(mmap.mmap(fd, size, mmap.MAP_SHARED, offset=dirty_ring.OFFSET)))
 
     def overlay_ring(self, address: int, size: int) -> None:
         """The VM's one ring of coalesced accesses appears in each vCPU's mapping, here the one at *address*."""
@@ -403,10 +379,13 @@ class KvmVcpuFile(VcpuX86):
     def ioctl(self, request: int, value: object) -> int:
         """One request at a time, as vcpu->mutex has it in the kernel."""
         with self.mutex:
+            thread = threading.get_ident()
             self.vcpu_load(brief=request != KVM_RUN)
+            self.loaded[thread] = self
             try:
                 return super().ioctl(request, value)
             finally:
+                del self.loaded[thread]
                 self.vcpu_put()
 
     @answers(Requests.KVM_RUN)

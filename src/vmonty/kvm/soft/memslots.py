@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from vmonty.kvm.uapi.flags import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
@@ -27,6 +27,8 @@ class Memslot:
     userspace_addr: int
     flags: int
     dirty: bytearray = field(default_factory=bytearray)
+    # Where writes are noted instead of in ``dirty``: (slot, page).
+    to_ring: Callable[[int, int], None] | None = None
     # A change of the log reads, changes and writes a byte: no other thread's may come in between.
     _dirty_lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -39,9 +41,17 @@ class Memslot:
         """The host-virtual address of *gpa*, which lies in this slot."""
         return self.userspace_addr + gpa - (self.base_gfn << PAGE_SHIFT)
 
+    @property
+    def logged(self) -> bool:
+        """Whether writes are to be noted."""
+        return bool(self.flags & KVM_MEM_LOG_DIRTY_PAGES)
+
     def mark_dirty(self, gfn: int) -> None:
         """Note a write to *gfn* in the dirty log, if there is one."""
-        if self.dirty:
+        if self.to_ring is not None:
+            if self.logged:
+                self.to_ring(self.id, gfn - self.base_gfn)
+        elif self.dirty:
             page = gfn - self.base_gfn
             with self._dirty_lock:
                 self.dirty[page >> 3] |= 1 << (page & 7)
@@ -111,10 +121,12 @@ class Memslots:
         memory_size: int,
         userspace_addr: int,
         initially_dirty: bool = False,
+        to_ring: Callable[[int, int], None] | None = None,
     ) -> Change:
         """KVM_SET_USER_MEMORY_REGION. Raises OSError: EINVAL, EEXIST.
 
-        *initially_dirty*: a log that begins has all pages in it (KVM_DIRTY_LOG_INITIALLY_SET).
+        *initially_dirty*: a log that begins has all pages in it (KVM_DIRTY_LOG_INITIALLY_SET). *to_ring*: it is no
+        bitmap, but calls this.
         """
         slot_id = slot & 0xFFFF
         if (
@@ -147,7 +159,8 @@ class Memslots:
         for other in self._by_id.values():
             if other is not old and other.base_gfn < new.end_gfn and new.base_gfn < other.end_gfn:
                 raise OSError(errno.EEXIST, "another slot lies there")
-        if flags & KVM_MEM_LOG_DIRTY_PAGES:
+        new.to_ring = to_ring
+        if flags & KVM_MEM_LOG_DIRTY_PAGES and to_ring is None:
             if old is not None and old.dirty:
                 new.dirty, new._dirty_lock = old.dirty, old._dirty_lock
             else:

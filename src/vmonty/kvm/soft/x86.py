@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from vmonty.kvm.soft import cpuid, pcpu
 from vmonty.kvm.soft.caps import GUEST_DEBUG_VALID
+from vmonty.kvm.soft.dirty_ring import DirtyRing
 from vmonty.kvm.soft.events import EventIoctls
 from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.lapic import Lapic
@@ -73,6 +74,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         self.stored_msrs = dict(STORED)
         self.need_resched = False
         self.in_guest = False
+        self.dirty_ring: DirtyRing | None = None
         self.vendor = kvm.module.ops.vcpu_create(self)
         self._completion: Callable[[], bool] | None = None
         self._tsc_offset = 0
@@ -551,6 +553,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             return False
         if self.step_done:
             return self.debug_exit(flags.DB_VECTOR, DR6_ACTIVE_LOW | DR6_BS, self.vendor.get_debug(7))
+        if self.dirty_ring is not None and self.dirty_ring.soft_full:
+            self.run.exit_reason = Exit.DIRTY_RING_FULL
+            return False
         if self._tpr_access is not None:
             (self.run.u.tpr_access.rip, is_write), self._tpr_access = self._tpr_access, None
             self.run.u.tpr_access.is_write = int(is_write)

@@ -100,7 +100,7 @@ class TdpMmu:
             return False
         with self.lock:
             table = self._descend(gpa, 1)
-            if slot.dirty:
+            if slot.logged:
                 self._map_logged(table, gpa, slot, write)
             else:
                 self._map_around(table, gpa, slot)
