@@ -16,7 +16,7 @@ cdef int clts(CpuState *s, uint32_t length) noexcept nogil
 # linear: of a memory operand (for the exit information), is_memory 0 for the register form.
 cdef int lmsw(CpuState *s, uint32_t value, uint32_t is_memory, uint64_t linear, uint32_t length) noexcept nogil
 # SMSW: the value to store (CR0 as the guest may see it), after the UMIP check.
-cdef int smsw(CpuState *s, uint64_t *value) noexcept nogil
+cdef int smsw(CpuState *s, uint32_t length, uint64_t *value) noexcept nogil
 cdef int invlpg(CpuState *s, uint64_t linear, uint32_t length) noexcept nogil
 cdef int invpcid(CpuState *s, uint64_t kind, uint64_t linear, uint32_t length, uint32_t info,
                  uint64_t displacement) noexcept nogil
@@ -60,4 +60,6 @@ cdef int _guest_cr0(CpuState *s, uint64_t value) noexcept nogil
 cdef int _write_cr8(CpuState *s, uint64_t value, uint32_t length) noexcept nogil
 cdef int _debug_checks(CpuState *s, uint32_t dr, uint32_t register, uint32_t load, uint32_t length) noexcept nogil
 cdef bint _msr_intercepted(CpuState *s, uint32_t index, uint32_t write) noexcept nogil
+cdef bint _selective(CpuState *s, uint64_t value) noexcept nogil
+cdef int _give_tsc(CpuState *s) noexcept nogil
 cdef int _pdpte_fault(CpuState *s) noexcept nogil

@@ -48,9 +48,40 @@ from cython.cimports.vmonty.cpu.state import (
     raise_error,
     raise_exception,
 )
+from cython.cimports.vmonty.cpu.svm_exit import (
+    V_INTR_MASKING,
+    V_TPR,
+    svm_exit,
+    svm_msr_intercepted,
+    svm_of,
+    svm_pause_exits,
+    svm_wants,
+)
 from cython.cimports.vmonty.cpu.tlb import flush_all, flush_non_global, flush_page, mode_changed, read_value
+from cython.cimports.vmonty.cpu.vmcb import (
+    SVM_CPUID,
+    SVM_CR0_SEL_WRITE,
+    SVM_INVD,
+    SVM_INVLPG,
+    SVM_INVPCID,
+    SVM_MONITOR,
+    SVM_MSR,
+    SVM_MWAIT,
+    SVM_MWAIT_CONDITIONAL,
+    SVM_PAUSE,
+    SVM_RDPMC,
+    SVM_RDTSC,
+    SVM_RDTSCP,
+    SVM_READ_CR0,
+    SVM_READ_DR0,
+    SVM_WBINVD,
+    SVM_WRITE_CR0,
+    SVM_WRITE_DR0,
+    SVM_XSETBV,
+)
 from cython.cimports.vmonty.cpu.vmcs import GUEST_LINEAR_ADDRESS, put
 from cython.cimports.vmonty.cpu.vmx_exit import (
+    GUEST_SVM,
     GUEST_VMX,
     PROC_CR3_LOAD,
     PROC_CR3_STORE,
@@ -160,15 +191,19 @@ def load_pdptes(s, cr0, cr3, cr4):
     granted: uint32_t
     host: uint64_t
     values: uint64_t[4]
+    table: uint64_t
     i: uint32_t
     reserved: uint64_t
-    if (cr0 >> 31) == 0 or (cr4 & CR4_PAE) == 0 or (s.efer & EFER_LME):
-        return GO_ON
+    if (cr0 >> 31) == 0 or (cr4 & CR4_PAE) == 0 or (s.efer & EFER_LME) or s.nested == 2:
+        return GO_ON  # under NPT the walker reads them when it needs them
     t.fault = 0
     t.linear = 0
+    table = cr3 & cython.cast(uint64_t, 0xFFFFFFE0)
+    if s.direct and s.nested == 0:
+        table = cr3 & cython.cast(uint64_t, 0xFFFFFFFFFFFE0)  # a shadow table of host software, in this process
     host = nested_host(
         s,
-        cr3 & cython.cast(uint64_t, 0xFFFFFFE0),
+        table,
         NESTED_READ,
         cython.address(t),
         cython.address(size),
@@ -290,6 +325,9 @@ def _write_cr8(s, value, length):
     v: cython.pointer(VmxState) = vmx_of(s)
     if value >> 4:
         return raise_error(s, 13, 0)
+    if s.guest_mode == GUEST_SVM and (svm_of(s).int_ctl & V_INTR_MASKING):
+        svm_of(s).int_ctl = (svm_of(s).int_ctl & ~cython.cast(uint32_t, V_TPR)) | cython.cast(uint32_t, value)
+        return LEAVE_NEXT
     if vmx_wants(s, PROC_TPR_SHADOW):
         # SDM, "TPR Virtualization"
         cython.cast(cython.pointer(uint32_t), v.virtual_apic + 0x80)[0] = cython.cast(uint32_t, value << 4)
@@ -311,6 +349,11 @@ def mov_to_cr(s, cr, register, length):
         return raise_exception(s, 6)
     if not _privileged(s):
         return raise_error(s, 13, 0)
+    if s.guest_mode == GUEST_SVM:
+        if svm_wants(s, SVM_WRITE_CR0 + cr):
+            return svm_exit(s, SVM_WRITE_CR0 + cr, (cython.cast(uint64_t, 1) << 63) | register, 0, length)
+        if cr == 0 and _selective(s, value):
+            return svm_exit(s, SVM_CR0_SEL_WRITE, (cython.cast(uint64_t, 1) << 63) | register, 0, length)
     if cr == 0:
         if guest and ((value ^ v.cr0_shadow) & v.cr0_mask):
             return _cr_exit(s, 0, 0, register, length)
@@ -345,8 +388,10 @@ def mov_from_cr(s, cr, register, length):
         return raise_exception(s, 6)
     if not _privileged(s):
         return raise_error(s, 13, 0)
+    if svm_wants(s, SVM_READ_CR0 + cr):
+        return svm_exit(s, SVM_READ_CR0 + cr, (cython.cast(uint64_t, 1) << 63) | register, 0, length)
     if cr == 0:
-        smsw(s, cython.address(value))
+        smsw(s, length, cython.address(value))
     elif cr == 2:
         value = s.cr2
     elif cr == 3:
@@ -361,10 +406,17 @@ def mov_from_cr(s, cr, register, length):
         return _cr_exit(s, 8, 1, register, length)
     elif guest and (v.processor & PROC_TPR_SHADOW):
         value = (v.virtual_apic[0x80] >> 4) & 15
+    elif s.guest_mode == GUEST_SVM and (svm_of(s).int_ctl & V_INTR_MASKING):
+        value = svm_of(s).int_ctl & 15
     else:
         value = s.cr8
     _result(s, register, value)
     return GO_ON
+
+
+def _selective(s, value):
+    """APM, "CR0 Selective Write": a write that changes more than TS and MP."""
+    return svm_wants(s, SVM_CR0_SEL_WRITE) and ((value ^ s.cr0) & ~cython.cast(uint64_t, CR0_TS | CR0_MP)) != 0
 
 
 def clts(s, length):
@@ -376,6 +428,8 @@ def clts(s, length):
         if v.cr0_shadow & CR0_TS:
             return _cr_exit(s, 0, 2, 0, length)
         return GO_ON
+    if svm_wants(s, SVM_WRITE_CR0):
+        return svm_exit(s, SVM_WRITE_CR0, 0, 0, length)
     return apply_cr0(s, s.cr0 & ~cython.cast(uint64_t, CR0_TS))
 
 
@@ -400,13 +454,19 @@ def lmsw(s, value, is_memory, linear, length):
         relevant &= ~v.cr0_mask
     else:
         relevant |= value & CR0_PE
+        if svm_wants(s, SVM_WRITE_CR0):
+            return svm_exit(s, SVM_WRITE_CR0, 0, 0, length)
+        if _selective(s, (s.cr0 & ~relevant) | (value & relevant)):
+            return svm_exit(s, SVM_CR0_SEL_WRITE, 0, 0, length)
     return set_cr0(s, (s.cr0 & ~relevant) | (value & relevant))
 
 
-def smsw(s, value):
+def smsw(s, length, value):
     """CR0 as the guest may see it."""
     if (s.cr4 & CR4_UMIP) and s.cpl > 0:
         return raise_error(s, 13, 0)
+    if svm_wants(s, SVM_READ_CR0):
+        return svm_exit(s, SVM_READ_CR0, 0, 0, length)
     value[0] = s.cr0
     if s.guest_mode == GUEST_VMX:
         value[0] = (s.cr0 & ~vmx_of(s).cr0_mask) | (vmx_of(s).cr0_shadow & vmx_of(s).cr0_mask)
@@ -431,6 +491,8 @@ def xsetbv(s, length):
         return raise_exception(s, 6)
     if s.guest_mode == GUEST_VMX:
         return vm_exit(s, REASON_XSETBV, 0, length)
+    if s.cpl == 0 and svm_wants(s, SVM_XSETBV):
+        return svm_exit(s, SVM_XSETBV, 0, 0, length)
     if (
         not _privileged(s)
         or (s.gpr[RCX] & cython.cast(uint64_t, 0xFFFFFFFF))
@@ -455,6 +517,8 @@ def _debug_checks(s, dr, register, load, length):
         return raise_exception(s, 6)
     if vmx_wants(s, PROC_MOV_DR):
         return vm_exit(s, REASON_DR_ACCESS, dr | (load << 4) | (register << 8), length)
+    if svm_wants(s, (SVM_READ_DR0 if load else SVM_WRITE_DR0) + dr):
+        return svm_exit(s, (SVM_READ_DR0 if load else SVM_WRITE_DR0) + dr, register, 0, length)
     if s.dr[7] & 0x2000:
         # General detect. SDM, "Debug Status Register (DR6)": BD. The delivery clears GD.
         raise_exception(s, 1)
@@ -503,6 +567,8 @@ def invlpg(s, linear, length):
         return raise_error(s, 13, 0)
     if vmx_wants(s, PROC_INVLPG):
         return vm_exit(s, REASON_INVLPG, linear, length)
+    if svm_wants(s, SVM_INVLPG):
+        return svm_exit(s, SVM_INVLPG, linear, 0, length)
     flush_page(s, linear)
     return LEAVE_NEXT
 
@@ -518,6 +584,8 @@ def invpcid(s, kind, linear, length, info, displacement):
         return raise_error(s, 13, 0)
     if vmx_wants(s, PROC_INVLPG):
         return vm_exit_information(s, REASON_INVPCID, displacement, length, info)
+    if svm_wants(s, SVM_INVPCID):
+        return svm_exit(s, SVM_INVPCID, linear, kind, length)
     r = read_value(s, linear, 8, 0, cython.address(low))
     if r == GO_ON:
         r = read_value(s, linear + 8, 8, 0, cython.address(address))
@@ -542,6 +610,8 @@ def wbinvd(s, length):
         return raise_error(s, 13, 0)
     if vmx_second(s, SECOND_WBINVD):
         return vm_exit(s, REASON_WBINVD, 0, length)
+    if svm_wants(s, SVM_WBINVD):
+        return svm_exit(s, SVM_WBINVD, 0, 0, length)
     return GO_ON
 
 
@@ -551,6 +621,8 @@ def invd(s, length):
         return raise_error(s, 13, 0)
     if s.guest_mode == GUEST_VMX:
         return vm_exit(s, REASON_INVD, 0, length)
+    if svm_wants(s, SVM_INVD):
+        return svm_exit(s, SVM_INVD, 0, 0, length)
     return GO_ON
 
 
@@ -559,11 +631,18 @@ def invd(s, length):
 
 def rdtsc(s, length):
     """RDTSC. SDM, "RDTSC—Read Time-Stamp Counter"."""
-    value: uint64_t
     if (s.cr4 & CR4_TSD) and s.cpl > 0:
         return raise_error(s, 13, 0)
     if vmx_wants(s, PROC_RDTSC):
         return vm_exit(s, REASON_RDTSC, 0, length)
+    if svm_wants(s, SVM_RDTSC):
+        return svm_exit(s, SVM_RDTSC, 0, 0, length)
+    return _give_tsc(s)
+
+
+def _give_tsc(s):
+    """EDX:EAX."""
+    value: uint64_t
     value = tsc(s)
     s.gpr[RAX] = value & cython.cast(uint64_t, 0xFFFFFFFF)
     s.gpr[RDX] = value >> 32
@@ -577,7 +656,11 @@ def rdtscp(s, length):
         return raise_exception(s, 6)
     if vmx_wants(s, PROC_RDTSC) and ((s.cr4 & CR4_TSD) == 0 or s.cpl == 0):
         return vm_exit(s, REASON_RDTSCP, 0, length)
-    r = rdtsc(s, length)
+    if (s.cr4 & CR4_TSD) and s.cpl > 0:
+        return raise_error(s, 13, 0)
+    if svm_wants(s, SVM_RDTSCP):
+        return svm_exit(s, SVM_RDTSCP, 0, 0, length)
+    r = _give_tsc(s)
     if r == GO_ON:
         s.gpr[RCX] = s.tsc_aux & cython.cast(uint64_t, 0xFFFFFFFF)
     return r
@@ -597,6 +680,8 @@ def rdpmc(s, length):
         return raise_error(s, 13, 0)
     if vmx_wants(s, PROC_RDPMC):
         return vm_exit(s, REASON_RDPMC, 0, length)
+    if svm_wants(s, SVM_RDPMC):
+        return svm_exit(s, SVM_RDPMC, 0, 0, length)
     return raise_error(s, 13, 0)
 
 
@@ -605,6 +690,8 @@ def cpuid(s, length):
     out: uint32_t[4]
     if s.guest_mode == GUEST_VMX:
         return vm_exit(s, REASON_CPUID, 0, length)
+    if svm_wants(s, SVM_CPUID):
+        return svm_exit(s, SVM_CPUID, 0, 0, length)
     lookup(
         s,
         cython.cast(uint32_t, s.gpr[RAX]),
@@ -645,6 +732,8 @@ def rdmsr(s, length):
         return raise_error(s, 13, 0)
     if _msr_intercepted(s, index, 0):
         return vm_exit(s, REASON_RDMSR, 0, length)
+    if svm_msr_intercepted(s, index, 0):
+        return svm_exit(s, SVM_MSR, 0, 0, length)
     if not read_msr(s, index, cython.address(value)):
         return raise_error(s, 13, 0)
     s.gpr[RAX] = value & cython.cast(uint64_t, 0xFFFFFFFF)
@@ -660,6 +749,8 @@ def wrmsr(s, length):
         return raise_error(s, 13, 0)
     if _msr_intercepted(s, index, 1):
         return vm_exit(s, REASON_WRMSR, 0, length)
+    if svm_msr_intercepted(s, index, 1):
+        return svm_exit(s, SVM_MSR, 1, 0, length)
     if not write_msr(s, index, value):
         return raise_error(s, 13, 0)
     return LEAVE_NEXT
@@ -679,6 +770,8 @@ def pause(s, length):
     """PAUSE; with pause-loop exiting at CPL 0 every PAUSE of a loop counts, see vmx_entry."""
     if vmx_wants(s, PROC_PAUSE):
         return vm_exit(s, REASON_PAUSE, 0, length)
+    if svm_wants(s, SVM_PAUSE) and svm_pause_exits(s, host_tsc()):
+        return svm_exit(s, SVM_PAUSE, 0, 0, length)
     return GO_ON
 
 
@@ -691,6 +784,8 @@ def monitor(s, linear, length):
         return raise_error(s, 13, 0)
     if vmx_wants(s, PROC_MONITOR):
         return vm_exit(s, REASON_MONITOR, 0, length)
+    if svm_wants(s, SVM_MONITOR):
+        return svm_exit(s, SVM_MONITOR, 0, 0, length)
     return read_value(s, linear, 1, 0, cython.address(value))
 
 
@@ -702,4 +797,8 @@ def mwait(s, length):
         return raise_error(s, 13, 0)
     if vmx_wants(s, PROC_MWAIT):
         return vm_exit(s, REASON_MWAIT, 0, length)
+    if svm_wants(s, SVM_MWAIT_CONDITIONAL):  # the monitor is never armed: MWAIT would not wait
+        return svm_exit(s, SVM_MWAIT_CONDITIONAL, 0, 0, length)
+    if svm_wants(s, SVM_MWAIT):
+        return svm_exit(s, SVM_MWAIT, 0, 0, length)
     return LEAVE_NEXT

@@ -13,6 +13,7 @@ from cython.cimports.vmonty.cpu.state import (
     EFER_LME,
     EFER_NXE,
     EFER_SCE,
+    EFER_SVME,
 )
 
 
@@ -70,9 +71,12 @@ def cr4_allowed(s):
 def efer_allowed(s):
     """EFER bits that may be 1."""
     m: cython.pointer(CpuModel) = cython.cast(cython.pointer(CpuModel), s.models)
+    allowed: uint64_t = EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE | EFER_FFXSR | EFER_SVME
     if m != cython.NULL:
-        return m.efer_allowed
-    return EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE | EFER_FFXSR
+        allowed = m.efer_allowed
+    if s.svm == cython.NULL:
+        allowed &= ~cython.cast(uint64_t, EFER_SVME)
+    return allowed
 
 
 def xcr0_allowed(s):

@@ -47,6 +47,7 @@ from cython.cimports.vmonty.cpu.state import (
     EXIT_NONE,
     EXIT_PIO,
     EXIT_RUN_FLAG,
+    EXIT_VM,
     FLAG_RF,
     FLAG_TF,
     JUMP_CACHE_BITS,
@@ -69,6 +70,8 @@ from cython.cimports.vmonty.cpu.state import (
     state_free,
     state_new,
 )
+from cython.cimports.vmonty.cpu.svm_code import svm_return
+from cython.cimports.vmonty.cpu.svm_exit import svm_of
 from cython.cimports.vmonty.cpu.system import execute
 from cython.cimports.vmonty.cpu.tlb import (
     careful_access,
@@ -80,6 +83,7 @@ from cython.cimports.vmonty.cpu.tlb import (
     to_linear,
 )
 from cython.cimports.vmonty.cpu.translate import KEY_PLAIN, KEY_SINGLE, translate_block
+from cython.cimports.vmonty.cpu.vmx_exit import GUEST_SVM
 
 
 @cython.cfunc
@@ -407,6 +411,17 @@ def _stepped(s: cython.pointer(CpuState), r: cython.int, before: uint64_t) -> cy
     return 0
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _returns_to_code(s: cython.pointer(CpuState)) -> cython.int:
+    """A VM exit whose hypervisor is code of this processor: go on there. 0: the caller of run() is the hypervisor."""
+    if s.guest_mode == GUEST_SVM and svm_of(s).guest_code:
+        svm_return(s)
+        return 1
+    return 0
+
+
 def run_cpu(s):
     """Run until the processor has something to report: gives ``exit.reason``. Needs no GIL."""
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
@@ -419,6 +434,8 @@ def run_cpu(s):
     s.in_run = 1
     cython.cast(vector_function, cython.cast(cython.p_void, c.load_vectors))(s)
     _dispatch(s)
+    while s.exit.reason == EXIT_VM and _returns_to_code(s):
+        _dispatch(s)
     cython.cast(vector_function, cython.cast(cython.p_void, c.save_vectors))(s)
     s.in_run = 0
     return s.exit.reason

@@ -59,3 +59,4 @@ cdef void _enter_handler(CpuState *s, uint32_t interrupt_gate) noexcept nogil
 cdef int _vm86_interrupt(CpuState *s, uint32_t vector, uint32_t length) noexcept nogil
 cdef int _debug_trap(CpuState *s) noexcept nogil
 cdef bint _interrupts_open(CpuState *s) noexcept nogil
+cdef int _poll_svm(CpuState *s) noexcept nogil

@@ -24,6 +24,7 @@ from cython.cimports.vmonty.cpu.state import (
     ACCESS_WRITE,
     AR_DB,
     BLOCKED_NMI,
+    CR0_NE,
     CR4_PVI,
     CR4_VME,
     CS,
@@ -64,9 +65,31 @@ from cython.cimports.vmonty.cpu.state import (
     raise_error,
     raise_exception,
 )
+from cython.cimports.vmonty.cpu.svm_exit import (
+    V_IGN_TPR,
+    V_INTR_MASKING,
+    V_INTR_PRIO_SHIFT,
+    V_IRQ,
+    SvmState,
+    svm_exit,
+    svm_of,
+    svm_wants,
+)
 from cython.cimports.vmonty.cpu.tasks import task_gate
 from cython.cimports.vmonty.cpu.tlb import mode_changed, write_linear
+from cython.cimports.vmonty.cpu.vmcb import (
+    SVM_EXCEPTION_DE,
+    SVM_FERR_FREEZE,
+    SVM_HLT,
+    SVM_ICEBP,
+    SVM_INTR,
+    SVM_NMI,
+    SVM_SHUTDOWN,
+    SVM_SWINT,
+    SVM_VINTR,
+)
 from cython.cimports.vmonty.cpu.vmx_exit import (
+    GUEST_SVM,
     GUEST_VMX,
     PIN_EXTERNAL_INTERRUPT,
     PIN_NMI,
@@ -105,6 +128,8 @@ def _triple_fault(s):
     s.vectoring = 0
     if s.guest_mode == GUEST_VMX:
         return vm_exit(s, REASON_TRIPLE_FAULT, 0, 0)
+    if svm_wants(s, SVM_SHUTDOWN):
+        return svm_exit(s, SVM_SHUTDOWN, 0, 0, 0)
     s.exit.reason = EXIT_SHUTDOWN
     return LEAVE_EXIT
 
@@ -113,6 +138,16 @@ def _exception_exit(s):
     """The VM exit of an intercepted exception; CR2 and DR6 keep their values."""
     information: uint32_t = s.event.vector | (s.event.kind << 8) | (s.event.has_error << 11)
     qualification: uint64_t = 0
+    if s.guest_mode == GUEST_SVM:
+        if s.event.vector == 14:
+            qualification = s.event.payload
+        elif s.event.vector == 1:
+            # APM, "#DB (Debug)": the intercept comes after DR6 and DR7 are written.
+            s.dr[6] = (s.dr[6] & ~cython.cast(uint64_t, 0xF)) | s.event.payload
+            s.dr[7] &= ~cython.cast(uint64_t, 0x2000)
+        return svm_exit(
+            s, SVM_EXCEPTION_DE + s.event.vector, s.event.error_code, qualification, s.event.instruction_length
+        )
     if s.event.vector == 14 or s.event.vector == 1:
         qualification = s.event.payload
     return vm_exit_event(s, information, s.event.error_code, qualification, s.event.instruction_length)
@@ -158,8 +193,16 @@ def _deliver_one(s):
     if s.guest_mode == GUEST_VMX and vmx_of(s).injecting:
         injected = True
         vmx_of(s).injecting = 0
+    elif s.guest_mode == GUEST_SVM and svm_of(s).injecting:
+        injected = True
+        svm_of(s).injecting = 0
     s.event.pending = 0
     if s.event.kind >= EVENT_EXCEPTION and s.event.kind != EVENT_SOFT_INTERRUPT and not injected:
+        if s.guest_mode == GUEST_SVM:
+            if s.event.kind == EVENT_PRIVILEGED and svm_wants(s, SVM_ICEBP):
+                return svm_exit(s, SVM_ICEBP, 0, 0, s.event.instruction_length)
+            if s.event.vector == 16 and (s.cr0 & CR0_NE) == 0 and svm_wants(s, SVM_FERR_FREEZE):
+                return svm_exit(s, SVM_FERR_FREEZE, 0, 0, 0)
         if exception_intercepted(s, s.event.vector, s.event.error_code):
             return _exception_exit(s)
         if (first >> 31) and s.event.kind == EVENT_EXCEPTION and ((first >> 8) & 7) == EVENT_EXCEPTION:
@@ -573,6 +616,8 @@ def software_interrupt(s, vector, kind, length):
             return r
         if (s.rflags & FLAG_IOPL) != FLAG_IOPL:
             return raise_error(s, 13, 0)
+    if kind == EVENT_SOFT_INTERRUPT and svm_wants(s, SVM_SWINT):
+        return svm_exit(s, SVM_SWINT, vector, 0, length)
     raise_exception(s, vector)
     s.event.kind = kind
     s.event.instruction_length = length
@@ -585,6 +630,8 @@ def hlt(s, length):
         return raise_error(s, 13, 0)
     if vmx_wants(s, PROC_HLT):
         return vm_exit(s, REASON_HLT, 0, length)
+    if svm_wants(s, SVM_HLT):
+        return svm_exit(s, SVM_HLT, 0, 0, length)
     s.rip += length
     s.activity = 1
     return LEAVE_JUMP
@@ -682,9 +729,39 @@ def _interrupts_open(s):
     return (s.rflags & FLAG_IF) != 0 and (s.interruptibility & (SHADOW_STI | SHADOW_MOV_SS)) == 0
 
 
+def _poll_svm(s):
+    """What an SVM guest leaves for, and its virtual interrupt. APM, "Interrupt Support"; LEAVE_NEXT: nothing waits."""
+    v: cython.pointer(SvmState) = svm_of(s)
+    if s.pending_debug and (s.interruptibility & SHADOW_MOV_SS) == 0 and s.activity == 0:
+        return _debug_trap(s)
+    if s.nmi_line and svm_wants(s, SVM_NMI):
+        if v.guest_code == 0:
+            s.nmi_line = 0  # the host takes it
+        return svm_exit(s, SVM_NMI, 0, 0, 0)
+    open_: cython.bint = _interrupts_open(s)
+    if v.int_ctl & V_INTR_MASKING:
+        open_ = v.host_interrupts != 0
+    if s.interrupt_line and open_ and svm_wants(s, SVM_INTR):
+        return svm_exit(s, SVM_INTR, 0, 0, 0)
+    if (
+        (v.int_ctl & V_IRQ)
+        and s.activity < 2
+        and _interrupts_open(s)
+        and ((v.int_ctl & V_IGN_TPR) or ((v.int_ctl >> V_INTR_PRIO_SHIFT) & 15) > (v.int_ctl & 15))
+    ):
+        if svm_wants(s, SVM_VINTR):
+            return svm_exit(s, SVM_VINTR, 0, 0, 0)
+        v.int_ctl &= ~cython.cast(uint32_t, V_IRQ)
+        raise_exception(s, v.int_vector)
+        s.event.kind = EVENT_EXTERNAL
+        return deliver(s)
+    return LEAVE_NEXT
+
+
 def poll(s):
     """Take what waits, in order of priority. SDM, "Priority Among Concurrent Events"."""
     v: cython.pointer(VmxState)
+    r: cython.int
     if s.guest_mode == GUEST_VMX:
         v = vmx_of(s)
         if s.monitor_trap == 2:
@@ -706,8 +783,18 @@ def poll(s):
             return vm_exit(s, REASON_INTERRUPT_WINDOW, 0, 0)
         if s.interrupt_line and (v.pin & PIN_EXTERNAL_INTERRUPT):
             return vm_exit(s, REASON_EXTERNAL_INTERRUPT, 0, 0)
+    elif s.guest_mode == GUEST_SVM:
+        r = _poll_svm(s)
+        if r != LEAVE_NEXT:
+            return r
     elif s.pending_debug and (s.interruptibility & SHADOW_MOV_SS) == 0:
         return _debug_trap(s)
+    if s.svm != cython.NULL and svm_of(s).gif == 0 and s.activity < 2:
+        # APM, "Global Interrupt Flag": interrupts and NMIs wait.
+        if s.activity == 0:
+            return GO_ON
+        s.exit.reason = EXIT_HALT
+        return LEAVE_EXIT
     if s.nmi_line and (s.interruptibility & (BLOCKED_NMI | SHADOW_MOV_SS)) == 0 and s.activity < 2:
         s.nmi_line = 0
         raise_exception(s, 2)

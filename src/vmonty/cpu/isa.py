@@ -60,7 +60,7 @@ A9      TEST    Iz      w:OSZPC u:A
 NP.90   NOP     -       @nop
 66.90   NOP     -       @nop
 F2.90   NOP     -       @nop
-F3.90   PAUSE   -       @nop
+F3.90   PAUSE   -       @sys
 9B      FWAIT   -       trap
 9C      PUSHF   -       @pushf d64 r:OSZAPC
 9D      POPF    -       @popf d64 w:OSZAPC

@@ -6,7 +6,17 @@ What an interrupt controller or hypervisor owns (x2APIC, kvmclock, …) isn't he
 import cython
 from cython.cimports.vmonty.cpu.control import tsc
 from cython.cimports.vmonty.cpu.cpuid import efer_allowed
-from cython.cimports.vmonty.cpu.state import EFER_LMA, EFER_LME, EFER_NXE, FS, GS, MTRR_VARIABLE, paging_enabled
+from cython.cimports.vmonty.cpu.state import (
+    EFER_LMA,
+    EFER_LME,
+    EFER_NXE,
+    EFER_SVME,
+    FS,
+    GS,
+    MTRR_VARIABLE,
+    paging_enabled,
+)
+from cython.cimports.vmonty.cpu.svm_exit import VM_CR_LOCK, VM_CR_SVMDIS, svm_of
 from cython.cimports.vmonty.cpu.tlb import flush_all, mode_changed
 from cython.cimports.vmonty.cpu.vmx_capabilities import capability
 
@@ -36,9 +46,24 @@ def _mtrr_fixed(index):
     return -1
 
 
+def _write_vm_cr(s, value):
+    """APM, "VM_CR MSR (C001_0114h)": SVMDIS is fixed while LOCK is set or EFER.SVME is; LOCK stays."""
+    old: uint64_t = svm_of(s).vm_cr
+    if value & ~cython.cast(uint64_t, 0x1F):
+        return False
+    if old & VM_CR_LOCK:
+        value = (value & ~cython.cast(uint64_t, VM_CR_LOCK | VM_CR_SVMDIS)) | (old & (VM_CR_LOCK | VM_CR_SVMDIS))
+    if (value & VM_CR_SVMDIS) and (s.efer & EFER_SVME):
+        return False
+    svm_of(s).vm_cr = value
+    return True
+
+
 def write_efer(s, value):
-    """SDM, "IA32_EFER MSR"."""
+    """SDM, "IA32_EFER MSR"; APM, "Extended Feature Enable Register (EFER)"."""
     if value & ~efer_allowed(s):
+        return False
+    if (value & EFER_SVME) and (svm_of(s).vm_cr & VM_CR_SVMDIS):
         return False
     if paging_enabled(s) and ((value ^ s.efer) & EFER_LME):
         return False
@@ -87,6 +112,10 @@ def read_msr(s, index, value):
         value[0] = s.tsc_deadline
     elif 0x480 <= index <= 0x491 and s.vmx != cython.NULL:
         return capability(s, index, value)
+    elif index == cython.cast(uint64_t, 0xC0010114) and s.svm != cython.NULL:
+        value[0] = svm_of(s).vm_cr
+    elif index == cython.cast(uint64_t, 0xC0010117) and s.svm != cython.NULL:
+        value[0] = svm_of(s).hsave
     elif index == cython.cast(uint64_t, 0xC0000080):
         value[0] = s.efer
     elif index == cython.cast(uint64_t, 0xC0000081):
@@ -182,6 +211,12 @@ def write_msr(s, index, value):
         s.tsc_deadline = value
     elif index == cython.cast(uint64_t, 0xC0000080):
         return write_efer(s, value)
+    elif index == cython.cast(uint64_t, 0xC0010114) and s.svm != cython.NULL:
+        return _write_vm_cr(s, value)
+    elif index == cython.cast(uint64_t, 0xC0010117) and s.svm != cython.NULL:
+        if value & 0xFFF or value >> s.physical_bits:
+            return False
+        svm_of(s).hsave = value
     elif index == cython.cast(uint64_t, 0xC0000081):
         s.star = value
     elif index == cython.cast(uint64_t, 0xC0000082):

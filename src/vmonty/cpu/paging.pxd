@@ -62,6 +62,10 @@ cdef uint64_t nested_host(CpuState *s, uint64_t physical, uint32_t wanted, Trans
 
 cdef uint64_t _region_host(CpuState *s, uint64_t physical, uint32_t wanted, uint64_t *size,
                            uint32_t *granted) noexcept nogil
+cdef bint _missing_memory(CpuState *s, Translation *t) noexcept nogil
+cdef uint64_t _table_host(CpuState *s, uint64_t physical) noexcept nogil
+cdef uint64_t _nested_page(CpuState *s, uint64_t physical, uint64_t host, uint32_t wanted, Translation *t,
+                           uint32_t *granted) noexcept nogil
 cdef uint64_t _ept_violation(Translation *t, uint64_t physical, uint32_t wanted, uint64_t permissions) noexcept nogil
 cdef bint _ept_misconfigured(uint64_t value, uint32_t level, bint leaf) noexcept nogil
 cdef uint64_t _ept_host(CpuState *s, uint64_t physical, uint32_t wanted, Translation *t, uint64_t *size,

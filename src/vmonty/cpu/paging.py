@@ -34,6 +34,7 @@ from cython.cimports.vmonty.cpu.state import (
     paging_enabled,
     raise_page_fault,
 )
+from cython.cimports.vmonty.cpu.svm_exit import svm_of
 from cython.cimports.vmonty.cpu.vmx_exit import nested_page_fault, vmx_of
 
 
@@ -41,16 +42,20 @@ def translate(s, va, access, t):
     """Walk and record the fault, if any: GO_ON with ``t`` filled in, or LEAVE_*."""
     if walk(s, va, access, t) == WALK_OK:
         return GO_ON
-    if (
-        s.nested == 1
-        and vmx_of(s).emulating
-        and not access & ACCESS_EXEC
-        and (t.fault == WALK_EPT_MISCONFIG or (t.fault == WALK_EPT_VIOLATION and t.qualification & NESTED_FINAL))
-    ):
+    if not access & ACCESS_EXEC and _missing_memory(s, t):
         t.host = 0
         t.physical = t.fault_physical & ~cython.cast(uint64_t, 0xFFF)
         return GO_ON
     return record_fault(s, t)
+
+
+def _missing_memory(s, t):
+    """Host software executes an instruction for its guest, and the second dimension has nothing for an operand."""
+    if s.nested == 1 and vmx_of(s).emulating:
+        return t.fault == WALK_EPT_MISCONFIG or (t.fault == WALK_EPT_VIOLATION and (t.qualification & NESTED_FINAL))
+    if s.nested == 2 and svm_of(s).emulating:
+        return t.fault == WALK_NESTED_FAULT and ((t.qualification >> 32) & 1)
+    return False
 
 
 def walk(s, va, access, t):
@@ -142,6 +147,29 @@ def _region_host(s, physical, wanted, size, granted):
     return 0
 
 
+def _table_host(s, physical):
+    """Where an entry of the second dimension's tables is; 0 where the bare processor has no RAM."""
+    size: uint64_t
+    granted: uint32_t
+    if s.direct:
+        return physical
+    return _region_host(s, physical, NESTED_WRITE, cython.address(size), cython.address(granted))
+
+
+def _nested_page(s, physical, host, wanted, t, granted):
+    """The end of a nested walk: *host* is a host-physical address, which is ours or the bare processor's."""
+    size: uint64_t
+    region: uint32_t = 0
+    where: uint64_t
+    if s.direct:
+        return host
+    where = _region_host(s, host, wanted, cython.address(size), cython.address(region))
+    granted[0] &= region
+    if where == 0:
+        t.fault_physical = host  # a device of the bare processor
+    return where
+
+
 def _ept_violation(t, physical, wanted, permissions):
     """SDM, "Exit Qualification for EPT Violations"."""
     t.fault = WALK_EPT_VIOLATION
@@ -186,8 +214,10 @@ def _ept_host(s, physical, wanted, t, size, granted):
     if physical >> (shift + 9):
         return _ept_violation(t, physical, wanted, 0)
     while True:
-        steps[count].host = table + (((physical >> shift) & 0x1FF) << 3)
-        value = cython.cast(cython.pointer(uint64_t), steps[count].host)[0]
+        steps[count].host = _table_host(s, table + (((physical >> shift) & 0x1FF) << 3))
+        value = ~cython.cast(uint64_t, 0)  # nothing answers on the bus
+        if steps[count].host:
+            value = cython.cast(cython.pointer(uint64_t), steps[count].host)[0]
         steps[count].value = value
         if (value & 7) == 0:
             return _ept_violation(t, physical, wanted, 0)
@@ -220,7 +250,8 @@ def _ept_host(s, physical, wanted, t, size, granted):
                 return 0
     value = steps[count - 1].value
     size[0] = cython.cast(uint64_t, 1) << shift
-    return (value & cython.cast(uint64_t, 0xFFFFFFFFFF000) & ~(size[0] - 1)) + (physical & (size[0] - 1))
+    value = (value & cython.cast(uint64_t, 0xFFFFFFFFFF000) & ~(size[0] - 1)) + (physical & (size[0] - 1))
+    return _nested_page(s, physical, value, wanted, t, granted)
 
 
 def _nested_fault(t, physical, wanted, error_code):
@@ -256,12 +287,14 @@ def _npt_host(s, physical, wanted, t, size, granted):
     if physical >> 48:
         return _nested_fault(t, physical, wanted, error)
     while True:
-        steps[count].host = table + (((physical >> shift) & 0x1FF) << 3)
-        value = cython.cast(cython.pointer(uint64_t), steps[count].host)[0]
+        steps[count].host = _table_host(s, table + (((physical >> shift) & 0x1FF) << 3))
+        value = ~cython.cast(uint64_t, 0)
+        if steps[count].host:
+            value = cython.cast(cython.pointer(uint64_t), steps[count].host)[0]
         steps[count].value = value
         if (value & 1) == 0:
             return _nested_fault(t, physical, wanted, error)
-        if _reserved_address_bits(level, value):
+        if steps[count].host == 0 or _reserved_address_bits(level, value):
             return _nested_fault(t, physical, wanted, error | 9)
         rights &= value
         no_execute |= value >> 63
@@ -289,7 +322,8 @@ def _npt_host(s, physical, wanted, t, size, granted):
     if (rights & 2) and (value & 0x40):
         granted[0] |= NESTED_WRITE
     size[0] = cython.cast(uint64_t, 1) << shift
-    return (value & cython.cast(uint64_t, 0xFFFFFFFFFF000) & ~(size[0] - 1)) + (physical & (size[0] - 1))
+    value = (value & cython.cast(uint64_t, 0xFFFFFFFFFF000) & ~(size[0] - 1)) + (physical & (size[0] - 1))
+    return _nested_page(s, physical, value, wanted, t, granted)
 
 
 # ---- the guest's own tables --------------------------------------------------------------------------------------
@@ -366,6 +400,8 @@ def _finish(s, t, access, size, may_write, may_execute):
     t.host = nested_host(s, t.physical, wanted, t, cython.address(nested_size), cython.address(granted))
     if t.fault != WALK_OK:
         return t.fault
+    if t.host == 0 and s.nested:
+        t.physical = t.fault_physical
     t.physical &= ~cython.cast(uint64_t, 0xFFF)
     t.host &= ~cython.cast(uint64_t, 0xFFF)
     t.size = size
@@ -436,6 +472,7 @@ def _walk_wide(s, va, access, t):
     known: cython.pointer(TableEntry)
     reserved: uint64_t
     value: uint64_t
+    at: uint64_t
     width: uint64_t = s.physical_bits
     if s.direct and s.nested == 0:
         width = 52  # shadow tables of host software name addresses of this process
@@ -449,6 +486,14 @@ def _walk_wide(s, va, access, t):
         va &= cython.cast(uint64_t, 0xFFFFFFFF)
         reserved |= cython.cast(uint64_t, 0x7FF) << 52
         value = s.pdpte[va >> 30]
+        if s.nested == 2:
+            # NPT reads them when they are used. APM, "Legacy PAE Mode" under "Nested Paging"
+            at = _entry_host(s, (s.cr3 & cython.cast(uint64_t, 0xFFFFFFE0)) + ((va >> 30) << 3), t)
+            if at == 0:
+                return t.fault if t.fault != WALK_OK else _page_fault(s, t, access, 9)
+            value = cython.cast(cython.pointer(uint64_t), at)[0]
+            if (value & 1) and value & (cython.cast(uint64_t, 0x1E6) | ~((cython.cast(uint64_t, 1) << 52) - 1)):
+                return _page_fault(s, t, access, 9)
         if (value & 1) == 0:
             return _page_fault(s, t, access, 0)
         table = value & cython.cast(uint64_t, 0xFFFFFFFFFF000)

@@ -22,3 +22,4 @@ cdef int _leave(CpuState *s, uint32_t port, uint32_t size, uint32_t write, uint6
 cdef uint64_t _masked(uint64_t value, uint32_t address_size) noexcept nogil
 cdef void _advance(CpuState *s, uint32_t register, uint32_t size, uint32_t address_size) noexcept nogil
 cdef void _trap(CpuState *s, uint32_t port, uint32_t size, bint repeats) noexcept nogil
+cdef uint64_t _svm_information(uint32_t port, uint32_t size, uint64_t rest) noexcept nogil

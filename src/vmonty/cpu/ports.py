@@ -26,7 +26,9 @@ from cython.cimports.vmonty.cpu.state import (
     SHADOW_STI,
     raise_error,
 )
+from cython.cimports.vmonty.cpu.svm_exit import svm_exit, svm_port_intercepted
 from cython.cimports.vmonty.cpu.tlb import probe_write, read_value, write_value
+from cython.cimports.vmonty.cpu.vmcb import SVM_IOIO
 from cython.cimports.vmonty.cpu.vmcs import GUEST_LINEAR_ADDRESS, put
 from cython.cimports.vmonty.cpu.vmx_exit import (
     GUEST_VMX,
@@ -93,6 +95,14 @@ def _trap(s, port, size, repeats):
         s.rflags &= ~cython.cast(uint64_t, FLAG_RF)
 
 
+def _svm_information(port, size, rest):
+    """EXITINFO1: 31..16 port | 12..10 segment | 9..7 address size | 6..4 operand size | 3 REP | 2 string | 0 IN.
+
+    APM, "IN and OUT Behavior". The sizes are one-hot: 1, 2, 4 for 1, 2, 4 bytes, and for 2, 4, 8.
+    """
+    return rest | (size << 4) | (cython.cast(uint64_t, port) << 16)
+
+
 def _leave(s, port, size, write, data):
     """Report a port access of the bare processor."""
     s.exit.reason = EXIT_PIO
@@ -111,6 +121,8 @@ def port_in(s, port, size, immediate, length):
         return r
     if _intercepted(s, port, size):
         return vm_exit(s, REASON_IO, (size - 1) | 8 | (immediate << 6) | (cython.cast(uint64_t, port) << 16), length)
+    if svm_port_intercepted(s, port, size):
+        return svm_exit(s, SVM_IOIO, _svm_information(port, size, 1), s.rip + length, length)
     s.rip += length
     _trap(s, port, size, 0)
     return _leave(s, port, size, 0, 0)
@@ -124,6 +136,8 @@ def port_out(s, port, size, immediate, length):
         return r
     if _intercepted(s, port, size):
         return vm_exit(s, REASON_IO, (size - 1) | (immediate << 6) | (cython.cast(uint64_t, port) << 16), length)
+    if svm_port_intercepted(s, port, size):
+        return svm_exit(s, SVM_IOIO, _svm_information(port, size, 0), s.rip + length, length)
     s.rip += length
     _trap(s, port, size, 0)
     return _leave(s, port, size, 1, data)
@@ -170,6 +184,11 @@ def string_in(s, size, address_size, rep, length):
             length,
             (address_size >> 2) << 7,
         )
+    if svm_port_intercepted(s, port, size):
+        return svm_exit(
+            s, SVM_IOIO, _svm_information(port, size, 5 | ((1 if rep else 0) << 3) | ((address_size >> 1) << 7)),
+            s.rip + length, length,
+        )  # fmt: skip
     r = probe_write(s, linear, size, ACCESS_WRITE)
     if r != GO_ON:
         return r
@@ -201,6 +220,12 @@ def string_out(s, size, address_size, rep, segment, length):
             length,
             ((address_size >> 2) << 7) | (segment << 15),
         )
+    if svm_port_intercepted(s, port, size):
+        return svm_exit(
+            s, SVM_IOIO,
+            _svm_information(port, size, 4 | ((1 if rep else 0) << 3) | ((address_size >> 1) << 7) | (segment << 10)),
+            s.rip + length, length,
+        )  # fmt: skip
     r = read_value(s, linear, size, 0, cython.address(data))
     if r != GO_ON:
         return r

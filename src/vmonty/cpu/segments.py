@@ -22,7 +22,18 @@ from cython.cimports.vmonty.cpu.state import (
     raise_error,
     raise_exception,
 )
+from cython.cimports.vmonty.cpu.svm_exit import svm_exit, svm_wants
 from cython.cimports.vmonty.cpu.tlb import mode_changed, write_value
+from cython.cimports.vmonty.cpu.vmcb import (
+    SVM_GDTR_READ,
+    SVM_GDTR_WRITE,
+    SVM_IDTR_READ,
+    SVM_IDTR_WRITE,
+    SVM_LDTR_READ,
+    SVM_LDTR_WRITE,
+    SVM_TR_READ,
+    SVM_TR_WRITE,
+)
 from cython.cimports.vmonty.cpu.vmx_exit import (
     REASON_GDTR_IDTR,
     REASON_LDTR_TR,
@@ -205,6 +216,8 @@ def lldt(s, selector, length, info, displacement):
         return raise_error(s, 13, 0)
     if vmx_second(s, SECOND_DESCRIPTOR_TABLE):
         return vm_exit_information(s, REASON_LDTR_TR, displacement, length, info)
+    if svm_wants(s, SVM_LDTR_WRITE):
+        return svm_exit(s, SVM_LDTR_WRITE, 0, 0, length)
     if (selector & 0xFFFC) == 0:
         s.ldtr.selector = selector
         s.ldtr.access_rights = AR_UNUSABLE
@@ -235,6 +248,8 @@ def ltr(s, selector, length, info, displacement):
         return raise_error(s, 13, 0)
     if vmx_second(s, SECOND_DESCRIPTOR_TABLE):
         return vm_exit_information(s, REASON_LDTR_TR, displacement, length, info)
+    if svm_wants(s, SVM_TR_WRITE):
+        return svm_exit(s, SVM_TR_WRITE, 0, 0, length)
     if (selector & 0xFFFC) == 0:
         return raise_error(s, 13, 0)
     if not _system_descriptor(s, selector, cython.address(descriptor), cython.address(high)):
@@ -263,6 +278,8 @@ def store_selector(s, task, value, length, info, displacement):
         return raise_error(s, 13, 0)
     if vmx_second(s, SECOND_DESCRIPTOR_TABLE):
         return vm_exit_information(s, REASON_LDTR_TR, displacement, length, info)
+    if svm_wants(s, SVM_TR_READ if task else SVM_LDTR_READ):
+        return svm_exit(s, SVM_TR_READ if task else SVM_LDTR_READ, 0, 0, length)
     value[0] = s.tr.selector if task else s.ldtr.selector
     return GO_ON
 
@@ -276,6 +293,8 @@ def load_table(s, interrupts, linear, size, length, info, displacement):
         return raise_error(s, 13, 0)
     if vmx_second(s, SECOND_DESCRIPTOR_TABLE):
         return vm_exit_information(s, REASON_GDTR_IDTR, displacement, length, info)
+    if svm_wants(s, SVM_IDTR_WRITE if interrupts else SVM_GDTR_WRITE):
+        return svm_exit(s, SVM_IDTR_WRITE if interrupts else SVM_GDTR_WRITE, 0, 0, length)
     r = read_value(s, linear, 2, 0, cython.address(limit))
     if r == GO_ON:
         r = read_value(s, linear + 2, 8 if s.mode == MODE_LONG64 else 4, 0, cython.address(base))
@@ -303,6 +322,8 @@ def store_table(s, interrupts, linear, length, info, displacement):
         return raise_error(s, 13, 0)
     if vmx_second(s, SECOND_DESCRIPTOR_TABLE):
         return vm_exit_information(s, REASON_GDTR_IDTR, displacement, length, info)
+    if svm_wants(s, SVM_IDTR_READ if interrupts else SVM_GDTR_READ):
+        return svm_exit(s, SVM_IDTR_READ if interrupts else SVM_GDTR_READ, 0, 0, length)
     r = write_value(s, linear + 2, wide, ACCESS_WRITE, s.idtr.base if interrupts else s.gdtr.base)
     if r == GO_ON:
         r = write_value(s, linear, 2, ACCESS_WRITE, s.idtr.limit if interrupts else s.gdtr.limit)

@@ -6,7 +6,7 @@ instruction. What the instructions mean is in ``segments``, ``control``, ``event
 """
 
 import cython
-from cython.cimports.vmonty.cpu import control, events, ports, segments, syscalls, transfers
+from cython.cimports.vmonty.cpu import control, events, ports, segments, svm_code, syscalls, transfers
 from cython.cimports.vmonty.cpu.decode import C_CLI, C_DF, C_FPU, C_POPF, C_PUSHF, C_STRING, RIP_BASE, ROW
 from cython.cimports.vmonty.cpu.fpu import fpu_instruction
 from cython.cimports.vmonty.cpu.legacy import legacy_instruction
@@ -38,7 +38,9 @@ from cython.cimports.vmonty.cpu.state import (
     raise_exception,
 )
 from cython.cimports.vmonty.cpu.strings import string_instruction
+from cython.cimports.vmonty.cpu.svm_exit import svm_exit, svm_wants
 from cython.cimports.vmonty.cpu.tlb import mode_changed, probe_write, read_value, write_value
+from cython.cimports.vmonty.cpu.vmcb import SVM_POPF, SVM_PUSHF
 
 # ---- operands -------------------------------------------------------------------------------------------
 
@@ -187,7 +189,10 @@ def _info(i: cython.pointer(Insn)) -> uint32_t:
 @cython.exceptval(check=False)
 def _pushf(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
     value: uint64_t = 0
-    r: cython.int = events.pushf(s, i.operand_size, cython.address(value))
+    r: cython.int
+    if svm_wants(s, SVM_PUSHF):
+        return svm_exit(s, SVM_PUSHF, 0, 0, i.length)
+    r = events.pushf(s, i.operand_size, cython.address(value))
     if r:
         return r
     return _push(s, value, i.operand_size)
@@ -198,7 +203,10 @@ def _pushf(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
 @cython.exceptval(check=False)
 def _popf(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
     value: uint64_t = 0
-    r: cython.int = _top(s, i.operand_size, cython.address(value))
+    r: cython.int
+    if svm_wants(s, SVM_POPF):
+        return svm_exit(s, SVM_POPF, 0, 0, i.length)
+    r = _top(s, i.operand_size, cython.address(value))
     if r:
         return r
     r = events.popf(s, value, i.operand_size)
@@ -311,6 +319,8 @@ def _one_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
     value: uint64_t = 0
     selector: uint64_t = 0
     r: cython.int
+    if op == 0x90:
+        return control.pause(s, i.length)
     if op == 0xFB:
         return events.sti(s)
     if op == 0xFA:
@@ -410,6 +420,29 @@ def _group_6(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
+def _svm_instruction(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
+    """0F 01 D8 to DF. Addresses come from rAX in the address size."""
+    address: uint64_t = _get(s, RAX, i.address_size)
+    if i.modrm == 0xD8:
+        return svm_code.vmrun(s, address, i.length)
+    if i.modrm == 0xD9:
+        return svm_code.vmmcall(s, i.length)
+    if i.modrm == 0xDA:
+        return svm_code.vmload(s, address, i.length)
+    if i.modrm == 0xDB:
+        return svm_code.vmsave(s, address, i.length)
+    if i.modrm == 0xDC:
+        return svm_code.stgi(s, i.length)
+    if i.modrm == 0xDD:
+        return svm_code.clgi(s, i.length)
+    if i.modrm == 0xDF:
+        return svm_code.invlpga(s, address, i.length)
+    return raise_exception(s, 6)  # SKINIT isn't offered
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
 def _group_7_register(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
     byte: cython.int = i.modrm
     value: uint64_t = 0
@@ -441,8 +474,10 @@ def _group_7_register(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> c
         return control.mwait(s, i.length)
     if byte == 0xC1:
         return control.vmcall(s, i.length)
+    if byte >= 0xD8 and byte <= 0xDF:
+        return _svm_instruction(s, i)
     if (byte & 0x38) == 0x20:
-        r = control.smsw(s, cython.address(value))
+        r = control.smsw(s, i.length, cython.address(value))
         if r:
             return r
         return _write_rm(s, i, i.operand_size, value)
@@ -476,7 +511,7 @@ def _group_7(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int
     if reg < 4:
         return segments.load_table(s, reg == 3, linear, size, i.length, _info(i), _displacement(i))
     if reg == 4:
-        r = control.smsw(s, cython.address(value))
+        r = control.smsw(s, i.length, cython.address(value))
         if r:
             return r
         return write_value(s, linear, 2, ACCESS_WRITE, value)

@@ -26,6 +26,7 @@ from cython.cimports.vmonty.cpu.state import (
     CR0_TS,
     CS,
     FLAG_NT,
+    FLAG_RF,
     FLAG_VM,
     GO_ON,
     RSP,
@@ -34,7 +35,9 @@ from cython.cimports.vmonty.cpu.state import (
     paging_enabled,
     raise_error,
 )
+from cython.cimports.vmonty.cpu.svm_exit import svm_exit, svm_wants
 from cython.cimports.vmonty.cpu.tlb import flush_non_global, mode_changed, probe_write, write_value
+from cython.cimports.vmonty.cpu.vmcb import SVM_TASK_SWITCH
 from cython.cimports.vmonty.cpu.vmx_exit import GUEST_VMX, REASON_TASK_SWITCH, vm_exit
 
 
@@ -173,6 +176,15 @@ def task_switch(s, selector, why, rip, flags, has_error, error_code, external, l
     if s.guest_mode == GUEST_VMX:
         # Always exits. SDM, "Exit Qualification for Task Switches"
         return vm_exit(s, REASON_TASK_SWITCH, (selector & 0xFFFF) | (cython.cast(uint64_t, why) << 30), length)
+    if svm_wants(s, SVM_TASK_SWITCH):
+        # APM, "Task Switch Intercept": EXITINFO2 has the error code, 36 IRET, 38 jump, 44 error code valid, 48 RF.
+        cr3 = cython.cast(uint64_t, error_code) | (cython.cast(uint64_t, has_error & 1) << 44)
+        cr3 |= (flags & FLAG_RF) << 32
+        if why == SWITCH_IRET:
+            cr3 |= cython.cast(uint64_t, 1) << 36
+        elif why == SWITCH_JUMP:
+            cr3 |= cython.cast(uint64_t, 1) << 38
+        return svm_exit(s, SVM_TASK_SWITCH, selector & 0xFFFF, cr3, 0)
     if selector & 4:
         return raise_error(s, bad, error)
     r = read_descriptor(s, selector, bad, error, cython.address(descriptor))

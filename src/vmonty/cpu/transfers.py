@@ -42,8 +42,10 @@ from cython.cimports.vmonty.cpu.state import (
     SS,
     raise_error,
 )
+from cython.cimports.vmonty.cpu.svm_exit import svm_exit, svm_wants
 from cython.cimports.vmonty.cpu.tasks import SWITCH_CALL, SWITCH_IRET, SWITCH_JUMP, task_switch
 from cython.cimports.vmonty.cpu.tlb import mode_changed, read_value, write_linear
+from cython.cimports.vmonty.cpu.vmcb import SVM_IRET
 from cython.cimports.vmonty.cpu.vmx_exit import GUEST_VMX, PIN_NMI, PIN_VIRTUAL_NMIS, vmx_of
 
 
@@ -580,6 +582,8 @@ def iret(s, size, length):
     change_stack: cython.bint
     mask: uint64_t
     r: cython.int
+    if svm_wants(s, SVM_IRET):
+        return svm_exit(s, SVM_IRET, 0, 0, length)
     if not protected_mode(s):
         r = _iret_real(s, size)
     elif s.rflags & FLAG_NT:

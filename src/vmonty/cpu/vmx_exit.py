@@ -7,6 +7,8 @@ The guest's registers stay in the processor's state; whoever entered the guest s
 import cython
 from cython.cimports.vmonty.cpu.paging import WALK_EPT_MISCONFIG
 from cython.cimports.vmonty.cpu.state import EVENT_SOFT_INTERRUPT, EXIT_VM, LEAVE_EXIT
+from cython.cimports.vmonty.cpu.svm_exit import svm_exit, svm_wants
+from cython.cimports.vmonty.cpu.vmcb import SVM_EXCEPTION_DE, SVM_NPF
 from cython.cimports.vmonty.cpu.vmcs import (
     EXIT_QUALIFICATION,
     GUEST_LINEAR_ADDRESS,
@@ -65,10 +67,7 @@ def nested_page_fault(s, fault, qualification, physical, linear):
     """Record what the second dimension of a page walk refused."""
     v: cython.pointer(VmxState) = vmx_of(s)
     if s.guest_mode == GUEST_SVM:
-        s.exit.address = physical
-        s.exit.data = qualification
-        s.exit.reason = EXIT_VM
-        return LEAVE_EXIT
+        return svm_exit(s, SVM_NPF, qualification, physical, 0)
     put(v.vmcs, GUEST_PHYSICAL_ADDRESS, physical)
     if fault == WALK_EPT_MISCONFIG:
         return vm_exit(s, REASON_EPT_MISCONFIG, 0, 0)
@@ -81,7 +80,7 @@ def exception_intercepted(s, vector, error_code):
     v: cython.pointer(VmxState) = vmx_of(s)
     bit: uint32_t
     if s.guest_mode != GUEST_VMX:
-        return False
+        return svm_wants(s, SVM_EXCEPTION_DE + vector)
     bit = (v.exception_bitmap >> vector) & 1
     if vector == 14 and (error_code & v.page_fault_mask) != v.page_fault_match:
         return bit == 0
