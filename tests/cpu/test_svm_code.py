@@ -34,8 +34,7 @@ def enable() -> str:
 def set_up(*intercepts: ExitCode, nested: bool = False) -> str:
     """A guest with the host's own mode: what VMSAVE and the segment registers give."""
     lines = [enable(), f"mov eax, {REGION}", "vmsave"]
-    for code in (X.VMRUN, *intercepts):
-        lines.append(f"bts dword [{REGION} + {4 * (code >> 5)}], {code & 31}")
+    lines += [f"bts dword [{REGION} + {4 * (code >> 5)}], {code & 31}" for code in (X.VMRUN, *intercepts)]
     for field, register in ((F.CR0, "cr0"), (F.CR3, "cr3"), (F.CR4, "cr4")):
         lines += [f"mov rax, {register}", f"mov {at(field)}, rax"]
     values = {
@@ -91,7 +90,7 @@ def test_the_host_comes_back_as_it_was_whatever_the_guest_changed() -> None:
     """
     guest = f"""
         mov rax, cr4
-        or rax, 0x100000
+        and eax, ~0x80
         mov cr4, rax
         lgdt [{GUEST_STACK}]
         mov rax, dr7
