@@ -60,3 +60,4 @@ cdef int _vm86_interrupt(CpuState *s, uint32_t vector, uint32_t length) noexcept
 cdef int _debug_trap(CpuState *s) noexcept nogil
 cdef bint _interrupts_open(CpuState *s) noexcept nogil
 cdef int _poll_svm(CpuState *s) noexcept nogil
+cdef bint _exits(CpuState *s, uint32_t pin, uint32_t code) noexcept nogil

@@ -758,6 +758,13 @@ def _poll_svm(s):
     return LEAVE_NEXT
 
 
+def _exits(s, pin, code):
+    """Does the guest's hypervisor intercept these events?"""
+    if s.guest_mode == GUEST_VMX:
+        return (vmx_of(s).pin & pin) != 0
+    return svm_wants(s, code)
+
+
 def poll(s):
     """Take what waits, in order of priority. SDM, "Priority Among Concurrent Events"."""
     v: cython.pointer(VmxState)
@@ -795,12 +802,18 @@ def poll(s):
             return GO_ON
         s.exit.reason = EXIT_HALT
         return LEAVE_EXIT
-    if s.nmi_line and (s.interruptibility & (BLOCKED_NMI | SHADOW_MOV_SS)) == 0 and s.activity < 2:
+    # Asked again, since other threads assert the lines at any moment: what exits is never delivered.
+    if (
+        s.nmi_line
+        and not _exits(s, PIN_NMI, SVM_NMI)
+        and (s.interruptibility & (BLOCKED_NMI | SHADOW_MOV_SS)) == 0
+        and s.activity < 2
+    ):
         s.nmi_line = 0
         raise_exception(s, 2)
         s.event.kind = EVENT_NMI
         return deliver(s)
-    if s.interrupt_line and s.activity < 2 and _interrupts_open(s):
+    if s.interrupt_line and not _exits(s, PIN_EXTERNAL_INTERRUPT, SVM_INTR) and s.activity < 2 and _interrupts_open(s):
         s.interrupt_line = 0
         raise_exception(s, s.interrupt_vector)
         s.event.kind = EVENT_EXTERNAL

@@ -13,7 +13,11 @@ from vmonty.kvm.api import Provider, System
 __all__ = ["PROVIDERS", "open", "provider"]
 
 # Name → where its class is.
-PROVIDERS = {"linux": ("vmonty.kvm.linux", "LinuxKvm"), "soft": ("vmonty.kvm.soft.provider", "SoftKvm")}
+PROVIDERS = {
+    "linux": ("vmonty.kvm.linux", "LinuxKvm"),
+    "soft": ("vmonty.kvm.soft.provider", "SoftKvm"),
+    "soft-svm": ("vmonty.kvm.soft.provider", "SoftSvm"),
+}
 
 
 def provider(name: str) -> Provider:

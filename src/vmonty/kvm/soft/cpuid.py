@@ -26,6 +26,13 @@ FEATURES = 1 << KVM_FEATURE_CLOCKSOURCE2 | 1 << KVM_FEATURE_CLOCKSOURCE_STABLE_B
 # standard form of XSAVE areas.
 OFFERED = "max,-vmx,-svm,-monitor,-xsavec"
 
+# What the control registers of a guest may hold, which follows.
+CR0_VALID = 0xE005_003F
+CR4_VALID = models.cr4_bits(models.parse(OFFERED))
+EFER_VALID = 0xD01
+PHYSICAL_BITS = models.PHYSICAL_BITS
+PAT_RESET = 0x0007_0406_0007_0406
+
 
 @cache
 def _rows() -> tuple[models.Row, ...]:

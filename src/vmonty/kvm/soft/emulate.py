@@ -7,13 +7,21 @@ can be emulated, and it is the same in both places.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vmonty.kvm.soft.stats import INSN_EMULATION
 
 if TYPE_CHECKING:
-    from vmonty.kvm.soft.vmx.processor import Processor
     from vmonty.kvm.soft.x86 import VcpuX86
+
+
+class Processor(Protocol):
+    """What executes the instruction: see cpu.vmx.Vmx.emulate()."""
+
+    def emulate(self, resume: bool) -> str: ...
+    def mmio(self) -> tuple[int, int, bool, int]: ...
+    def answer_mmio(self, data: int) -> None: ...
+    def forget_mmio(self) -> None: ...
 
 
 class Emulator:

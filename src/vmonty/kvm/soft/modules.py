@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import shlex
 import threading
 from collections.abc import Callable, Iterator
@@ -31,8 +32,13 @@ if TYPE_CHECKING:
     from vmonty.kvm.soft.x86 import VcpuX86
 
 # Module → where its KvmX86InitOps is. The first is what opening the device loads when nothing is.
-VENDORS = {"kvm_intel": ("vmonty.kvm.soft.vmx.main", "KvmIntel")}
+VENDORS = {
+    "kvm_intel": ("vmonty.kvm.soft.vmx.main", "KvmIntel"),
+    "kvm_amd": ("vmonty.kvm.soft.svm.main", "KvmAmd"),
+}
 PAGE_SIZE = 4096
+# What opening the device loads, as modprobe takes it: "kvm_amd npt=0".
+ENVIRONMENT = "VMONTY_KVM_MODULE"
 
 
 class KvmX86InitOps(Protocol):
@@ -94,6 +100,7 @@ class Module:
 
     ops: KvmX86InitOps
     kvm: KvmParameters
+    asked: dict[str, int | bool] = field(default_factory=dict)
     references: int = 0
     vm_list: list[Kvm] = field(default_factory=list)
     debugfs: dict[str, Callable[[], int]] = field(default_factory=dict)
@@ -324,7 +331,7 @@ def load(name: str, **parameters: int | bool) -> Module:
             raise KvmError(errno.EEXIST, f"load {name}", f"{_loaded.name} is loaded; unload it first")
         where, attribute = VENDORS[name]
         ops: KvmX86InitOps = getattr(import_module(where), attribute)()
-        module = Module(ops, KvmParameters())
+        module = Module(ops, KvmParameters(), dict(parameters))
         for key, value in parameters.items():
             _set_parameter(module, key, value)
         if not len(pcpus.POOL):
@@ -363,10 +370,28 @@ def unload(name: str) -> None:
         _loaded = None
 
 
-def request() -> Module:
-    """request_module(): what is loaded, else kvm_intel with its defaults."""
+def request(line: str | None = None) -> Module:
+    """request_module(): what is loaded, else kvm_intel with its defaults, or what VMONTY_KVM_MODULE says.
+
+    With *line*, as ``parse`` takes it, exactly that; a module that is loaded otherwise gives way if nothing uses it.
+    Raises KvmUnavailable with EBUSY if something does.
+    """
     with _lock:
-        return _loaded or load(next(iter(VENDORS)))
+        if line is None:
+            return _loaded or _load_line(os.environ.get(ENVIRONMENT) or next(iter(VENDORS)))
+        name, parameters = parse(line)
+        if _loaded is not None:
+            if _loaded.name == name and _loaded.asked == parameters:
+                return _loaded
+            if _loaded.references:
+                raise KvmUnavailable(errno.EBUSY, f"load {line}", f"{_loaded.name} is in use; close its VMs first")
+            unload(_loaded.name)
+        return load(name, **parameters)
+
+
+def _load_line(line: str) -> Module:
+    name, parameters = parse(line)
+    return load(name, **parameters)
 
 
 def parse(line: str) -> tuple[str, dict[str, int]]:

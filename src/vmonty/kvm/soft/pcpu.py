@@ -58,7 +58,8 @@ class PhysicalCpu:
         self.number = number
         self.cpu = Cpu()
         models.install(self.cpu, models.parse(OFFERED))
-        self.features = models.parse(MODEL).features
+        # This silicon has both extensions, though a model of CPUID shows one.
+        self.features = models.parse(MODEL).features | {"vmx", "svm"}
         # The vendor module's, from hardware_enable to hardware_disable.
         self.virtualization: Any = None
         self.online = True

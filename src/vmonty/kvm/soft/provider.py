@@ -23,6 +23,8 @@ class SoftKvm:
     """KVM in software, on the processor of vmonty.cpu."""
 
     name = "soft"
+    # The vendor module that it insists on, with parameters; None: whichever is loaded.
+    module: str | None = None
 
     def __init__(self) -> None:
         self._files: dict[int, KvmFile] = {}
@@ -31,7 +33,7 @@ class SoftKvm:
     def open(self) -> int:
         """A new system file. Loads kvm_intel when no vendor module is; see modules.load()."""
         try:
-            device = KvmDevice(self.install, modules.request())
+            device = KvmDevice(self.install, modules.request(self.module))
         except RuntimeError as error:
             raise KvmUnavailable(errno.ENODEV, "open the software KVM", str(error)) from error
         hostcall.install_kick()
@@ -83,6 +85,13 @@ class SoftKvm:
         if error == errno.ENOTTY:
             return "the software KVM does not know the request"
         return ""
+
+
+class SoftSvm(SoftKvm):
+    """The same on SVM with nested page tables."""
+
+    name = "soft-svm"
+    module = "kvm_amd"
 
 
 def _is_open(fd: int) -> bool:

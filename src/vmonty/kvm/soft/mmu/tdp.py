@@ -5,7 +5,7 @@
         │ level 4│ level 3│ level 2│ level 1│ offset  │      one table of 512 entries each
         └────────┴────────┴────────┴────────┴─────────┘
 
-Host physical address = address in this process. Source: SDM, "EPT Translation Mechanism".
+Host physical address = address in this process. What an entry looks like says mmu.spte.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import threading
 
 from vmonty.base.ram import Ram
 from vmonty.kvm.soft.memslots import PAGE_SHIFT, Memslot, Memslots
+from vmonty.kvm.soft.mmu.spte import ADDRESS, WRITE, Format
 from vmonty.kvm.soft.stats import PAGES_4K, Statistics
 from vmonty.kvm.uapi.flags import KVM_MEM_READONLY
 
-EPT_READ, EPT_WRITE, EPT_EXEC = 1, 2, 4
-EPT_WRITE_BACK = 6 << 3
-EPT_LARGE = 1 << 7
-ADDRESS = 0x000F_FFFF_FFFF_F000
+PRESENT = 7  # of a present entry one of these bits is set, in either format
 LEVELS = 4
 ENTRIES = 512
 ARENA_PAGES = 64
@@ -76,9 +74,10 @@ class Tables:
 
 
 class TdpMmu:
-    """The EPT of a VM, shared by its vCPUs, filled on violations."""
+    """The EPT or nested page table of a VM, shared by its vCPUs, filled on faults."""
 
-    def __init__(self, memslots: Memslots, stats: Statistics) -> None:
+    def __init__(self, memslots: Memslots, stats: Statistics, entries: Format) -> None:
+        self._format = entries
         self._memslots = memslots
         self._stats = stats
         self._tables = Tables()
@@ -111,17 +110,15 @@ class TdpMmu:
         for level in range(LEVELS, to_level, -1):
             index = self._index(gpa, level)
             entry = self._tables.read(table, index)
-            if not entry & 7:
-                entry = self._tables.allocate() | EPT_READ | EPT_WRITE | EPT_EXEC
+            if not entry & PRESENT:
+                entry = self._tables.allocate() | self._format.table
                 self._tables.write(table, index, entry)
                 self.pages += 1
             table = entry & ADDRESS
         return table
 
-    @staticmethod
-    def _leaf(slot: Memslot, gfn: int, write: bool) -> int:
-        rights = EPT_READ | EPT_EXEC | (EPT_WRITE if write and not slot.flags & KVM_MEM_READONLY else 0)
-        return slot.hva(gfn << PAGE_SHIFT) | EPT_WRITE_BACK | rights
+    def _leaf(self, slot: Memslot, gfn: int, write: bool) -> int:
+        return self._format.spte(slot.hva(gfn << PAGE_SHIFT), write and not slot.flags & KVM_MEM_READONLY)
 
     def _map_around(self, table: int, gpa: int, slot: Memslot) -> None:
         first = gpa >> PAGE_SHIFT & ~(ENTRIES - 1)
@@ -142,7 +139,7 @@ class TdpMmu:
 
     def write_protect(self, first_gfn: int, end_gfn: int) -> None:
         """Take the write permission from a range, for dirty logging. The caller flushes."""
-        self._change(first_gfn, end_gfn, ~EPT_WRITE)
+        self._change(first_gfn, end_gfn, ~WRITE)
 
     def _change(self, first_gfn: int, end_gfn: int, mask: int) -> None:
         gone = 0
@@ -164,7 +161,7 @@ class TdpMmu:
         table = self.root
         for level in range(LEVELS, 1, -1):
             entry = self._tables.read(table, self._index(gpa, level))
-            if not entry & 7:
+            if not entry & PRESENT:
                 return None
             table = entry & ADDRESS
         return table

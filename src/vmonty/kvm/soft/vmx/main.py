@@ -13,6 +13,7 @@ from vmonty.base.ram import Ram
 from vmonty.cpu.vmcs import REVISION
 from vmonty.cpu.vmx import Vmx as VmxInstructions
 from vmonty.kvm.soft import pcpu
+from vmonty.kvm.soft.mmu.spte import EPT
 from vmonty.kvm.soft.mmu.tdp import TdpMmu
 from vmonty.kvm.soft.vmx.vmx import Vmx
 
@@ -98,7 +99,7 @@ class KvmIntel:
 
     def mmu_create(self, kvm: Kvm) -> TdpMmu:
         """The EPT."""
-        return TdpMmu(kvm.memslots, kvm.stats)
+        return TdpMmu(kvm.memslots, kvm.stats, EPT)
 
     def vcpu_create(self, vcpu: VcpuX86) -> KvmX86Ops:
         """vmx_vcpu_create()."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vmonty.cpu import models
 from vmonty.cpu.vmcs import Field
 from vmonty.kvm.soft import pcpu as pcpus
-from vmonty.kvm.soft.cpuid import OFFERED
+from vmonty.kvm.soft.cpuid import CR0_VALID, CR4_VALID, EFER_VALID, PAT_RESET, PHYSICAL_BITS
+from vmonty.kvm.soft.intercepts import UD_VECTOR
 from vmonty.kvm.soft.msr_filter import READ, WRITE
 from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.soft.vmx import controls as c
-from vmonty.kvm.soft.vmx.exits import UD_VECTOR, VmxExits
+from vmonty.kvm.soft.vmx.exits import VmxExits
 from vmonty.kvm.soft.vmx.processor import PASSED_THROUGH, Processor
 from vmonty.kvm.uapi import flags
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2, kvm_segment
@@ -41,11 +41,6 @@ MSR_FIELDS = {
 }  # fmt: skip
 DEBUG_REGISTERS = (0, 1, 2, 3, 7)
 RFLAGS_TF = 1 << 8
-CR0_VALID = 0xE005_003F
-CR4_VALID = models.cr4_bits(models.parse(OFFERED))
-EFER_VALID = 0xD01
-PHYSICAL_BITS = models.PHYSICAL_BITS
-PAT_RESET = 0x0007_0406_0007_0406
 
 
 class Vmx(VmxExits):
@@ -174,6 +169,9 @@ class Vmx(VmxExits):
 
     def set_rflags(self, value: int) -> None:
         self.cpu.vmwrite(Field.GUEST_RFLAGS, value & 0x3F_7FD7 | 2)
+
+    def get_cpl(self) -> int:
+        return self.cpu.vmread(Field.GUEST_SS_AR_BYTES) >> 5 & 3
 
     def get_segment(self, name: str) -> kvm_segment:
         selector, base, limit, rights = (self.cpu.vmread(field) for field in SEGMENT_FIELDS[name])

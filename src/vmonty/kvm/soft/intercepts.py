@@ -1,0 +1,332 @@
+"""What instructions that exit do, whichever vendor's exit it was: CPUID, MSRs, hypercalls, port I/O, XSETBV, CR8.
+
+A handler returns True to enter the guest again, False to leave to user space with kvm_run filled in. Source:
+arch/x86/kvm/x86.c: kvm_emulate_cpuid(), kvm_emulate_rdmsr(), kvm_emulate_hypercall(), kvm_fast_pio() and their like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from vmonty.kvm.soft.mmu.guest_walk import walk
+from vmonty.kvm.soft.msr_filter import reason
+from vmonty.kvm.soft.stats import HYPERCALLS, INSN_EMULATION_FAIL, IO_EXITS, IRQ_EXITS
+from vmonty.kvm.uapi import Exit, flags
+from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
+
+if TYPE_CHECKING:
+    from vmonty.kvm.soft.x86 import VcpuX86
+
+RAX, RCX, RDX, RBX, RSI, RDI = 0, 1, 2, 3, 6, 7
+UD_VECTOR, GP_VECTOR = 6, 13
+MASK32 = 0xFFFF_FFFF
+MAX_INSTRUCTION = 15
+# What hypercalls answer, negated. asm/kvm_para.h.
+KVM_EPERM, KVM_EINVAL, KVM_ENOSYS = 1, 22, 1000
+CR4_OSXSAVE, FEATURE_OSXSAVE = 1 << 18, 1 << 27
+
+
+class Intercepts:
+    """The handlers that need nothing of the VMCS or VMCB."""
+
+    def __init__(self, vcpu: VcpuX86) -> None:
+        self.vcpu = vcpu
+        self.leaves: dict[tuple[int, int | None], kvm_cpuid_entry2] = {}
+
+    def _skip(self) -> None:
+        """skip_emulated_instruction(): the one that exited."""
+        raise AssertionError("the vendor has it")
+
+    def _skip_bytes(self, length: int) -> None:
+        raise AssertionError("the vendor has it")
+
+    def _linear_rip(self) -> int:
+        vendor = self.vcpu.vendor
+        segment = vendor.get_segment("cs")
+        return vendor.get_rip() if segment.l else vendor.get_rip() + segment.base & MASK32
+
+    def _internal_error(self, suberror: int, data: list[int]) -> bool:
+        run = self.vcpu.run
+        run.exit_reason = Exit.INTERNAL_ERROR
+        run.u.internal.suberror, run.u.internal.ndata = suberror, len(data)
+        run.u.internal.data[: len(data)] = [*data]
+        return False
+
+    def _gp(self) -> bool:
+        self.vcpu.queue_exception(GP_VECTOR, 0)
+        return True
+
+    def _ud(self) -> bool:
+        self.vcpu.queue_exception(UD_VECTOR)
+        return True
+
+    def handle_external_interrupt(self) -> bool:
+        """The host wanted the processor: a kick. The loop looks for what it was."""
+        self.vcpu.stats.values[IRQ_EXITS] += 1
+        return True
+
+    def handle_cpuid(self) -> bool:
+        function, index = self.vcpu.vendor.get_gpr(RAX) & MASK32, self.vcpu.vendor.get_gpr(RCX) & MASK32
+        eax, ebx, ecx, edx = self.cpuid(function, index)
+        self._set32(RAX, eax)
+        self._set32(RBX, ebx)
+        self._set32(RCX, ecx)
+        self._set32(RDX, edx)
+        self._skip()
+        return True
+
+    def cpuid(self, function: int, index: int) -> tuple[int, int, int, int]:
+        """kvm_cpuid(): the guest's leaf; beyond the highest one, as Intel does, the highest basic leaf."""
+        entry = self.leaves.get((function, index)) or self.leaves.get((function, None))
+        if entry is None:
+            base = function & 0x8000_0000
+            highest = max(
+                (leaf for leaf, _ in self.leaves if leaf & 0x8000_0000 == base and leaf >> 16 != 0x4000), default=0
+            )
+            if not base and function > highest:
+                entry = self.leaves.get((highest, index)) or self.leaves.get((highest, None))
+        if entry is None:
+            return 0, 0, (index & 0xFF if function in (0xB, 0x1F) else 0), 0
+        ecx = entry.ecx
+        if function == 1:
+            os_xsave = self.vcpu.vendor.get_control("cr4") & CR4_OSXSAVE
+            ecx = ecx & ~FEATURE_OSXSAVE | (FEATURE_OSXSAVE if os_xsave else 0)
+        return entry.eax, entry.ebx, ecx, entry.edx
+
+    def handle_halt(self) -> bool:
+        self._skip()
+        return self.vcpu.halt()
+
+    def handle_skip(self) -> bool:
+        """INVD, WBINVD, PAUSE, MONITOR, MWAIT: nothing to do."""
+        self._skip()
+        return True
+
+    def handle_invalid_op(self) -> bool:
+        return self._ud()
+
+    def handle_rdpmc(self) -> bool:
+        return self._gp()
+
+    def _hypercall(self, length: int) -> bool:
+        """kvm_emulate_hypercall(), of an instruction of *length* bytes.
+
+        -KVM_ENOSYS for what is not known, -KVM_EPERM outside of CPL 0. Linux patches the other vendor's instruction;
+        here the guest's code stays as it is.
+        """
+        vcpu = self.vcpu
+        vcpu.stats.values[HYPERCALLS] += 1
+        is_long = bool(vcpu.vendor.get_segment("cs").l)
+        mask = (1 << 64) - 1 if is_long else MASK32
+
+        def answer(value: int) -> bool:
+            self.vcpu.vendor.set_gpr(RAX, value & mask)
+            self._skip_bytes(length)
+            return True
+
+        if vcpu.vendor.get_cpl():
+            return answer(-KVM_EPERM)
+        number, gpa, npages, attributes = (vcpu.vendor.get_gpr(register) & mask for register in (RAX, RBX, RCX, RDX))
+        if number != flags.KVM_HC_MAP_GPA_RANGE or not vcpu.kvm.hypercall_exit_enabled >> number & 1:
+            return answer(-KVM_ENOSYS)
+        if gpa & 0xFFF or not npages or (gpa >> 12) + npages >> 64:
+            return answer(-KVM_EINVAL)
+        return vcpu.hypercall_exit(number, [gpa, npages, attributes], is_long, answer)
+
+    def _complete_in(self, data: bytes) -> bool:
+        """complete_fast_pio_in()."""
+        mask = (1 << 8 * len(data)) - 1
+        old = self.vcpu.vendor.get_gpr(RAX) if len(data) < 4 else 0
+        self.vcpu.vendor.set_gpr(RAX, old & ~mask | int.from_bytes(data, "little"))
+        self._skip()
+        return True
+
+    def _string_io(self, port: int, size: int, is_in: bool, repeated: bool, bits: int, linear: int) -> bool:
+        """Emulate up to a page of INS or OUTS; the instruction runs again for the rest.
+
+        *bits*: its address size; *linear*: where its operand is.
+        """
+        vendor = self.vcpu.vendor
+        mask = (1 << bits) - 1
+        left = vendor.get_gpr(RCX) & mask if repeated else 1
+        if left == 0:
+            self._skip()
+            return True
+        pointer = RDI if is_in else RSI
+        backwards = bool(vendor.get_rflags() & 0x400)
+        # One element across a page boundary, or what lies in this page.
+        room = (linear & 0xFFF) // size + 1 if backwards else (0x1000 - (linear & 0xFFF)) // size
+        count = max(1, min(left, room, 1024))
+
+        def advance() -> None:
+            step = -size * count if backwards else size * count
+            old = vendor.get_gpr(pointer)
+            vendor.set_gpr(pointer, old & ~mask | (old + step) & mask)
+            if repeated:
+                old = vendor.get_gpr(RCX)
+                vendor.set_gpr(RCX, old & ~mask | (left - count) & mask)
+            if not repeated or left == count:
+                self._skip()
+
+        start = linear - size * (count - 1) if backwards else linear
+        if is_in:
+
+            def done(data: bytes) -> bool:
+                self.write_linear(start, _reversed(data, size) if backwards else data)
+                advance()
+                return True
+
+            return self.vcpu.port_in(port, size, count, done)
+        fetched = self.read_linear(start, size * count)
+        if fetched is None:
+            return self._internal_error(flags.KVM_INTERNAL_ERROR_EMULATION, [])
+        advance()
+        return self.vcpu.port_out(port, size, _reversed(fetched, size) if backwards else fetched)
+
+    def handle_rdmsr(self) -> bool:
+        index = self.vcpu.vendor.get_gpr(RCX) & MASK32
+        try:
+            value = self.vcpu.read_guest_msr(index)
+        except OSError as error:
+            return self._msr_refused(error, Exit.X86_RDMSR, index, 0, self._complete_rdmsr)
+        return self._complete_rdmsr(value)
+
+    def _complete_rdmsr(self, value: int) -> bool:
+        self._set32(RAX, value)
+        self._set32(RDX, value >> 32)
+        self._skip()
+        return True
+
+    def handle_wrmsr(self) -> bool:
+        value = self.vcpu.vendor.get_gpr(RAX) & MASK32 | (self.vcpu.vendor.get_gpr(RDX) & MASK32) << 32
+        index = self.vcpu.vendor.get_gpr(RCX) & MASK32
+        try:
+            self.vcpu.write_guest_msr(index, value)
+        except OSError as error:
+            return self._msr_refused(error, Exit.X86_WRMSR, index, value, self._complete_wrmsr)
+        return self._complete_wrmsr(value)
+
+    def _complete_wrmsr(self, _value: int) -> bool:
+        self._skip()
+        return True
+
+    def _msr_refused(
+        self, error: OSError, exit_reason: Exit, index: int, data: int, done: Callable[[int], bool]
+    ) -> bool:
+        """#GP, or with KVM_CAP_X86_USER_SPACE_MSR what user space says: *done* with its value."""
+        why = reason(error)
+        if not self.vcpu.kvm.user_space_msr_mask & why:
+            return self._gp()
+        self.vcpu.msr_exit(exit_reason, why, index, data, lambda value: self._gp() if value is None else done(value))
+        return False
+
+    def handle_xsetbv(self) -> bool:
+        value = self.vcpu.vendor.get_gpr(RAX) & MASK32 | (self.vcpu.vendor.get_gpr(RDX) & MASK32) << 32
+        if self.vcpu.vendor.get_gpr(RCX) & MASK32 or value & ~7 or not value & 1 or value & 6 == 4:
+            return self._gp()
+        self.vcpu.vendor.set_control("xcr0", value)
+        self._skip()
+        return True
+
+    def _emulation_failure(self) -> bool:
+        """prepare_emulation_failure_exit()."""
+        self.vcpu.stats.values[INSN_EMULATION_FAIL] += 1
+        code = self._fetch(self._linear_rip())
+        run = self.vcpu.run
+        run.exit_reason = Exit.INTERNAL_ERROR
+        failure = run.u.emulation_failure
+        failure.suberror, failure.ndata = flags.KVM_INTERNAL_ERROR_EMULATION, 3
+        failure.flags = flags.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+        failure.u.u.insn_size = len(code)
+        failure.u.u.insn_bytes[: len(code)] = list(code)
+        return False
+
+    def gva_to_gpa(self, linear: int) -> int | None:
+        """Walk the guest's page tables."""
+        get = self.vcpu.vendor.get_control
+        return walk(self.vcpu.kvm, linear, get("cr0"), get("cr3"), get("cr4"), get("efer")).gpa
+
+    def read_linear(self, linear: int, size: int) -> bytes | None:
+        """kvm_read_guest_virt(): None where something is not mapped."""
+        data = b""
+        while size:
+            part = min(size, 0x1000 - (linear & 0xFFF))
+            gpa = self.gva_to_gpa(linear)
+            chunk = None if gpa is None else self.vcpu.kvm.read_gpa(gpa, part)
+            if chunk is None:
+                return None
+            data += chunk
+            linear, size = linear + part, size - part
+        return data
+
+    def write_linear(self, linear: int, data: bytes) -> bool:
+        """kvm_write_guest_virt(): False where something is not mapped."""
+        while data:
+            part = min(len(data), 0x1000 - (linear & 0xFFF))
+            gpa = self.gva_to_gpa(linear)
+            if gpa is None or not self.vcpu.kvm.write_gpa(gpa, data[:part]):
+                return False
+            linear, data = linear + part, data[part:]
+        return True
+
+    def _fetch(self, linear: int) -> bytes:
+        """Up to 15 bytes of code; fewer where the next page is not mapped."""
+        first = min(MAX_INSTRUCTION, 0x1000 - (linear & 0xFFF))
+        code = self.read_linear(linear, first) or b""
+        if len(code) == first < MAX_INSTRUCTION:
+            code += self.read_linear(linear + first, MAX_INSTRUCTION - first) or b""
+        return code
+
+    def _set32(self, number: int, value: int) -> None:
+        self.vcpu.vendor.set_gpr(number, value & MASK32)
+
+    def _port_io(self, port: int, size: int, is_in: bool) -> bool:
+        """kvm_fast_pio()."""
+        self.vcpu.stats.values[IO_EXITS] += 1
+        if is_in:
+            return self.vcpu.port_in(port, size, 1, self._complete_in)
+        data = (self.vcpu.vendor.get_gpr(RAX) & MASK32).to_bytes(4, "little")[:size]
+        self._skip()
+        return self.vcpu.port_out(port, size, data)
+
+    def _read_cr8(self, register: int) -> bool:
+        self.vcpu.vendor.set_gpr(register, self.vcpu.get_cr8())
+        self._skip()
+        return True
+
+    def _write_cr8(self, register: int) -> bool:
+        """handle_set_cr8(): without an in-kernel local APIC user space is told."""
+        value = self.vcpu.vendor.get_gpr(register)
+        if value >> 4:
+            return self._gp()
+        self.vcpu.set_cr8(value)
+        self._skip()
+        if self.vcpu.apic is not None:
+            return True
+        self.vcpu.run.exit_reason = Exit.SET_TPR
+        return False
+
+    def _access_dr(self, number: int, register: int, is_read: bool) -> bool:
+        """MOV DR, while user space's debugger has the registers."""
+        vendor = self.vcpu.vendor
+        if number in (4, 5):
+            number += 2
+        if is_read:
+            vendor.set_gpr(register, vendor.get_debug(number))
+        else:
+            value = vendor.get_gpr(register)
+            if number >= 6 and value >> 32:
+                return self._gp()
+            vendor.set_debug(number, value)
+        self._skip()
+        return True
+
+    def handle_triple_fault(self) -> bool:
+        self.vcpu.run.exit_reason = Exit.SHUTDOWN
+        return False
+
+
+def _reversed(data: bytes, size: int) -> bytes:
+    """The elements of *size* bytes in reverse order."""
+    return b"".join(data[at : at + size] for at in range(len(data) - size, -1, -size))

@@ -1,0 +1,81 @@
+"""kvm-amd as a module: its parameters, and SVM on each physical processor.
+
+Source: arch/x86/kvm/svm/svm.c: svm_hardware_setup(), svm_hardware_enable().
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vmonty.base.ram import Ram
+from vmonty.cpu.svm import Svm as SvmInstructions
+from vmonty.kvm.soft.mmu.spte import NPT
+from vmonty.kvm.soft.mmu.tdp import TdpMmu
+from vmonty.kvm.soft.svm.svm import Svm
+
+if TYPE_CHECKING:
+    from vmonty.kvm.soft.kvm_main import Kvm
+    from vmonty.kvm.soft.pcpu import PhysicalCpu
+    from vmonty.kvm.soft.vcpu_state import KvmX86Ops
+    from vmonty.kvm.soft.x86 import VcpuX86
+
+MSR_VM_CR, MSR_VM_HSAVE_PA = 0xC001_0114, 0xC001_0117
+VM_CR_SVMDIS = 1 << 4
+
+
+@dataclass
+class Parameters:
+    """As modinfo kvm_amd tells them."""
+
+    npt: bool = True
+    nested: bool = False
+
+
+class SvmOperation:
+    """A processor with EFER.SVME set."""
+
+    def __init__(self, processor: PhysicalCpu) -> None:
+        self.svm = SvmInstructions(processor.cpu)
+        self._save_area = Ram(4096, "vmonty-hsave")
+
+
+class KvmAmd:
+    """struct kvm_x86_init_ops of SVM."""
+
+    name, feature = "kvm_amd", "svm"
+
+    def __init__(self) -> None:
+        self.parameters = Parameters()
+
+    def hardware_setup(self) -> None:
+        """Turn off what the processor cannot do."""
+        if self.parameters.nested:
+            raise OSError(errno.EOPNOTSUPP, "nested virtualization is not offered")
+        if not self.parameters.npt:
+            raise OSError(errno.EOPNOTSUPP, "paging by shadow tables, which guests without NPT need, is not there")
+
+    def hardware_unsetup(self) -> None:
+        """There is nothing to forget."""
+
+    def check_processor_compatibility(self, processor: PhysicalCpu) -> None:
+        """kvm_is_svm_supported()."""
+        if SvmInstructions(processor.cpu).rdmsr(MSR_VM_CR) & VM_CR_SVMDIS:
+            raise OSError(errno.EIO, f"SVM is locked on processor {processor.number}")
+
+    def hardware_enable(self, processor: PhysicalCpu) -> None:
+        """EFER.SVME, VM_HSAVE_PA."""
+        processor.virtualization = SvmOperation(processor)
+
+    def hardware_disable(self, processor: PhysicalCpu) -> None:
+        """svm_hardware_disable()."""
+        processor.virtualization = None
+
+    def mmu_create(self, kvm: Kvm) -> TdpMmu:
+        """The nested page table."""
+        return TdpMmu(kvm.memslots, kvm.stats, NPT)
+
+    def vcpu_create(self, vcpu: VcpuX86) -> KvmX86Ops:
+        """svm_vcpu_create()."""
+        return Svm(vcpu)
