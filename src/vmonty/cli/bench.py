@@ -8,6 +8,8 @@ import click
 from rich.console import Console
 
 from vmonty.base.errors import UsageError
+from vmonty.bench.cpu import measure
+from vmonty.bench.payload import NAMES
 from vmonty.bench.report import Report
 from vmonty.cli.progress import terminal_progress
 
@@ -42,11 +44,9 @@ def cpu(payloads: tuple[str, ...], json_file: Path | None, quick: bool) -> None:
 
     Needs gcc for the payloads; without qemu-system-x86_64 its column stays empty.
     """
-    from vmonty.bench import cpu as measurement
-
-    unknown = [name for name in payloads if name not in measurement.NAMES]
+    unknown = [name for name in payloads if name not in NAMES]
     if unknown:
-        raise UsageError(f"there is no payload {unknown[0]}; there are {', '.join(measurement.NAMES)}")
+        raise UsageError(f"there is no payload {unknown[0]}; there are {', '.join(NAMES)}")
     with terminal_progress() as progress:
-        report = measurement.measure(payloads or measurement.NAMES, quick, progress)
+        report = measure(payloads or NAMES, quick, progress)
     finish(report, json_file)
