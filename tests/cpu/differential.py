@@ -332,11 +332,11 @@ class Bench:
         rng = self.rng
         data = rng.randbytes(DATA_SIZE)
         registers = struct.pack("<16Q", *case.registers)
-        at = self.slot
-        self.slot += (len(case.code) + 31) & ~15
         if self.slot > CODE + CODE_SIZE - 512:
             self.slot = CODE + 0x1000
             self.cpu.flush_code()
+        at = self.slot
+        self.slot += (len(case.code) + 31) & ~15
         self.native.data[0:DATA_SIZE] = data
         theirs = self.native.run(at, case.code, registers, case.flags, case.xsave)
         self.memory[0x200000 : 0x200000 + DATA_SIZE] = data

@@ -105,7 +105,9 @@ cdef struct CodeCache:
     uint64_t lookup[3]       # r15 = guest rip: jump through the jump cache of a TLB set
     uint64_t copy[4]         # void copy(to, from, count): rep movs by log2 size
     uint64_t fill[4]         # void fill(to, count, value): rep stos
-    uint64_t fpu[12]         # void f(buffer, mask): fxsave fxrstor xsave xrstor, then stenv ldenv save rstor
+    uint64_t fpu[13]         # void f(buffer, mask): fxsave fxrstor xsave xrstor, then stenv ldenv save rstor, xsavec
+    uint64_t store_vectors   # void f(buffer): ymm0 ... ymm15, 32 bytes each
+    uint64_t fill_vectors    # the reverse
     uint64_t return_miss     # bottom of the shadow stack
 
 

@@ -32,6 +32,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     lea,
     load,
     load32,
+    memory,
     mov_imm,
     mov_rr,
     mov_rr32,
@@ -42,6 +43,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     store,
     store32,
     store_imm32,
+    vex3,
 )
 from cython.cimports.vmonty.cpu.state import (
     ARITHMETIC_FLAGS,
@@ -252,7 +254,7 @@ def _fpu_stubs(c: cython.pointer(CodeCache)) -> cython.void:
     a: cython.pointer(Assembler) = cython.address(c.a)
     n: cython.int
     digit: cython.int
-    for n in range(12):
+    for n in range(13):
         c.fpu[n] = here(a)
         mov_rr(a, 0, 6)
         mov_rr(a, 2, 6)
@@ -261,8 +263,20 @@ def _fpu_stubs(c: cython.pointer(CodeCache)) -> cython.void:
         if n < 4:
             digit = 0 if n == 0 else (1 if n == 1 else (4 if n == 2 else 5))
             op_mem(a, 0, 1, 0x1AE, digit, 7, NONE, 0, 0)
+        elif n == 12:
+            op_mem(a, 0, 1, 0x1C7, 4, 7, NONE, 0, 0)
         else:  # 4 fnstenv 5 its 16-bit form 6 fldenv 7 its 16-bit form, 8 fnsave … 10 frstor …
             op_mem(a, 0x66 if n & 1 else 0, 0, 0xDD if n >= 8 else 0xD9, 4 if n & 2 else 6, 7, NONE, 0, 0)
+        put8(a, 0xC3)
+    for digit in range(2):
+        if digit:
+            c.fill_vectors = here(a)
+        else:
+            c.store_vectors = here(a)
+        for n in range(16):  # vmovdqu
+            vex3(a, 1, 2, 0, 1, 0, n >> 3, 0, 0)
+            put8(a, 0x6F if digit else 0x7F)
+            memory(a, n, 7, NONE, 0, 32 * n)
         put8(a, 0xC3)
 
 

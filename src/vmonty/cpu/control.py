@@ -7,6 +7,7 @@ Exits".
 import cython
 from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.cpuid import cr4_allowed, lookup, xcr0_allowed
+from cython.cimports.vmonty.cpu.fpu import components_in_use
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
 from cython.cimports.vmonty.cpu.paging import NESTED_READ, Translation, nested_host, record_fault
 from cython.cimports.vmonty.cpu.state import (
@@ -44,6 +45,7 @@ from cython.cimports.vmonty.cpu.state import (
     RBX,
     RCX,
     RDX,
+    has_feature,
     paging_enabled,
     raise_error,
     raise_exception,
@@ -126,6 +128,10 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     vmx_second,
     vmx_wants,
 )
+
+from vmonty.cpu import opcodes
+
+_XGETBV1 = cython.declare(cython.int, opcodes.FEATURES.index("xgetbv1"))
 
 
 def tsc(s):
@@ -474,13 +480,16 @@ def smsw(s, length, value):
 
 
 def xgetbv(s):
-    """XGETBV: XCR0 into EDX:EAX."""
+    """XGETBV: XCR0, or which of its components are in use, into EDX:EAX."""
+    value: uint64_t = s.xcr0
     if (s.cr4 & CR4_OSXSAVE) == 0:
         return raise_exception(s, 6)
-    if s.gpr[RCX] & cython.cast(uint64_t, 0xFFFFFFFF):
+    if cython.cast(uint32_t, s.gpr[RCX]) == 1 and has_feature(s, _XGETBV1):
+        value &= components_in_use(s)
+    elif cython.cast(uint32_t, s.gpr[RCX]):
         return raise_error(s, 13, 0)
-    s.gpr[RAX] = s.xcr0 & cython.cast(uint64_t, 0xFFFFFFFF)
-    s.gpr[RDX] = s.xcr0 >> 32
+    s.gpr[RAX] = value & cython.cast(uint64_t, 0xFFFFFFFF)
+    s.gpr[RDX] = value >> 32
     return GO_ON
 
 

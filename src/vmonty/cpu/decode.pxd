@@ -36,6 +36,7 @@ cdef enum:
     C_ENTER
     C_EMMS
     C_FPU
+    C_GATHER
 
 # OpRow.attributes
 cdef enum:
@@ -58,6 +59,7 @@ cdef enum:
     A_X87 = 65536
     A_Y2 = 131072        # needs AVX2 for 32-byte vectors
     A_R2 = 262144        # needs AVX2 with a register operand
+    A_SSE = 524288       # has an xmm or ymm operand, or MXCSR
 
 cdef enum:
     F_C = 1

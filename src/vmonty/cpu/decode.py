@@ -31,6 +31,9 @@ def _build():
 
 _build()
 
+# The row that stands behind MOVSXD in other modes.
+_ARPL = cython.declare(cython.int, opcodes.ARPL)
+
 # Numbers of features that depend on more than the row.
 _ABM = cython.declare(cython.int, opcodes.FEATURES.index("abm"))
 _AVX2 = cython.declare(cython.int, opcodes.FEATURES.index("avx2"))
@@ -198,7 +201,7 @@ def _memory(i: cython.pointer(Insn), code: cython.p_uchar, at: cython.int, avail
         at += 1
         i.scale = sib >> 6
         i.index = ((sib >> 3) & 7) | ((i.rex & 2) << 2)
-        if i.index == 4:
+        if i.index == 4 and ROW[i.row].cls != C_GATHER:
             i.index = NO_REGISTER
         i.base = (sib & 7) | ((i.rex & 1) << 3)
         if (sib & 7) == 5 and i.mod == 0:
@@ -405,6 +408,8 @@ def decode(code, available, rip, code_size, i):
             return DECODE_INVALID
     if i.map == 0 and byte == 0x90 and i.rex & 1 and not i.vex:
         entry = ROOT[0][0][0x91][0]  # xchg r8, rax
+    if not long_mode and i.map == 0 and not i.vex and byte == 0x63:
+        entry = _ARPL
     if not long_mode and i.map == 0 and not i.vex and (byte & 0xF0) == 0x40:  # INC, DEC: as FF /0, FF /1
         entry = GROUP[ROOT[0][0][0xFF][0] & 0x7FFF][8 + (byte & 8) + (byte & 7)]
         i.opcode = 0xFF
@@ -479,6 +484,13 @@ def decode(code, available, rip, code_size, i):
         elif byte == ord("R") or byte == ord("U") or byte == ord("N"):
             if i.has_memory:
                 return DECODE_INVALID
+        elif byte == ord("X"):
+            # SDM, "Vector SIB (VSIB) Memory Addressing": a SIB byte, no register twice
+            if not i.has_memory or i.address_size == 2 or i.modrm & 7 != 4:
+                return DECODE_INVALID
+            if i.reg == i.index or i.reg == i.vvvv or i.index == i.vvvv:
+                return DECODE_INVALID
+            i.memory_access = 1
         elif byte == ord("H") or byte == ord("B"):
             used_vvvv = 1
         elif byte == ord("I") or byte == ord("J") or byte == ord("O") or byte == ord("L") or byte == ord("A"):

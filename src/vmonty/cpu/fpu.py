@@ -9,8 +9,22 @@ State-Component Bitmaps", "Operation of XRSTOR".
 import cython
 from cython.cimports.vmonty.cpu.codecache import CodeCache, string_function
 from cython.cimports.vmonty.cpu.segmentation import operand_address
-from cython.cimports.vmonty.cpu.state import ACCESS_READ, ACCESS_WRITE, RAX, RDX, raise_error, raise_exception
+from cython.cimports.vmonty.cpu.state import (
+    ACCESS_READ,
+    ACCESS_WRITE,
+    CR4_OSXSAVE,
+    RAX,
+    RDX,
+    has_feature,
+    raise_error,
+    raise_exception,
+)
 from cython.cimports.vmonty.cpu.tlb import probe_write, read_linear, write_linear
+from cython.cimports.vmonty.cpu.vmx_exit import SECOND_XSAVES, vmx_lacks
+
+from vmonty.cpu import opcodes
+
+_XSAVEC = cython.declare(cython.int, opcodes.FEATURES.index("xsavec"))
 
 
 @cython.cfunc
@@ -42,7 +56,8 @@ def _zero(at: cython.p_uchar, size: cython.int) -> cython.void:
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _xsave(s: cython.pointer(CpuState), linear: uint64_t) -> cython.int:
+def _xsave(s: cython.pointer(CpuState), linear: uint64_t, compact: cython.int) -> cython.int:
+    """XSAVE, or XSAVEC: with no more than x87, SSE and AVX both have each component at the same place."""
     b: cython.p_uchar = _buffer(s)
     mask: uint64_t = ((s.gpr[RDX] << 32) | cython.cast(uint32_t, s.gpr[RAX])) & s.xcr0
     size: uint32_t = 832 if mask & 4 else 576
@@ -54,8 +69,8 @@ def _xsave(s: cython.pointer(CpuState), linear: uint64_t) -> cython.int:
         r = read_linear(s, linear, b, size, ACCESS_READ)
     if r:
         return r
-    _host(s, 2, b, mask)
-    if mask & 1:
+    _host(s, 12 if compact else 2, b, mask)
+    if mask & 1 and (not compact or b[512] & 1):
         _zero(b + 6, 18)
     return write_linear(s, linear, b, size, ACCESS_WRITE)
 
@@ -63,26 +78,36 @@ def _xsave(s: cython.pointer(CpuState), linear: uint64_t) -> cython.int:
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _xrstor(s: cython.pointer(CpuState), linear: uint64_t) -> cython.int:
+def _xrstor(s: cython.pointer(CpuState), linear: uint64_t, compact_only: cython.int) -> cython.int:
+    """XRSTOR of either format, or XRSTORS, which takes the compacted one alone."""
     b: cython.p_uchar = _buffer(s)
     mask: uint64_t = ((s.gpr[RDX] << 32) | cython.cast(uint32_t, s.gpr[RAX])) & s.xcr0
-    size: uint32_t = 832 if mask & 4 else 576
-    header: cython.pointer(uint64_t)
+    header: cython.pointer(uint64_t) = cython.cast(cython.pointer(uint64_t), b + 512)
     k: cython.int
     r: cython.int
     if linear & 63:
         return raise_error(s, 13, 0)
-    r = read_linear(s, linear, b, size, ACCESS_READ)
+    r = read_linear(s, linear, b, 576, ACCESS_READ)
     if r:
         return r
-    header = cython.cast(cython.pointer(uint64_t), b + 512)
-    if header[0] & ~s.xcr0:
-        return raise_error(s, 13, 0)
-    for k in range(1, 8):
-        if header[k]:
+    if header[1] >> 63:
+        if not has_feature(s, _XSAVEC):
             return raise_error(s, 13, 0)
-    if mask & 6 and cython.cast(cython.pointer(uint32_t), b + 24)[0] >> 16:
+        if (header[1] << 1) >> 1 & ~s.xcr0 or header[0] & ~header[1]:
+            return raise_error(s, 13, 0)
+        for k in range(2, 8):
+            if header[k]:
+                return raise_error(s, 13, 0)
+    elif compact_only or header[0] & ~s.xcr0 or header[1] or header[2]:
         return raise_error(s, 13, 0)
+    if header[0] & mask & 4:
+        r = read_linear(s, linear + 576, b + 576, 256, ACCESS_READ)
+        if r:
+            return r
+    # MXCSR is loaded with the SSE state; in the standard format also with AVX, and from an area in its initial state.
+    if mask & 6 if not header[1] else mask & header[0] & 2:
+        if cython.cast(cython.pointer(uint32_t), b + 24)[0] >> 16:
+            return raise_error(s, 13, 0)
     _host(s, 3, b, mask)
     return 0
 
@@ -161,10 +186,16 @@ def fpu_instruction(s, i):
         if r:
             return r
         return _environment(s, i, linear)
-    if reg >= 4 and not s.cr4 >> 18 & 1:
-        return raise_exception(s, 6)
-    if reg < 4 and s.cr0 & 4:
+    if reg >= 4 or i.opcode == 0xC7:
+        if not s.cr4 & CR4_OSXSAVE:
+            return raise_exception(s, 6)
+    elif s.cr0 & 4:
         return raise_exception(s, 7)
+    if i.opcode == 0xC7 and reg != 4:  # XSAVES, XRSTORS: there are no supervisor components, IA32_XSS is 0
+        if vmx_lacks(s, SECOND_XSAVES):
+            return raise_exception(s, 6)
+        if s.cpl:
+            return raise_error(s, 13, 0)
     if s.cr0 & 8:
         return raise_exception(s, 7)
     r = operand_address(s, i, 512, 0, cython.address(linear))
@@ -174,6 +205,16 @@ def fpu_instruction(s, i):
         return _fxsave(s, i, linear)
     if reg == 1:
         return _fxrstor(s, linear)
+    if i.opcode == 0xC7:
+        return _xrstor(s, linear, 1) if reg == 3 else _xsave(s, linear, 1)
     if reg == 5:
-        return _xrstor(s, linear)
-    return _xsave(s, linear)
+        return _xrstor(s, linear, 0)
+    return _xsave(s, linear, 0)
+
+
+def components_in_use(s):
+    """XINUSE: which components are not in their initial state. SDM, "Processor Tracking of XSAVE-Managed State"."""
+    b: cython.p_uchar = _buffer(s)
+    _zero(b + 512, 64)
+    _host(s, 2, b, s.xcr0)
+    return cython.cast(cython.pointer(uint64_t), b + 512)[0]

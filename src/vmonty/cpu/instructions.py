@@ -21,6 +21,7 @@ from cython.cimports.vmonty.cpu.branches import (
 )
 from cython.cimports.vmonty.cpu.codecache import displacement
 from cython.cimports.vmonty.cpu.decode import (
+    A_SSE,
     A_VECTOR,
     A_X87,
     C_BTM,
@@ -32,6 +33,7 @@ from cython.cimports.vmonty.cpu.decode import (
     C_EMMS,
     C_ENTER,
     C_FPU,
+    C_GATHER,
     C_JCC,
     C_JMP,
     C_JMPI,
@@ -202,7 +204,7 @@ def _vector_fault(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.in
     if i.vex:
         if not key & 0x1000:
             return 6
-    elif key & 0x400:
+    elif key & 0x400 or (attributes & A_SSE and not key & 0x800):
         return 6
     return 7 if key & 0x200 else 0
 
@@ -268,7 +270,7 @@ def emit_instruction(w, i):
             leave_system(w, i)
     elif cls == C_MASKMOV:
         _masked_move(w, i)
-    elif cls in (C_SYS, C_STRING, C_FPU, C_PUSHF, C_ENTER):
+    elif cls in (C_SYS, C_STRING, C_FPU, C_PUSHF, C_ENTER, C_GATHER):
         call_helper(w, i)
     elif cls == C_UD:
         leave_fault(w, i, 6)

@@ -4,17 +4,18 @@ A row is a line of text::
 
     [VEX.][NP.|66.|F3.|F2.][0F.|0F38.|0F3A.]OP[+][/REG][=MODRM]  NAME  OPERANDS  ATTRIBUTES
 
-``+`` fills eight opcodes (register in the low three bits). ``/REG`` picks by modrm.reg, ``/REGm`` and ``/REGr``
-by memory or register form as well, ``=C1`` one whole modrm byte. Operands are Intel's opcode-map codes (SDM, "Key to
-Abbreviations": E G V W H B M R U P Q N I J Z O L), size letters b w d q v y z x o(16) t(10) n(no access), or a
-number of bytes; ``=`` before an operand marks it written, ``+`` read and written, nothing read.
+``+`` fills eight opcodes (register in the low three bits). ``/REG`` picks by modrm.reg, ``/REGm`` and ``/REGr`` by
+memory or register form as well, ``=C1`` one whole modrm byte. Operands are Intel's opcode-map codes (SDM, "Key to
+Abbreviations": E G V W H B M R U P Q N I J Z O L; X: memory with a vector as index), size letters b w d q v y z x
+o(16) t(10) n(no access), or a number of bytes; ``=`` before an operand marks it written, ``+`` read and written,
+nothing read.
 
 Attributes: ``@class`` (how the translator treats it; copy without), ``r: w: u: m:`` flags read, written, undefined,
 perhaps written (letters O S Z A P C), ``%feature`` (CPUID name, as in ``models``), ``lock`` (LOCK allowed), ``cl``
 (reads rCX), ``wcx`` (writes rCX), ``d64`` (64-bit operand by default), ``f64`` (always 64-bit operand), ``i64``
 (invalid in 64-bit mode), ``o64`` (only there), ``W0 W1 L0 L1`` (VEX bits demanded), ``trap`` (the host may raise an
-exception that is the guest's), ``al`` (memory operand must be aligned), ``y2 r2`` (AVX2 with 32-byte vectors, with a
-register operand).
+exception that is the guest's), ``al`` (memory operand must be aligned), ``sse`` (works on MXCSR: traps as SSE does),
+``y2 r2`` (AVX2 with 32-byte vectors, with a register operand).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 CLASSES = (
     "copy", "ud", "jcc", "jmp", "call", "jmpi", "calli", "ret", "loop", "push", "pop", "pushi", "pushm", "popm",
     "pushf", "popf", "leave", "lea", "nop", "string", "xlat", "sys", "sysend", "btm", "moffs", "df", "maskmov", "cli",
-    "sti", "enter", "emms", "fpu",
+    "sti", "enter", "emms", "fpu", "gather",
 )  # fmt: skip
 
 FLAGS = {"C": 1, "P": 2, "A": 4, "Z": 8, "S": 16, "O": 32}
@@ -33,6 +34,7 @@ BASE = """
 98      CBW     -
 99      CWD     -
 63      MOVSXD  =Gv,Ed  o64
+63      ARPL    +Ew,Gw  @sys i64 w:Z
 68      PUSH    Iz      @pushi d64
 6A      PUSH    Ib      @pushi d64
 69      IMUL    =Gv,Ev,Iz   w:OC u:SZAP
@@ -249,8 +251,10 @@ NP.0F.01=D1 XSETBV  -       @sysend %xsave
 0F.AD       SHRD    +Ev,Gv      cl m:OSZAPC
 NP.0F.AE/0m FXSAVE  =M512       @fpu %fxsr
 NP.0F.AE/1m FXRSTOR M512        @fpu %fxsr
-NP.0F.AE/2m LDMXCSR Md          trap %sse
-NP.0F.AE/3m STMXCSR =Md %sse
+NP.0F.AE/2m LDMXCSR Md          trap sse %sse
+NP.0F.AE/3m STMXCSR =Md         sse %sse
+VEX.NP.0F.AE/2m     VLDMXCSR Md     trap sse L0 %avx
+VEX.NP.0F.AE/3m     VSTMXCSR =Md    sse L0 %avx
 NP.0F.AE/4m XSAVE   Mn          @fpu %xsave
 NP.0F.AE/5m XRSTOR  Mn          @fpu %xsave
 NP.0F.AE/6m XSAVEOPT    Mn      @fpu %xsaveopt
@@ -287,7 +291,8 @@ F3.0F.BD    LZCNT   =Gv,Ev      w:ZC u:OSAP %abm
 0F.C1       XADD    +Ev,+Gv     lock w:OSZAPC
 NP.0F.C3m   MOVNTI  =My,Gy %sse2
 0F.C7/1m    CMPXCHG8B   +Mc     al lock cl w:Z %cx8
-0F.C7/6r    RDRAND  =Rv         w:OSZAPC %rdrand
+NP.0F.C7/6r RDRAND  =Rv         w:OSZAPC %rdrand
+66.0F.C7/6r RDRAND  =Rv         w:OSZAPC %rdrand
 NP.0F.C7/7r RDSEED  =Rv         w:OSZAPC %rdseed
 66.0F.C7/7r RDSEED  =Rv         w:OSZAPC %rdseed
 F3.0F.C7/7r RDPID   =Rq         @sys %rdpid
@@ -297,9 +302,9 @@ F3.0F.C7/6m VMXON   Mq          @sysend %vmx w:OSZAPC
 NP.0F.C7/7m VMPTRST =Mq         @sysend %vmx w:OSZAPC
 NP.0F.78    VMREAD  =Eq,Gq      @sysend %vmx w:OSZAPC
 NP.0F.79    VMWRITE Gq,Eq       @sysend %vmx w:OSZAPC
-NP.0F.C7/3m XRSTORS Mn          @sysend %xsaves
+NP.0F.C7/3m XRSTORS Mn          @fpu %xsaves
 NP.0F.C7/4m XSAVEC  Mn          @fpu %xsavec
-NP.0F.C7/5m XSAVES  Mn          @sysend %xsaves
+NP.0F.C7/5m XSAVES  Mn          @fpu %xsaves
 0F.C8+      BSWAP   +Zv
 66.0F38.80m INVEPT  Gq,Mo       @sysend %vmx w:OSZAPC
 66.0F38.81m INVVPID Gq,Mo       @sysend %vmx w:OSZAPC
@@ -540,6 +545,10 @@ NP 0F3A.CC SHA1RNDS4 +Vx,Wx,Ib - %sha-ni
 66 0F38.79 VPBROADCASTW - =Vx,Ww W0 %avx2
 66 0F38.8Cm VPMASKMOV - =Vx,Hx,Mx %avx2
 66 0F38.8Em VPMASKMOV - +Mx,Hx,Vx %avx2
+66 0F38.90m VPGATHERD - +Vx,Xn,+Hx @gather %avx2
+66 0F38.91m VPGATHERQ - +Vx,Xn,+Hx @gather %avx2
+66 0F38.92m VGATHERDP - +Vx,Xn,+Hx @gather %avx2
+66 0F38.93m VGATHERQP - +Vx,Xn,+Hx @gather %avx2
 66 0F3A.00 VPERMQ - =Vx,Wx,Ib W1 L1 %avx2
 66 0F3A.01 VPERMPD - =Vx,Wx,Ib W1 L1 %avx2
 66 0F3A.02 VPBLENDD - =Vx,Hx,Wx,Ib W0 %avx2

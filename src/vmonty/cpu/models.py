@@ -34,7 +34,7 @@ _WORDS: dict[tuple[int, int, str], str] = {
     ),
     (7, 0, "ecx"): "- - umip - - - - - - - - - - - - - - - - - - - rdpid - - - - - - - - -",
     (7, 0, "edx"): "- - - - fsrm - - - - - - - - - - - - - - - - - - - - - - - - - - -",
-    (0xD, 1, "eax"): "xsaveopt xsavec xgetbv1 - - - - - - - - - - - - - - - - - - - - - - - - - - - - -",
+    (0xD, 1, "eax"): "xsaveopt xsavec xgetbv1 xsaves - - - - - - - - - - - - - - - - - - - - - - - - - - - -",
     (0x80000001, 0, "edx"): "- - - - - - - - - - - syscall - - - - - - - - nx - - - - fxsr-opt pdpe1gb rdtscp - lm - -",
     (
         0x80000001,
@@ -75,7 +75,6 @@ NEVER = frozenset(
         "intel-pt",
         "cet-ss",
         "cet-ibt",
-        "xsaves",
         "amx-tile",
         "amx-int8",
         "amx-bf16",
@@ -123,7 +122,8 @@ NEVER = frozenset(
 
 # Executed natively by the translated code: the host must have them. (/proc/cpuinfo's name when it differs.)
 _HOST_NAMES = {
-    "sse3": "pni", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "sha-ni": "sha_ni", "abm": "abm", "lahf-lm": "lahf_lm",
+    "sse3": "pni", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "sha-ni": "sha_ni", "lahf-lm": "lahf_lm",
+    "xsaves": "xsavec",  # done by the other
 }  # fmt: skip
 _NATIVE = [
     "sse3",
@@ -150,6 +150,7 @@ _NATIVE = [
     "clwb",
     "xsaveopt",
     "xsavec",
+    "xsaves",
 ]
 
 _BASE64 = (
@@ -215,7 +216,7 @@ MODELS: dict[str, Model] = {
 # Features that are meaningless without others.
 _NEEDS = {
     "avx": ("xsave",), "avx2": ("avx",), "fma": ("avx",), "f16c": ("avx",), "xsaveopt": ("xsave",),
-    "xsavec": ("xsave",),
+    "xsavec": ("xsave",), "xsaves": ("xsavec",),
     "xgetbv1": ("xsave",), "lm": ("pae",), "syscall": ("lm",), "pcid": ("lm",), "pdpe1gb": ("lm",),
     "ssse3": ("sse3",), "sse4.1": ("ssse3",), "sse4.2": ("sse4.1",), "sse2": ("sse",), "sse3": ("sse2",),
     "bmi1": ("avx",), "bmi2": ("avx",),
@@ -351,7 +352,7 @@ def cpuid_rows(configuration: Configuration, apic_id: int = 0, threads: int = 1)
     if "xsave" in features:
         rows += [
             (0xD, 0, 7 if avx else 3, size, size, 0),
-            (0xD, 1, bits(0xD, 1, "eax"), size if "xsavec" in features else 0, 0, 0),
+            (0xD, 1, bits(0xD, 1, "eax"), size if features & {"xsavec", "xsaves"} else 0, 0, 0),
         ]
         if avx:
             rows.append((0xD, 2, XSAVE_AVX_SIZE, XSAVE_AVX_OFFSET, 0, 0))

@@ -14,11 +14,16 @@ from cython.cimports.vmonty.cpu.state import (
     FS,
     GS,
     MTRR_VARIABLE,
+    has_feature,
     paging_enabled,
 )
 from cython.cimports.vmonty.cpu.svm_exit import VM_CR_LOCK, VM_CR_SVMDIS, svm_of
 from cython.cimports.vmonty.cpu.tlb import flush_all, mode_changed
 from cython.cimports.vmonty.cpu.vmx_capabilities import capability
+
+from vmonty.cpu import opcodes
+
+_XSAVES = cython.declare(cython.int, opcodes.FEATURES.index("xsaves"))
 
 
 def _canonical(value):
@@ -110,6 +115,8 @@ def read_msr(s, index, value):
         value[0] = s.mtrr_mask[(index - 0x200) >> 1] if index & 1 else s.mtrr_base[(index - 0x200) >> 1]
     elif index == 0x6E0:
         value[0] = s.tsc_deadline
+    elif index == 0xDA0:  # IA32_XSS: there are no supervisor components
+        return has_feature(s, _XSAVES)
     elif 0x480 <= index <= 0x491 and s.vmx != cython.NULL:
         return capability(s, index, value)
     elif index == cython.cast(uint64_t, 0xC0010114) and s.svm != cython.NULL:
@@ -209,6 +216,8 @@ def write_msr(s, index, value):
             s.mtrr_base[(index - 0x200) >> 1] = value
     elif index == 0x6E0:
         s.tsc_deadline = value
+    elif index == 0xDA0:
+        return has_feature(s, _XSAVES) and value == 0
     elif index == cython.cast(uint64_t, 0xC0000080):
         return write_efer(s, value)
     elif index == cython.cast(uint64_t, 0xC0010114) and s.svm != cython.NULL:

@@ -11,12 +11,14 @@ from vmonty.cpu import isa
 ATTRIBUTES = {
     "lock": 1, "cl": 2, "wcx": 4, "d64": 8, "f64": 16, "i64": 32, "o64": 64, "W0": 128, "W1": 256, "L0": 512,
     "L1": 1024, "trap": 2048, "al": 4096, "shift": 8192, "y2": 131072, "r2": 262144,
+    "sse": 524288,
 }  # fmt: skip
 MODRM, VECTOR, X87 = 16384, 32768, 65536
 SIZE_512 = 251  # the one size code that is no single letter
 GROUPED = 0x8000  # in ROOT: the rest is an index into GROUP
 # Number 0 is no feature. decode.pxd has names for some of these numbers.
-FEATURES = ("", *sorted({row.feature for row in isa.ROWS if row.feature} | {"cx16"}))
+ARPL = next(number for number, row in enumerate(isa.ROWS, 1) if row.name == "ARPL")
+FEATURES = ("", *sorted({row.feature for row in isa.ROWS if row.feature} | {"cx16", "xgetbv1"}))
 
 
 def pack_row(row: isa.Row) -> bytes:
@@ -29,6 +31,8 @@ def pack_row(row: isa.Row) -> bytes:
         bits |= MODRM
     if any(o.letter in "VWHUPQNL" for o in row.operands):
         bits |= VECTOR
+    if any(o.letter in "VWHUL" for o in row.operands) or "sse" in row.attributes:
+        bits |= VECTOR | ATTRIBUTES["sse"]
     if row.map == 0 and 0xD8 <= row.opcode <= 0xDF:
         bits |= X87
     return struct.pack(
@@ -51,7 +55,8 @@ def _slots(row: isa.Row) -> Iterator[int]:
 
 def _specificity(item: tuple[int, isa.Row]) -> tuple[bool, ...]:
     row = item[1]
-    return (row.prefix >= 0, row.modrm >= 0, row.reg >= 0, row.form != "")
+    # Of two rows for one opcode the one of 64-bit mode stands in the table; decode knows the other (ARPL).
+    return (row.prefix >= 0, row.modrm >= 0, row.reg >= 0, row.form != "", "i64" not in row.attributes)
 
 
 def tables() -> tuple[bytes, bytes, bytes]:

@@ -442,6 +442,11 @@ cdef inline void note_local(CpuState *s, int kind, uint16_t *log, uint32_t entry
         s.local_count[kind] = n + 1
 
 
+cdef inline bint has_feature(CpuState *s, int number) noexcept nogil:
+    """Whether the processor offers a feature, by its number in opcodes.FEATURES."""
+    return (s.features[number >> 6] >> (number & 63)) & 1
+
+
 cdef CpuState *state_new() noexcept nogil
 cdef void state_free(CpuState *s) noexcept nogil
 cdef int raise_exception(CpuState *s, uint32_t vector) noexcept nogil

@@ -7,8 +7,9 @@ instruction. What the instructions mean is in ``segments``, ``control``, ``event
 
 import cython
 from cython.cimports.vmonty.cpu import control, events, ports, segments, svm_code, syscalls, transfers
-from cython.cimports.vmonty.cpu.decode import C_CLI, C_DF, C_FPU, C_POPF, C_PUSHF, C_STRING, RIP_BASE, ROW
+from cython.cimports.vmonty.cpu.decode import C_CLI, C_DF, C_FPU, C_GATHER, C_POPF, C_PUSHF, C_STRING, RIP_BASE, ROW
 from cython.cimports.vmonty.cpu.fpu import fpu_instruction
+from cython.cimports.vmonty.cpu.gather import gather_instruction
 from cython.cimports.vmonty.cpu.legacy import legacy_instruction
 from cython.cimports.vmonty.cpu.segmentation import effective_address, linear_address, operand_address
 from cython.cimports.vmonty.cpu.state import (
@@ -307,6 +308,26 @@ def _load_pointer(s: cython.pointer(CpuState), i: cython.pointer(Insn), index: c
     return r
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _arpl(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
+    """ARPL. SDM, "ARPL—Adjust RPL Field of Segment Selector"."""
+    selector: uint64_t = 0
+    rpl: uint64_t = s.gpr[i.reg] & 3
+    r: cython.int
+    if s.mode < 2:  # real and virtual-8086 mode
+        return raise_exception(s, 6)
+    r = _read_rm(s, i, 2, cython.address(selector))
+    if not r and (selector & 3) < rpl:
+        r = _write_rm(s, i, 2, (selector & ~cython.cast(uint64_t, 3)) | rpl)
+        if not r:
+            s.rflags |= FLAG_ZF
+    elif not r:
+        s.rflags &= ~cython.cast(uint64_t, FLAG_ZF)
+    return r
+
+
 # ---- by opcode ------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +401,8 @@ def _one_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
         return transfers.far_jump(s, cython.cast(uint32_t, selector), value, i.operand_size, i.length)
     if op == 0xC8:
         return _enter(s, i)
+    if op == 0x63:
+        return _arpl(s, i)
     if op == 0xC4:
         return _load_pointer(s, i, ES)
     if op == 0xC5:
@@ -648,6 +671,8 @@ def execute(s, i):
     if cls == C_DF:
         s.rflags = (s.rflags & ~cython.cast(uint64_t, FLAG_DF)) | (FLAG_DF if i.opcode & 1 else 0)
         return 0
+    if cls == C_GATHER:
+        return gather_instruction(s, i)
     if cls == C_FPU:
         return fpu_instruction(s, i)
     if i.map == 0:

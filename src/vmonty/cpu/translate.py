@@ -43,6 +43,7 @@ from cython.cimports.vmonty.cpu.state import (
     CS,
     MODE_COMPAT32,
     MODE_LONG64,
+    MODE_PROT16,
     MODE_PROT32,
     SS,
 )
@@ -106,7 +107,7 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
             i.row = 0
             i.length = 1
             n = 1
-        elif not offered(i, cython.address(w.s.features[0]), w.code_size):
+        elif not offered(i, cython.address(w.s.features[0]), w.code_size) or (i.vex and w.s.mode < MODE_PROT16):
             i.fault = 6
         w.count += 1
         at += n

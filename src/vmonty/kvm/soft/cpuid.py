@@ -22,9 +22,9 @@ KVM_SIGNATURE = b"KVMKVMKVM\0\0\0"
 # kvmclock by the new MSRs, with a stable TSC; port 0x80 needs no delay.
 FEATURES = 1 << KVM_FEATURE_CLOCKSOURCE2 | 1 << KVM_FEATURE_CLOCKSOURCE_STABLE_BIT | 1 << KVM_FEATURE_NOP_IO_DELAY
 
-# Nested virtualization is not offered yet; MONITOR and MWAIT would exit all the time; the processor restores only the
-# standard form of XSAVE areas.
-OFFERED = "max,-vmx,-svm,-monitor,-xsavec"
+# Nested virtualization is not offered yet, nor XSAVES, which has controls and an MSR of its own; MONITOR and MWAIT
+# would exit all the time.
+OFFERED = "max,-vmx,-svm,-monitor,-xsaves"
 
 # What the control registers of a guest may hold, which follows.
 CR0_VALID = 0xE005_003F

@@ -1,0 +1,9 @@
+"""VPGATHER and VGATHER: loads of vector elements from addresses in a vector."""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+from vmonty.cpu.codecache cimport CodeCache
+from vmonty.cpu.decode cimport Insn
+from vmonty.cpu.state cimport CpuState
+
+cdef int gather_instruction(CpuState *s, Insn *i) noexcept nogil
