@@ -29,6 +29,7 @@ cdef int rdpmc(CpuState *s, uint32_t length) noexcept nogil
 cdef int xgetbv(CpuState *s) noexcept nogil
 cdef int xsetbv(CpuState *s, uint32_t length) noexcept nogil
 cdef int pause(CpuState *s, uint32_t length) noexcept nogil
+cdef int random(CpuState *s, bint seed, uint32_t register, uint32_t size, uint32_t length) noexcept nogil
 cdef int monitor(CpuState *s, uint64_t linear, uint32_t length) noexcept nogil
 cdef int mwait(CpuState *s, uint32_t length) noexcept nogil
 cdef int cpuid(CpuState *s, uint32_t length) noexcept nogil

@@ -81,7 +81,7 @@ from cython.cimports.vmonty.cpu.vmcb import (
     SVM_WRITE_DR0,
     SVM_XSETBV,
 )
-from cython.cimports.vmonty.cpu.vmcs import GUEST_LINEAR_ADDRESS, put
+from cython.cimports.vmonty.cpu.vmcs import GUEST_LINEAR_ADDRESS, PLE_GAP, PLE_WINDOW, get, put
 from cython.cimports.vmonty.cpu.vmx_exit import (
     GUEST_SVM,
     GUEST_VMX,
@@ -109,6 +109,8 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     REASON_PAUSE,
     REASON_RDMSR,
     REASON_RDPMC,
+    REASON_RDRAND,
+    REASON_RDSEED,
     REASON_RDTSC,
     REASON_RDTSCP,
     REASON_TPR_BELOW_THRESHOLD,
@@ -117,6 +119,7 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     REASON_WRMSR,
     REASON_XSETBV,
     SECOND_INVPCID,
+    SECOND_PAUSE_LOOP,
     SECOND_RDTSCP,
     SECOND_UNRESTRICTED,
     SECOND_WBINVD,
@@ -776,12 +779,32 @@ def vmcall(s, length):
 
 
 def pause(s, length):
-    """PAUSE; with pause-loop exiting at CPL 0 every PAUSE of a loop counts, see vmx_entry."""
+    """PAUSE. SDM, "Changes to Instruction Behavior in VMX Non-Root Operation"."""
+    v: cython.pointer(VmxState) = vmx_of(s)
+    now: uint64_t
     if vmx_wants(s, PROC_PAUSE):
         return vm_exit(s, REASON_PAUSE, 0, length)
     if svm_wants(s, SVM_PAUSE) and svm_pause_exits(s, host_tsc()):
         return svm_exit(s, SVM_PAUSE, 0, 0, length)
+    if s.cpl == 0 and vmx_second(s, SECOND_PAUSE_LOOP):
+        now = host_tsc()
+        if now - v.last_pause > get(v.vmcs, PLE_GAP):
+            v.first_pause = now
+        elif now - v.first_pause > get(v.vmcs, PLE_WINDOW):
+            v.last_pause = 0
+            return vm_exit(s, REASON_PAUSE, 0, length)
+        v.last_pause = now
     return GO_ON
+
+
+def random(s, seed, register, size, length):
+    """RDRAND and RDSEED where they exit; translated code executes them itself elsewhere.
+
+    SDM, "Format of the VM-Exit Instruction-Information Field as Used for RDRAND and RDSEED".
+    """
+    return vm_exit_information(
+        s, REASON_RDSEED if seed else REASON_RDRAND, 0, length, (register << 3) | ((size >> 2) << 11)
+    )
 
 
 def monitor(s, linear, length):

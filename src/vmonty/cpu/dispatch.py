@@ -38,6 +38,7 @@ from cython.cimports.vmonty.cpu.hosttraps import SIGFPE, SIGILL, SIGSEGV, prepar
 from cython.cimports.vmonty.cpu.mmio import mmio_answer, mmio_done, mmio_report
 from cython.cimports.vmonty.cpu.paging import swap32
 from cython.cimports.vmonty.cpu.ports import complete
+from cython.cimports.vmonty.cpu.preemption import preemption_free
 from cython.cimports.vmonty.cpu.state import (
     CS,
     EXIT_BUDGET,
@@ -485,6 +486,7 @@ def cpu_new(cache_size):
 def cpu_free(s):
     """Give everything back."""
     unwatch(s)
+    preemption_free(s)
     unregister_processor(s)
     cache_free(s)
     state_free(s)

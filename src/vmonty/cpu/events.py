@@ -88,7 +88,9 @@ from cython.cimports.vmonty.cpu.vmcb import (
     SVM_SWINT,
     SVM_VINTR,
 )
+from cython.cimports.vmonty.cpu.vmcs import VM_EXIT_INTR_INFO, put
 from cython.cimports.vmonty.cpu.vmx_exit import (
+    EXIT_ACKNOWLEDGE,
     GUEST_SVM,
     GUEST_VMX,
     PIN_EXTERNAL_INTERRUPT,
@@ -789,7 +791,10 @@ def poll(s):
         if (v.processor & PROC_INTERRUPT_WINDOW) and s.activity < 2 and _interrupts_open(s):
             return vm_exit(s, REASON_INTERRUPT_WINDOW, 0, 0)
         if s.interrupt_line and (v.pin & PIN_EXTERNAL_INTERRUPT):
-            return vm_exit(s, REASON_EXTERNAL_INTERRUPT, 0, 0)
+            vm_exit(s, REASON_EXTERNAL_INTERRUPT, 0, 0)
+            if v.exit_controls & EXIT_ACKNOWLEDGE:
+                put(v.vmcs, VM_EXIT_INTR_INFO, s.interrupt_vector | cython.cast(uint64_t, 0x80000000))
+            return LEAVE_EXIT
     elif s.guest_mode == GUEST_SVM:
         r = _poll_svm(s)
         if r != LEAVE_NEXT:

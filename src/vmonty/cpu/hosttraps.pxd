@@ -44,4 +44,6 @@ cdef sigaction_t _previous[65]
 
 cdef int watch(CpuState *s) noexcept nogil
 cdef void unwatch(CpuState *s) noexcept nogil
+# Is there such a processor? Safe in signal handlers.
+cdef bint is_watched(CpuState *s) noexcept nogil
 cdef int prepare_thread() noexcept nogil

@@ -109,6 +109,15 @@ def unwatch(s):
             _watched[k] = cython.NULL
 
 
+def is_watched(s):
+    """Is this one of the processors whose traps are handled?"""
+    k: cython.int
+    for k in range(_watched_count):
+        if _watched[k] == s:
+            return s != cython.NULL
+    return False
+
+
 @cython.cclass
 class NativeTraps:
     """Catch the traps of native code in an address range: what the differential tests compare with."""

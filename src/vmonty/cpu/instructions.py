@@ -81,6 +81,7 @@ from cython.cimports.vmonty.cpu.stack import (
 )
 from cython.cimports.vmonty.cpu.state import MODE_LONG64
 from cython.cimports.vmonty.cpu.translate import EA_XLAT, Ea, Work
+from cython.cimports.vmonty.cpu.vmx_exit import INTERCEPT_PAUSE, INTERCEPT_RDRAND, INTERCEPT_RDSEED
 
 
 @cython.cfunc
@@ -209,6 +210,18 @@ def _vector_fault(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.in
     return 7 if key & 0x200 else 0
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _intercepted(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.int:
+    """Tell whether the hypervisor is to be asked about an instruction that is copied elsewhere."""
+    if i.map == 0:
+        return w.s.intercepts & INTERCEPT_PAUSE and i.opcode == 0x90 and i.rep == 0xF3 and not i.rex & 1
+    if i.map != 1 or i.opcode != 0xC7 or i.has_memory or i.rep == 0xF3:
+        return 0
+    return w.s.intercepts & (INTERCEPT_RDRAND if (i.modrm >> 3 & 7) == 6 else INTERCEPT_RDSEED)
+
+
 def emit_instruction(w, i):
     """Emit one instruction of a block, or the exception that it raises."""
     cls: cython.int = ROW[i.row].cls
@@ -220,7 +233,9 @@ def emit_instruction(w, i):
     if vector:
         leave_fault(w, i, vector)
         return
-    if cls in (C_COPY, C_BTM, C_EMMS):
+    if w.s.intercepts and _intercepted(w, i):
+        call_helper(w, i)
+    elif cls in (C_COPY, C_BTM, C_EMMS):
         emit_copy(w, i)
     elif cls == C_JCC:
         conditional(w, i)

@@ -348,7 +348,10 @@ cdef struct CpuState:
     uint32_t port_watch      # on ports (with CR4.DE)
     uint32_t watch_hits      # met by the current instruction
     uint32_t monitor_trap    # under VMX: 1 while the monitor trap flag is set, 2 when its exit is due
-    uint32_t monitor_pad
+    uint32_t intercepts      # bits of block_key: instructions of translated code that may exit, see vmx_entry
+    uint64_t timer           # a POSIX timer, see preemption
+    uint32_t timer_thread    # the thread that it signals; 0: there is none
+    uint32_t timer_armed
     uint64_t watch_address[4]
     uint32_t watch_size[4]
     uint32_t watch_reads[4]

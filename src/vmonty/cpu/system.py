@@ -403,6 +403,8 @@ def _one_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
         return _enter(s, i)
     if op == 0x63:
         return _arpl(s, i)
+    if op == 0x90:
+        return control.pause(s, i.length)
     if op == 0xC4:
         return _load_pointer(s, i, ES)
     if op == 0xC5:
@@ -654,6 +656,8 @@ def _two_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
         return _load_pointer(s, i, (op & 1 and GS) or FS)
     if op == 0xC7 and i.rep == 0xF3 and not i.has_memory:
         return control.rdpid(s, i.rm)
+    if op == 0xC7 and not i.has_memory:
+        return control.random(s, (i.modrm >> 3 & 7) == 7, i.rm, i.operand_size, i.length)
     return raise_exception(s, 6)
 
 

@@ -560,7 +560,8 @@ def mode_changed(s):
     block_key: bits 0-2 mode, 3 user, 4-5 TLB set; outside 64-bit mode 6 stack is 32 bits wide, 7 flat data segments (bases
     0, full limits),
     8 flat code segment; 9 CR0.TS or EM (vector instructions trap), 10 CR0.EM, 11 CR4.OSFXSR, 12 AVX enabled,
-    13 CR4.TSD with CPL > 0, 14 CR0.MP and TS (FWAIT).
+    13 CR4.TSD with CPL > 0, 14 CR0.MP and TS (FWAIT),
+    16-18 INTERCEPT_*.
     """
     key: uint32_t
     rights: uint32_t = s.segs[CS].access_rights
@@ -602,4 +603,4 @@ def mode_changed(s):
         key |= 0x1000
     if s.cr0 & 0xA == 0xA:
         key |= 0x4000
-    s.block_key = key
+    s.block_key = key | s.intercepts

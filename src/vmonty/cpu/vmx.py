@@ -15,11 +15,14 @@ from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.dispatch import run_cpu
 from cython.cimports.vmonty.cpu.mmio import mmio_report
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
+from cython.cimports.vmonty.cpu.preemption import halted_wait
 from cython.cimports.vmonty.cpu.state import (
     EXIT_BUDGET,
+    EXIT_HALT,
     EXIT_MMIO,
     EXIT_NONE,
     EXIT_RUN_FLAG,
+    EXIT_SHUTDOWN,
     EXIT_VM,
 )
 from cython.cimports.vmonty.cpu.tlb import flush_all, flush_page
@@ -94,8 +97,12 @@ def vmx_run(s, launch):
             put(v.vmcs, VM_INSTRUCTION_ERROR, error)
         return -cython.cast(int64_t, error)
     reason = run_cpu(s)
-    while reason == EXIT_RUN_FLAG:
-        if s.interrupt_line:
+    while reason in (EXIT_RUN_FLAG, EXIT_HALT) or (reason == EXIT_SHUTDOWN and s.activity):
+        if reason != EXIT_RUN_FLAG:  # an activity state that only an event ends
+            halted_wait(s)
+            s.exit.reason = EXIT_NONE
+            reason = run_cpu(s)
+        elif s.interrupt_line:
             vm_exit(s, REASON_EXTERNAL_INTERRUPT, 0, 0)
             reason = EXIT_VM
         else:

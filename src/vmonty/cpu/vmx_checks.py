@@ -48,6 +48,7 @@ from cython.cimports.vmonty.cpu.vmcs import (
     GUEST_LDTR_BASE,
     GUEST_LDTR_LIMIT,
     GUEST_LDTR_SELECTOR,
+    GUEST_PENDING_DBG_EXCEPTIONS,
     GUEST_RFLAGS,
     GUEST_RIP,
     GUEST_SS_AR_BYTES,
@@ -104,8 +105,10 @@ def _injection_valid(s):
     length: uint64_t
     if (information >> 31) == 0:
         return True
-    if (information & 0x7FFFF000) or kind == 1 or kind == 7:
+    if (information & 0x7FFFF000) or kind == 1 or (kind == 7 and vector):  # 7 with 0: the monitor trap flag
         return False
+    if kind == 7:
+        return ((information >> 11) & 1) == 0
     if (kind == EVENT_NMI and vector != 2) or (kind == EVENT_EXCEPTION and vector > 31):
         return False
     has_error = kind == EVENT_EXCEPTION and (vector == 8 or (10 <= vector <= 14) or vector == 17)
@@ -312,6 +315,7 @@ def _state_valid(s):
     blocked: uint64_t = get(m, GUEST_INTERRUPTIBILITY_INFO)
     information: uint64_t = get(m, VM_ENTRY_INTR_INFO_FIELD)
     kind: uint64_t = (information >> 8) & 7
+    debug: uint64_t = get(m, GUEST_PENDING_DBG_EXCEPTIONS)
     long_guest: cython.bint = (v.entry_controls & ENTRY_IA32E) != 0
     good: cython.bint = True
     if long_guest and (get(m, GUEST_CS_AR_BYTES) & 0x2000):
@@ -330,6 +334,10 @@ def _state_valid(s):
     good = good and (blocked & (SHADOW_STI | SHADOW_MOV_SS)) != (SHADOW_STI | SHADOW_MOV_SS)
     if blocked & SHADOW_STI:
         good = good and (flags & FLAG_IF) != 0
+    # SDM, "Checks on Guest Non-Register State": pending debug exceptions. There is no BTF here.
+    good = good and (debug & ~cython.cast(uint64_t, 0x1500F)) == 0
+    if blocked & (SHADOW_STI | SHADOW_MOV_SS) or activity == 1:
+        good = good and ((debug >> 14) & 1) == ((flags >> 8) & 1)
     if information >> 31:
         if kind == EVENT_EXTERNAL:
             good = good and (flags & FLAG_IF) != 0 and (blocked & (SHADOW_STI | SHADOW_MOV_SS)) == 0

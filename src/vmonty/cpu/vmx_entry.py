@@ -9,6 +9,7 @@ import cython
 from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.control import host_tsc, load_pdptes
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
+from cython.cimports.vmonty.cpu.preemption import preemption_arm, preemption_disarm
 from cython.cimports.vmonty.cpu.state import (
     CR0_PE,
     CR0_WP,
@@ -110,13 +111,20 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     EXIT_SAVE_TIMER,
     GUEST_NONE,
     GUEST_VMX,
+    INTERCEPT_PAUSE,
+    INTERCEPT_RDRAND,
+    INTERCEPT_RDSEED,
     PIN_PREEMPTION_TIMER,
     PROC_MONITOR_TRAP,
+    PROC_PAUSE,
     PROC_TSC_OFFSETTING,
     REASON_EXTERNAL_INTERRUPT,
     REASON_INVALID_GUEST_STATE,
     REASON_MSR_LOADING,
     SECOND_EPT,
+    SECOND_PAUSE_LOOP,
+    SECOND_RDRAND,
+    SECOND_RDSEED,
     SECOND_VPID,
     vmx_of,
 )
@@ -243,6 +251,13 @@ def _load_guest(s):
     s.pending_debug = cython.cast(uint32_t, get(m, GUEST_PENDING_DBG_EXCEPTIONS))
     s.pending_debug = s.pending_debug & 0x400F if s.pending_debug & 0x5000 else 0
     s.monitor_trap = 1 if v.processor & PROC_MONITOR_TRAP else 0
+    s.intercepts = 0
+    if v.processor & PROC_PAUSE or v.secondary & SECOND_PAUSE_LOOP:
+        s.intercepts |= INTERCEPT_PAUSE
+    if v.secondary & SECOND_RDRAND:
+        s.intercepts |= INTERCEPT_RDRAND
+    if v.secondary & SECOND_RDSEED:
+        s.intercepts |= INTERCEPT_RDSEED
     s.cpl = (s.segs[SS].access_rights >> 5) & 3
     return 0
 
@@ -359,6 +374,8 @@ def enter_guest(s, launch):
         s.tsc_offset += get(m, TSC_OFFSET)
     if v.pin & PIN_PREEMPTION_TIMER:
         v.timer_deadline = host_tsc() + (get(m, VMX_PREEMPTION_TIMER_VALUE) << 5)
+        if get(m, VMX_PREEMPTION_TIMER_VALUE):
+            preemption_arm(s, get(m, VMX_PREEMPTION_TIMER_VALUE) << 5)
     launched[0] = 1
     v.entries += 1
     s.exit.reason = EXIT_NONE
@@ -401,6 +418,10 @@ def leave_guest(s):
     put(m, GUEST_PENDING_DBG_EXCEPTIONS, (s.pending_debug & 0x400F) | (0x1000 if s.pending_debug & 0xF else 0))
     s.pending_debug = 0
     s.monitor_trap = 0
+    if s.intercepts:
+        s.intercepts = 0
+        mode_changed(s)
+    preemption_disarm(s)
     controls = v.entry_controls & ~cython.cast(uint32_t, ENTRY_IA32E)
     if s.efer & EFER_LMA:
         controls |= ENTRY_IA32E

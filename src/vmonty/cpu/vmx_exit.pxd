@@ -126,6 +126,12 @@ cdef enum:
     REASON_RDSEED = 61
 
 
+# CpuState.intercepts, and bits of block_key.
+cdef enum:
+    INTERCEPT_PAUSE = 0x10000    # a helper decides
+    INTERCEPT_RDRAND = 0x20000
+    INTERCEPT_RDSEED = 0x40000
+
 cdef struct VmxState:
     uint8_t *vmcs            # current VMCS, in this process; NULL: none
     uint64_t vmcs_pointer    # what VMPTRST stores
@@ -156,6 +162,8 @@ cdef struct VmxState:
     uint32_t emulating       # host software executes one instruction for the guest: no memory is MMIO, not an exit
     uint32_t emulated        # that instruction is done; what it wrote may wait in mmio_writes
     uint32_t injecting       # the event to deliver came from VM entry: no intercept applies
+    uint64_t first_pause     # of the loop that pause-loop exiting sees; TSC
+    uint64_t last_pause
     uint32_t entries         # VM entries on this processor
     uint64_t tlb_vpid        # what the TLB holds: VPID and EPTP of the last guest
     uint64_t tlb_eptp

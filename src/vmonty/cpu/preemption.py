@@ -1,0 +1,123 @@
+"""The VMX-preemption timer of a guest that runs: a POSIX timer whose signal clears the run flag.
+
+SDM, "VMX-Preemption Timer". The dispatcher compares the deadline with the TSC; all that is needed is that it looks. The
+signal goes to the thread that runs the guest, and its handler writes one word; processors that are gone are recognised
+by the list that the trap handler keeps.
+"""
+
+import cython
+from cython.cimports.vmonty.cpu.control import host_tsc
+from cython.cimports.vmonty.cpu.hosttraps import is_watched
+
+_ticks_per_ms = 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _number() -> cython.int:
+    return SIGRTMIN + 5
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _handler(number: cython.int, info: cython.pointer(siginfo_t), context: cython.p_void) -> cython.void:
+    s: cython.pointer(CpuState) = cython.cast(cython.pointer(CpuState), info.si_value.sival_ptr)
+    if is_watched(s):
+        s.run = 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _measure() -> cython.void:
+    """Count TSC ticks for a millisecond: the timer is set a little late, and repeats, so this need not be exact."""
+    global _ticks_per_ms
+    begin: timespec
+    now: timespec
+    start: uint64_t
+    passed: uint64_t = 0
+    clock_gettime(CLOCK_MONOTONIC, cython.address(begin))
+    start = host_tsc()
+    while passed < 1000000:
+        clock_gettime(CLOCK_MONOTONIC, cython.address(now))
+        passed = cython.cast(
+            uint64_t, (now.tv_sec - begin.tv_sec) * cython.cast(int64_t, 1000000000) + now.tv_nsec - begin.tv_nsec
+        )
+    _ticks_per_ms = (host_tsc() - start) * 1000000 // passed + 1
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _make(s: cython.pointer(CpuState)) -> cython.int:
+    """Give the processor a timer that signals the calling thread; 0 when the host has none left."""
+    action: sigaction_t
+    event: sigevent_t
+    timer: timer_t = cython.NULL
+    thread: cython.int = gettid()
+    if s.timer_thread == thread:
+        return 1
+    preemption_free(s)
+    action.sa_sigaction = _handler
+    sigemptyset(cython.address(action.sa_mask))
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART
+    event.sigev_notify = SIGEV_THREAD_ID
+    event.sigev_signo = _number()
+    event.sigev_value.sival_ptr = s
+    event.sigev_notify_thread_id = thread
+    if c_sigaction(_number(), cython.address(action), cython.NULL) < 0:
+        return 0
+    if timer_create(CLOCK_MONOTONIC, cython.address(event), cython.address(timer)) < 0:
+        return 0
+    s.timer = cython.cast(uint64_t, timer)
+    s.timer_thread = thread
+    return 1
+
+
+def preemption_arm(s, ticks):
+    """Have the run flag cleared when *ticks* of the TSC have passed; a host without timers looks at entry only."""
+    when: itimerspec
+    nanoseconds: uint64_t
+    if _ticks_per_ms == 0:
+        _measure()
+    if not _make(s):
+        return
+    nanoseconds = ticks // _ticks_per_ms * 1000000 + ticks % _ticks_per_ms * 1000000 // _ticks_per_ms + 1000
+    when.it_value.tv_sec = nanoseconds // 1000000000
+    when.it_value.tv_nsec = nanoseconds % 1000000000
+    when.it_interval.tv_sec = 0
+    when.it_interval.tv_nsec = 200000
+    if timer_settime(cython.cast(timer_t, s.timer), 0, cython.address(when), cython.NULL) == 0:
+        s.timer_armed = 1
+
+
+def preemption_disarm(s):
+    """The guest has exited."""
+    when: itimerspec
+    if not s.timer_armed:
+        return
+    when.it_value.tv_sec = 0
+    when.it_value.tv_nsec = 0
+    when.it_interval.tv_sec = 0
+    when.it_interval.tv_nsec = 0
+    timer_settime(cython.cast(timer_t, s.timer), 0, cython.address(when), cython.NULL)
+    s.timer_armed = 0
+
+
+def preemption_free(s):
+    """The processor goes, or another thread takes it."""
+    if s.timer_thread:
+        timer_delete(cython.cast(timer_t, s.timer))
+        s.timer_thread = 0
+        s.timer_armed = 0
+
+
+def halted_wait(s):
+    """Sleep until the run flag is cleared, for 200 microseconds at most."""
+    time: timespec
+    if s.run:
+        time.tv_sec = 0
+        time.tv_nsec = 200000
+        nanosleep(cython.address(time), cython.NULL)
