@@ -84,7 +84,8 @@ from cython.cimports.vmonty.cpu.tlb import (
     to_linear,
 )
 from cython.cimports.vmonty.cpu.translate import KEY_PLAIN, KEY_SINGLE, translate_block
-from cython.cimports.vmonty.cpu.vmx_exit import GUEST_SVM
+from cython.cimports.vmonty.cpu.vmx_code import vmx_return
+from cython.cimports.vmonty.cpu.vmx_exit import GUEST_SVM, GUEST_VMX, vmx_of
 
 
 @cython.cfunc
@@ -419,6 +420,9 @@ def _returns_to_code(s: cython.pointer(CpuState)) -> cython.int:
     """A VM exit whose hypervisor is code of this processor: go on there. 0: the caller of run() is the hypervisor."""
     if s.guest_mode == GUEST_SVM and svm_of(s).guest_code:
         svm_return(s)
+        return 1
+    if s.guest_mode == GUEST_VMX and vmx_of(s).guest_code:
+        vmx_return(s)
         return 1
     return 0
 

@@ -6,7 +6,7 @@ instruction. What the instructions mean is in ``segments``, ``control``, ``event
 """
 
 import cython
-from cython.cimports.vmonty.cpu import control, events, ports, segments, svm_code, syscalls, transfers
+from cython.cimports.vmonty.cpu import control, events, ports, segments, svm_code, syscalls, transfers, vmx_code
 from cython.cimports.vmonty.cpu.decode import C_CLI, C_DF, C_FPU, C_GATHER, C_POPF, C_PUSHF, C_STRING, RIP_BASE, ROW
 from cython.cimports.vmonty.cpu.fpu import fpu_instruction
 from cython.cimports.vmonty.cpu.gather import gather_instruction
@@ -42,6 +42,20 @@ from cython.cimports.vmonty.cpu.strings import string_instruction
 from cython.cimports.vmonty.cpu.svm_exit import svm_exit, svm_wants
 from cython.cimports.vmonty.cpu.tlb import mode_changed, probe_write, read_value, write_value
 from cython.cimports.vmonty.cpu.vmcb import SVM_POPF, SVM_PUSHF
+from cython.cimports.vmonty.cpu.vmx_exit import (
+    REASON_INVEPT,
+    REASON_INVVPID,
+    REASON_VMCALL,
+    REASON_VMCLEAR,
+    REASON_VMLAUNCH,
+    REASON_VMPTRLD,
+    REASON_VMPTRST,
+    REASON_VMREAD,
+    REASON_VMRESUME,
+    REASON_VMWRITE,
+    REASON_VMXOFF,
+    REASON_VMXON,
+)
 
 # ---- operands -------------------------------------------------------------------------------------------
 
@@ -445,6 +459,119 @@ def _group_6(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
+def _vmx_register(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
+    """VMCALL, VMLAUNCH, VMRESUME, VMXOFF."""
+    reason: uint32_t = REASON_VMXOFF
+    r: cython.int
+    if i.modrm == 0xC1:
+        if s.guest_mode != 0 or s.vmx == cython.NULL:
+            return control.vmcall(s, i.length)
+        reason = REASON_VMCALL
+    elif i.modrm == 0xC2:
+        reason = REASON_VMLAUNCH
+    elif i.modrm == 0xC3:
+        reason = REASON_VMRESUME
+    r = vmx_code.refused(s, reason, i.length, 0, 0)
+    if r:
+        return r
+    if i.modrm == 0xC1:
+        return vmx_code.vmcall_root(s)
+    if i.modrm == 0xC4:
+        return vmx_code.vmxoff(s)
+    return vmx_code.vmenter(s, 1 if i.modrm == 0xC2 else 0, i.length)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _vmx_pointer(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
+    """VMPTRLD, VMCLEAR, VMXON, VMPTRST: 64 bits of memory."""
+    reason: uint32_t = REASON_VMPTRLD
+    store: cython.int = 1 if (i.modrm >> 3 & 7) == 7 else 0
+    linear: uint64_t = 0
+    region: uint64_t = 0
+    r: cython.int
+    if store:
+        reason = REASON_VMPTRST
+    elif i.pp == 1:
+        reason = REASON_VMCLEAR
+    elif i.pp == 2:
+        reason = REASON_VMXON
+    r = vmx_code.refused(s, reason, i.length, _info(i), _displacement(i))
+    if not r:
+        r = operand_address(s, i, 8, store, cython.address(linear))
+    if r:
+        return r
+    if store:
+        r = write_value(s, linear, 8, ACCESS_WRITE, vmx_code.vmptrst(s))
+        if r:
+            return r
+        vmx_code.succeed(s)
+        return LEAVE_NEXT
+    r = read_value(s, linear, 8, ACCESS_READ, cython.address(region))
+    if r:
+        return r
+    if i.pp == 1:
+        return vmx_code.vmclear(s, region)
+    if i.pp == 2:
+        return vmx_code.vmxon(s, region)
+    return vmx_code.vmptrld(s, region)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _vmx_field(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
+    """VMREAD and VMWRITE: always 64 bits in 64-bit mode, else 32."""
+    size: cython.int = 8 if s.mode == MODE_LONG64 else 4
+    value: uint64_t = 0
+    info: uint32_t = (_info(i) & 0x0FFFFFFF) | (cython.cast(uint32_t, i.reg) << 28)
+    r: cython.int = vmx_code.refused(
+        s, REASON_VMREAD if i.opcode == 0x78 else REASON_VMWRITE, i.length, info, _displacement(i)
+    )
+    if r:
+        return r
+    if i.opcode == 0x79:
+        r = _read_rm(s, i, size, cython.address(value))
+        if r:
+            return r
+        return vmx_code.vmwrite(s, _get(s, i.reg, size), value)
+    if not vmx_code.vmread(s, _get(s, i.reg, size), cython.address(value)):
+        return LEAVE_NEXT
+    r = _write_rm(s, i, size, value)
+    if r:
+        return r
+    vmx_code.succeed(s)
+    return LEAVE_NEXT
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _vmx_invalidate(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
+    """INVEPT and INVVPID: a type in a register, a descriptor of 128 bits."""
+    low: uint64_t = 0
+    high: uint64_t = 0
+    linear: uint64_t = 0
+    r: cython.int = vmx_code.refused(
+        s, REASON_INVEPT if i.opcode == 0x80 else REASON_INVVPID, i.length, _info(i), _displacement(i)
+    )
+    if not r:
+        r = operand_address(s, i, 16, 0, cython.address(linear))
+    if not r:
+        r = read_value(s, linear, 8, ACCESS_READ, cython.address(low))
+    if not r:
+        r = read_value(s, linear + 8, 8, ACCESS_READ, cython.address(high))
+    if r:
+        return r
+    return vmx_code.invalidate(
+        s, _get(s, i.reg, 8 if s.mode == MODE_LONG64 else 4), 2 if i.opcode == 0x80 else 3, low, high
+    )
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
 def _svm_instruction(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
     """0F 01 D8 to DF. Addresses come from rAX in the address size."""
     address: uint64_t = _get(s, RAX, i.address_size)
@@ -497,8 +624,8 @@ def _group_7_register(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> c
         return control.monitor(s, value, i.length)
     if byte == 0xC9:
         return control.mwait(s, i.length)
-    if byte == 0xC1:
-        return control.vmcall(s, i.length)
+    if byte >= 0xC1 and byte <= 0xC4:
+        return _vmx_register(s, i)
     if byte >= 0xD8 and byte <= 0xDF:
         return _svm_instruction(s, i)
     if (byte & 0x38) == 0x20:
@@ -654,6 +781,10 @@ def _two_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
         return _load_pointer(s, i, SS)
     if op == 0xB4 or op == 0xB5:
         return _load_pointer(s, i, (op & 1 and GS) or FS)
+    if op == 0x78 or op == 0x79:
+        return _vmx_field(s, i)
+    if op == 0xC7 and i.has_memory and (i.modrm >> 3 & 7) >= 6:
+        return _vmx_pointer(s, i)
     if op == 0xC7 and i.rep == 0xF3 and not i.has_memory:
         return control.rdpid(s, i.rm)
     if op == 0xC7 and not i.has_memory:
@@ -683,6 +814,8 @@ def execute(s, i):
         return _one_byte(s, i)
     if i.map == 1:
         return _two_byte(s, i)
+    if i.map == 2 and (i.opcode == 0x80 or i.opcode == 0x81):
+        return _vmx_invalidate(s, i)
     if i.map == 2 and i.opcode == 0x82:
         return _invpcid(s, i)
     return raise_exception(s, 6)

@@ -15,7 +15,6 @@ cdef int64_t vmx_run(CpuState *s, uint32_t launch) noexcept nogil
 cdef int64_t vmx_emulate(CpuState *s, bint resume) noexcept nogil
 cdef VmxState *vmx_new(CpuState *s) noexcept nogil
 cdef void vmx_free(CpuState *s) noexcept nogil
-cdef bint field_exists(uint32_t encoding) noexcept nogil
 
 
 cdef class Vmx:

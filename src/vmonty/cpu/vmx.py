@@ -35,7 +35,7 @@ from cython.cimports.vmonty.cpu.vmcs import (
     put,
     slot,
 )
-from cython.cimports.vmonty.cpu.vmx_capabilities import capability
+from cython.cimports.vmonty.cpu.vmx_capabilities import capability, field_exists
 from cython.cimports.vmonty.cpu.vmx_entry import (
     ENTRY_FAILED,
     ENTRY_NO_VMCS,
@@ -54,23 +54,7 @@ from cython.cimports.vmonty.cpu.vmx_entry import (
 from cython.cimports.vmonty.cpu.vmx_exit import REASON_EXTERNAL_INTERRUPT, vm_exit
 
 from vmonty.cpu.core import EXIT_REASONS
-from vmonty.cpu.vmcs import Field
 from vmonty.cpu.vmx_errors import VmxError
-
-_exists = cython.declare(cython.uchar[0x8000])
-
-
-def _fill():
-    for field in Field:
-        _exists[field] = 1
-
-
-_fill()
-
-
-def field_exists(encoding):
-    """Is this the encoding of a field (its full access) that the VMCS has?"""
-    return encoding < 0x8000 and _exists[encoding]
 
 
 def vmx_new(s):

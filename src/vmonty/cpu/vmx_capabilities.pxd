@@ -4,6 +4,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from vmonty.cpu.state cimport CpuState
 
+cdef bint field_exists(uint32_t encoding) noexcept nogil
 cdef bint capability(CpuState *s, uint32_t index, uint64_t *value) noexcept nogil
 # Are all bits of a control word allowed? index: 0x481 … 0x48B, of the capability MSR.
 cdef bint controls_allowed(CpuState *s, uint32_t index, uint32_t value) noexcept nogil

@@ -8,6 +8,24 @@ from cython.cimports.vmonty.cpu.cpuid import cr4_allowed
 from cython.cimports.vmonty.cpu.state import CR4_VMXE
 from cython.cimports.vmonty.cpu.vmcs import VMCS_REVISION
 
+from vmonty.cpu.vmcs import Field
+
+
+_exists = cython.declare(cython.uchar[0x8000])
+
+
+def _fill():
+    for field in Field:
+        _exists[field] = 1
+
+
+_fill()
+
+
+def field_exists(encoding):
+    """Is this the encoding of a field (its full access) that the VMCS has?"""
+    return encoding < 0x8000 and _exists[encoding]
+
 
 def _row(index, must, may):
     """The two halves of a control MSR; False when ``index`` isn't one."""

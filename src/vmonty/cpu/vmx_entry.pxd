@@ -40,3 +40,4 @@ cdef void _inject(CpuState *s) noexcept nogil
 cdef uint32_t _fail(CpuState *s, uint32_t reason, uint64_t qualification) noexcept nogil
 cdef uint32_t _load_msrs(CpuState *s, uint64_t area, uint32_t count) noexcept nogil
 cdef void _store_msrs(CpuState *s, uint64_t area, uint32_t count) noexcept nogil
+cdef uint8_t *_page(CpuState *s, uint64_t physical) noexcept nogil

@@ -30,6 +30,7 @@ from cython.cimports.vmonty.cpu.state import (
     SHADOW_MOV_SS,
     SS,
 )
+from cython.cimports.vmonty.cpu.paging import physical_to_host
 from cython.cimports.vmonty.cpu.tlb import flush_all, flush_non_global, mode_changed
 from cython.cimports.vmonty.cpu.vmcs import (
     CPU_BASED_VM_EXEC_CONTROL,
@@ -100,6 +101,7 @@ from cython.cimports.vmonty.cpu.vmcs import (
     put,
 )
 from cython.cimports.vmonty.cpu.vmx_checks import check_controls, check_guest
+from cython.cimports.vmonty.cpu.vmx_code import host_refused
 from cython.cimports.vmonty.cpu.vmx_exit import (
     ENTRY_IA32E,
     ENTRY_LOAD_DEBUG,
@@ -154,11 +156,18 @@ def _read_controls(s):
         v.cr3_target[1] = get(m, CR3_TARGET_VALUE1)
         v.cr3_target[2] = get(m, CR3_TARGET_VALUE2)
         v.cr3_target[3] = get(m, CR3_TARGET_VALUE3)
-    v.io_bitmap_a = cython.cast(cython.pointer(uint8_t), get(m, IO_BITMAP_A))
-    v.io_bitmap_b = cython.cast(cython.pointer(uint8_t), get(m, IO_BITMAP_B))
-    v.msr_bitmap = cython.cast(cython.pointer(uint8_t), get(m, MSR_BITMAP))
-    v.virtual_apic = cython.cast(cython.pointer(uint8_t), get(m, VIRTUAL_APIC_PAGE_ADDR))
+    v.io_bitmap_a = _page(s, get(m, IO_BITMAP_A))
+    v.io_bitmap_b = _page(s, get(m, IO_BITMAP_B))
+    v.msr_bitmap = _page(s, get(m, MSR_BITMAP))
+    v.virtual_apic = _page(s, get(m, VIRTUAL_APIC_PAGE_ADDR))
     v.tpr_threshold = cython.cast(uint32_t, get(m, TPR_THRESHOLD))
+
+
+def _page(s, physical):
+    """Where a host-physical address is in this process: for host software it is one of ours."""
+    if vmx_of(s).guest_code:
+        return cython.cast(cython.pointer(uint8_t), physical_to_host(s, physical, 1))
+    return cython.cast(cython.pointer(uint8_t), physical)
 
 
 def _load_segment(v, segment, index):
@@ -199,7 +208,7 @@ def _load_guest(s):
         if v.entry_controls & ENTRY_IA32E:
             efer |= EFER_LMA | EFER_LME
     # The TLB holds permissions as CR0, CR4 and EFER make them, and no tags: SDM, "Caching Translation Information".
-    stale = vpid == 0 or vpid != v.tlb_vpid or eptp != v.tlb_eptp
+    stale = v.guest_code != 0 or vpid == 0 or vpid != v.tlb_vpid or eptp != v.tlb_eptp
     stale = stale or ((cr0 ^ s.cr0) & (cython.cast(uint64_t, 0x80000000) | CR0_WP | CR0_PE)) != 0
     stale = (
         stale
@@ -316,7 +325,9 @@ def _load_msrs(s, area, count):
     entry: cython.pointer(uint32_t)
     index: uint32_t
     for i in range(count):
-        entry = cython.cast(cython.pointer(uint32_t), area + 16 * i)
+        entry = cython.cast(cython.pointer(uint32_t), _page(s, area + 16 * i))
+        if entry == cython.NULL:
+            return i + 1
         index = entry[0]
         if (
             index == cython.cast(uint64_t, 0xC0000100)
@@ -325,7 +336,7 @@ def _load_msrs(s, area, count):
             or entry[1]
         ):
             return i + 1
-        if not write_msr(s, index, cython.cast(cython.pointer(uint64_t), area + 16 * i)[1]):
+        if not write_msr(s, index, cython.cast(cython.pointer(uint64_t), entry)[1]):
             return i + 1
     return 0
 
@@ -333,9 +344,11 @@ def _load_msrs(s, area, count):
 def _store_msrs(s, area, count):
     i: uint32_t
     value: uint64_t
+    entry: cython.pointer(uint32_t)
     for i in range(count):
-        if read_msr(s, cython.cast(cython.pointer(uint32_t), area + 16 * i)[0], cython.address(value)):
-            cython.cast(cython.pointer(uint64_t), area + 16 * i)[1] = value
+        entry = cython.cast(cython.pointer(uint32_t), _page(s, area + 16 * i))
+        if entry != cython.NULL and read_msr(s, entry[0], cython.address(value)):
+            cython.cast(cython.pointer(uint64_t), entry)[1] = value
 
 
 def enter_guest(s, launch):
@@ -355,6 +368,8 @@ def enter_guest(s, launch):
         return ERROR_VMRESUME_NOT_LAUNCHED
     _read_controls(s)
     error = check_controls(s)
+    if not error and v.guest_code:
+        error = host_refused(s)
     if error:
         return error
     s.guest_mode = GUEST_VMX
