@@ -223,3 +223,39 @@ def test_a_boards_dsdt_compiles_again_without_a_warning(board: str, image: bytes
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 0, done.stdout
     assert "0 Errors, 0 Warnings" in done.stdout, done.stdout
+
+
+def place(files: dict[str, bytes], bases: dict[str, int]) -> dict[str, bytes]:
+    """What firmware makes of the files by the loader script, when it puts them at *bases*."""
+    placed = {name: bytearray(files[name]) for name in bases}
+    allocated = set()
+    script = files[acpi.LOADER_FILE]
+    assert len(script) % 128 == 0
+    for at in range(0, len(script), 128):
+        kind, first = struct.unpack_from("<I56s", script, at)
+        name = first.rstrip(b"\0").decode()
+        if kind == 1:
+            assert struct.unpack_from("<I", script, at + 60)[0] <= 64
+            allocated.add(name)
+        elif kind == 2:
+            source, offset, size = struct.unpack_from("<56sIB", script, at + 60)
+            value = int.from_bytes(placed[name][offset : offset + size], "little")
+            value += bases[source.rstrip(b"\0").decode()]
+            placed[name][offset : offset + size] = value.to_bytes(size, "little")
+        else:
+            assert kind == 3
+            offset, start, length = struct.unpack_from("<III", script, at + 60)
+            assert placed[name][offset] == 0
+            placed[name][offset] = -sum(placed[name][start : start + length]) & 0xFF
+    assert allocated == set(bases)
+    return {name: bytes(data) for name, data in placed.items()}
+
+
+@pytest.mark.parametrize("platform", [PLATFORM, REDUCED], ids=["full", "reduced"])
+def test_firmware_places_the_same_tables(platform: acpi.Platform) -> None:
+    base = 0x7FFE_0000
+    files = acpi.firmware_files(platform)
+    placed = place(files, {acpi.TABLES_FILE: base, acpi.RSDP_FILE: 0xF_0000})
+    direct, _ = acpi.build(platform, base - acpi.RSDP_ROOM)
+    assert placed[acpi.TABLES_FILE] == direct[acpi.RSDP_ROOM :]
+    assert placed[acpi.RSDP_FILE] == direct[: acpi.RSDP_SIZE]

@@ -184,9 +184,13 @@ class Machine(ABC):
             raise
         return vcpu
 
-    @staticmethod
-    def _configure(vcpu: Vcpu, system: System, index: int) -> None:
-        vcpu.set_cpuid2(cpuid_for(system, index))
+    def cpu_identity(self) -> tuple[int, int]:
+        """EAX and EDX of CPUID leaf 1: signature and features, as SMBIOS tells them."""
+        return next(((entry.eax, entry.edx) for entry in self._cpuid if entry.function == 1), (0, 0))
+
+    def _configure(self, vcpu: Vcpu, system: System, index: int) -> None:
+        self._cpuid = cpuid_for(system, index)
+        vcpu.set_cpuid2(self._cpuid)
         vcpu.set_msrs({MSR_MISC_ENABLE: MISC_ENABLE_FAST_STRINGS})
         # As firmware leaves it: the PIC on LINT0, NMI on LINT1.
         lapic = vcpu.get_lapic()

@@ -8,7 +8,7 @@ slot 1.3   PIIX4: power management at port 0x600, SCI on IRQ 9
 from __future__ import annotations
 
 from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices, prepare_legacy_devices
-from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine
+from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine, describe_fw_cfg
 from vmonty.vmm.boot import acpi, dsdt
 from vmonty.vmm.hw import piix4_pm
 from vmonty.vmm.hw.i440fx import I440fx
@@ -37,6 +37,7 @@ class Pc(PciMachine):
         bus.add(self.piix4_pm, slot=SOUTH_BRIDGE_SLOT, function=3)
         self.legacy = add_legacy_devices(self)
         self.serial = self.legacy.serial
+        self._add_fw_cfg()
 
     def _intx(self, slot: int, pin: int, level: int) -> None:
         self.piix3.intx(slot, pin, level)
@@ -52,6 +53,7 @@ class Pc(PciMachine):
         self.piix4_pm.config_write(piix4_pm.PM_MISC, 1, piix4_pm.PM_IO_ENABLE)
         prepare_legacy_devices(self.legacy)
         self._assign_addresses()
+        self._publish()
 
     def platform(self) -> acpi.Platform:
         """The ACPI tables' contents."""
@@ -61,8 +63,11 @@ class Pc(PciMachine):
         ]
         routing = dsdt.routing_by_links(lambda slot, pin: f"\\_SB.{LINKS[(slot - 1 + pin) % PIRQS]}")
         bridge = dsdt.isa_bridge(
-            SOUTH_BRIDGE_SLOT, dsdt.pirq_registers(PIRQ_ROUTES, ROUTE_FIELDS), describe_legacy_devices()
-        )
+            SOUTH_BRIDGE_SLOT,
+            dsdt.pirq_registers(PIRQ_ROUTES, ROUTE_FIELDS),
+            describe_legacy_devices(),
+            describe_fw_cfg(),
+        )  # fmt: skip
         return acpi.Platform(
             cpus=self.config.cpus, pm_base=PM_BASE, sci=SCI_IRQ,
             dsdt=acpi.soft_off()

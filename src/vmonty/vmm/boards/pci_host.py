@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from vmonty.vmm.boot import pci_setup
+import struct
+
+from vmonty.vmm.boot import acpi, aml, dsdt, linux, pci_setup, smbios
 from vmonty.vmm.boot.dsdt import Window
+from vmonty.vmm.boot.smbios import Identity
 from vmonty.vmm.bus import BusDevice
+from vmonty.vmm.hw import fw_cfg
 from vmonty.vmm.hw.acpi_pm import AcpiPm
+from vmonty.vmm.hw.fw_cfg import FwCfg
 from vmonty.vmm.hw.pci import ConfigPorts, Decoder, PciBus, PciDevice
 from vmonty.vmm.machine import Machine
 
 CONFIG_PORTS = 0xCF8
+FW_CFG = 0x510
+IRQ0_OVERRIDE = 0x8002  # fw_cfg's number: the PIT is on pin 2 of the I/O APIC
+# Where DMI is looked for: anywhere from 0xF0000 to 0xFFFFF.
+SMBIOS_ADDRESS, SMBIOS_ANCHOR_ROOM = 0xF_0000, 0x20
 PM_BASE, SCI_IRQ = 0x600, 9
 # Above RAM's low part and below the I/O APIC; the other one above all RAM.
 LOW_WINDOW = Window(0xC000_0000, 0xFEBF_FFFF)
 HIGH_WINDOW_SIZE, HIGH_WINDOW_UNIT = 32 << 30, 32 << 30
+
+
+def describe_fw_cfg() -> bytes:
+    """The AML of the firmware configuration device."""
+    return dsdt.plain_device("FWCF", "QEMU0002", aml.io(FW_CFG, fw_cfg.SIZE))
 
 
 class PciMachine(Machine):
@@ -25,6 +39,36 @@ class PciMachine(Machine):
     def add_device(self, device: PciDevice, slot: int | None = None) -> int:
         """Plug *device* in; see Machine.add_device."""
         return self.pci.add(device, slot)
+
+    def _add_fw_cfg(self) -> FwCfg:
+        self.fw_cfg = FwCfg(self.memory)
+        self.ports.place(FW_CFG, fw_cfg.SIZE, self.fw_cfg, "fw_cfg")
+        return self.fw_cfg
+
+    def _publish(self) -> None:
+        """Tell firmware what there is, and put SMBIOS where firmware would."""
+        config, device = self.config, self.fw_cfg
+        cpus = struct.pack("<H", config.cpus)
+        device.add(fw_cfg.UUID, self.identity.uuid.bytes)
+        device.add(fw_cfg.RAM_SIZE, struct.pack("<Q", self.memory.size))
+        device.add(fw_cfg.CPU_COUNT, cpus)
+        device.add(fw_cfg.MAX_CPUS, cpus)
+        device.add(IRQ0_OVERRIDE, b"\1\0\0\0")
+        blocks = [(block.base, block.size) for block in self.memory.blocks]
+        device.add_file("etc/e820", b"".join(struct.pack("<QQI", *block, linux.E820_RAM) for block in blocks))
+        for name, data in acpi.firmware_files(self.platform()).items():
+            device.add_file(name, data)
+        structures, count = smbios.tables(self.identity, config.cpus, blocks, *self.cpu_identity())
+        device.add_file("etc/smbios/smbios-tables", structures)
+        device.add_file("etc/smbios/smbios-anchor", smbios.anchor(structures, count, 0))
+        address = SMBIOS_ADDRESS + SMBIOS_ANCHOR_ROOM
+        self.memory.write(SMBIOS_ADDRESS, smbios.anchor(structures, count, address))
+        self.memory.write(address, structures)
+
+    @property
+    def identity(self) -> Identity:
+        """What DMI says of this machine."""
+        return Identity(product=self.name)
 
     def press_power_button(self) -> None:
         """The fixed power button of ACPI."""

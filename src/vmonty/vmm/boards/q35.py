@@ -7,7 +7,7 @@ slot 31.0   ICH9 LPC bridge: power management at port 0x600, PIRQA to PIRQH on G
 from __future__ import annotations
 
 from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices, prepare_legacy_devices
-from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine
+from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine, describe_fw_cfg
 from vmonty.vmm.boot import acpi, aml, dsdt
 from vmonty.vmm.hw import ich9_lpc, q35_mch
 from vmonty.vmm.hw.ich9_lpc import FIRST_INTERNAL_SLOT, Ich9Lpc
@@ -43,6 +43,7 @@ class Q35(PciMachine):
         bus.add(self.lpc, slot=LPC_SLOT)
         self.legacy = add_legacy_devices(self)
         self.serial = self.legacy.serial
+        self._add_fw_cfg()
 
     def _intx(self, slot: int, pin: int, level: int) -> None:
         self.lpc.intx(slot, pin, level)
@@ -58,11 +59,12 @@ class Q35(PciMachine):
         self.lpc.config_write(ich9_lpc.ACPI_CONTROL, 1, ich9_lpc.ACPI_ENABLE)
         prepare_legacy_devices(self.legacy)
         self._assign_addresses()
+        self._publish()
 
     def platform(self) -> acpi.Platform:
         """The ACPI tables' contents."""
         routing = dsdt.routing_by_gsi(lambda slot, pin: FIRST_PIRQ_GSI + pirq_of(slot, pin))
-        bridge = dsdt.isa_bridge(LPC_SLOT, describe_legacy_devices())
+        bridge = dsdt.isa_bridge(LPC_SLOT, describe_legacy_devices(), describe_fw_cfg())
         # Linux believes in the window only when a motherboard device reserves it.
         reserved = dsdt.plain_device("MEMC", "PNP0C02", aml.fixed_memory(ECAM, ECAM_SIZE), uid=1)
         return acpi.Platform(

@@ -7,7 +7,8 @@ Specification, "HPET Description Table"; PCI Firmware Specification, "MCFG Table
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from vmonty.vmm.boot import aml
 from vmonty.vmm.hw import acpi_ged, acpi_pm
@@ -30,7 +31,8 @@ IO_APIC_ADDRESS = 0xFEC0_0000
 ACTIVE_HIGH_LEVEL = 0b1101
 
 HPET_PERIODIC_MINIMUM = 100  # ticks
-RSDP_ROOM = 64
+RSDP_ROOM, RSDP_SIZE = 64, 36
+RSDP_SUM, RSDP_XSDT, RSDP_EXTENDED_SUM, TABLE_SUM = 8, 24, 32, 9
 
 
 def soft_off() -> bytes:
@@ -66,7 +68,7 @@ def table(signature: bytes, revision: int, body: bytes) -> bytes:
     header = struct.pack(
         "<4sIBB6s8sI4sI", signature, 36 + len(body), revision, 0, OEM_ID, OEM_TABLE_ID, 1, CREATOR_ID, 1
     )
-    return _summed(header + body, 9)
+    return _summed(header + body, TABLE_SUM)
 
 
 def _summed(data: bytes, at: int) -> bytes:
@@ -146,26 +148,87 @@ def _mcfg(address: int) -> bytes:
     return table(b"MCFG", 1, bytes(8) + struct.pack("<QHBB4x", address, 0, 0, 255))
 
 
+@dataclass
+class _Image:
+    """Tables one behind the other from address *base*, with what would have to change if they moved."""
+
+    base: int
+    data: bytearray = field(default_factory=bytearray)
+    pointers: list[tuple[int, int]] = field(default_factory=list)  # (offset, size in bytes)
+    sums: list[tuple[int, int]] = field(default_factory=list)  # (offset, size) of each table with a checksum
+
+    def add(
+        self, made: bytes, alignment: int = 16, pointers: Sequence[tuple[int, int]] = (), summed: bool = True
+    ) -> int:
+        """Append a table whose *pointers* are (offset, size) inside it; returns its address."""
+        self.data.extend(bytes(-(self.base + len(self.data)) % alignment))
+        start = len(self.data)
+        self.data.extend(made)
+        self.pointers += [(start + offset, size) for offset, size in pointers]
+        if summed:
+            self.sums.append((start, len(made)))
+        return self.base + start
+
+
+def _tables(platform: Platform, base: int, room: int) -> tuple[_Image, int]:
+    """All tables, behind *room* bytes, and the address of the XSDT."""
+    image = _Image(base, bytearray(room))
+    facs = None if platform.ged is not None else image.add(_facs(), 64, summed=False)
+    dsdt = image.add(table(b"DSDT", 2, platform.dsdt or soft_off()))
+    fadt_pointers = [(40, 4), (140, 8)] + ([] if facs is None else [(36, 4)])
+    tables = [image.add(_fadt(platform, dsdt, facs or 0), pointers=fadt_pointers), image.add(_madt(platform))]
+    if platform.hpet is not None:
+        tables.append(image.add(_hpet(platform.hpet, platform.hpet_id)))
+    if platform.ecam is not None:
+        tables.append(image.add(_mcfg(platform.ecam)))
+    places = [(36 + 8 * number, 8) for number in range(len(tables))]
+    return image, image.add(table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)), pointers=places)
+
+
+def _rsdp(xsdt: int) -> bytes:
+    rsdp = struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, OEM_ID, 2, 0, RSDP_SIZE, xsdt, 0)
+    # Two checksums: over the first 20 bytes, and over all.
+    return _summed(_summed(rsdp[:20], RSDP_SUM) + rsdp[20:], RSDP_EXTENDED_SUM)
+
+
 def build(platform: Platform, base: int) -> tuple[bytes, int]:
     """The tables as one block to put at guest-physical *base*, and the address of the RSDP in it."""
-    image = bytearray(RSDP_ROOM)  # the RSDP comes first
+    image, xsdt = _tables(platform, base, RSDP_ROOM)
+    image.data[:RSDP_SIZE] = _rsdp(xsdt)
+    return bytes(image.data), base
 
-    def add(made: bytes, alignment: int = 16) -> int:
-        image.extend(bytes(-(base + len(image)) % alignment))
-        address = base + len(image)
-        image.extend(made)
-        return address
 
-    facs = 0 if platform.ged is not None else add(_facs(), 64)
-    dsdt = add(table(b"DSDT", 2, platform.dsdt or soft_off()))
-    tables = [add(_fadt(platform, dsdt, facs)), add(_madt(platform))]
-    if platform.hpet is not None:
-        tables.append(add(_hpet(platform.hpet, platform.hpet_id)))
-    if platform.ecam is not None:
-        tables.append(add(_mcfg(platform.ecam)))
-    xsdt = add(table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
-    rsdp = struct.pack("<8sB6sBIIQB3x", b"RSD PTR ", 0, OEM_ID, 2, 0, 36, xsdt, 0)
-    # Two checksums: over the first 20 bytes, and over all.
-    rsdp = _summed(rsdp[:20], 8) + rsdp[20:]
-    image[:36] = _summed(rsdp, 32)
-    return bytes(image), base
+# ---- for firmware, which puts the tables where it likes ---------------------------------------------------------
+
+TABLES_FILE, RSDP_FILE, LOADER_FILE = "etc/acpi/tables", "etc/acpi/rsdp", "etc/table-loader"
+_ALLOCATE, _ADD_POINTER, _ADD_CHECKSUM = 1, 2, 3
+_ZONE_HIGH, _ZONE_FSEG = 1, 2
+_COMMAND_SIZE = 128
+
+
+def _command(kind: int, form: str, *fields: bytes | int) -> bytes:
+    return struct.pack("<I" + form, kind, *fields).ljust(_COMMAND_SIZE, b"\0")
+
+
+def firmware_files(platform: Platform) -> dict[str, bytes]:
+    """The tables as files of fw_cfg, with the script by which firmware places them.
+
+    The script's commands are QEMU's linker-loader, as SeaBIOS and OVMF implement it: allocate a file, add a file's
+    address to a pointer, make a checksum right (whose byte is zero before).
+    """
+    image, xsdt = _tables(platform, 0, 0)
+    tables, rsdp = TABLES_FILE.encode(), RSDP_FILE.encode()
+    script = [
+        _command(_ALLOCATE, "56sIB", rsdp, 16, _ZONE_FSEG),
+        _command(_ALLOCATE, "56sIB", tables, 64, _ZONE_HIGH),
+        *(_command(_ADD_POINTER, "56s56sIB", tables, tables, offset, size) for offset, size in image.pointers),
+        _command(_ADD_POINTER, "56s56sIB", rsdp, tables, RSDP_XSDT, 8),
+    ]
+    for start, size in image.sums:
+        image.data[start + TABLE_SUM] = 0
+        script.append(_command(_ADD_CHECKSUM, "56sIII", tables, start + TABLE_SUM, start, size))
+    pointer = bytearray(_rsdp(xsdt))
+    pointer[RSDP_SUM] = pointer[RSDP_EXTENDED_SUM] = 0
+    script.append(_command(_ADD_CHECKSUM, "56sIII", rsdp, RSDP_SUM, 0, 20))
+    script.append(_command(_ADD_CHECKSUM, "56sIII", rsdp, RSDP_EXTENDED_SUM, 0, RSDP_SIZE))
+    return {TABLES_FILE: bytes(image.data), RSDP_FILE: bytes(pointer), LOADER_FILE: b"".join(script)}
