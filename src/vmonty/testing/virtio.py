@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vmonty.vmm.bus import BusDevice
+from vmonty.vmm.hw.pci.config import CAPABILITIES
 from vmonty.vmm.memory import GuestMemory
 from vmonty.vmm.virtio import device as virtio
+from vmonty.vmm.virtio import pci
 from vmonty.vmm.virtio.mmio import Register
+from vmonty.vmm.virtio.pci import VirtioPci
 from vmonty.vmm.virtio.queue import FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
@@ -130,6 +133,106 @@ class MmioAccess:
     def set_config(self, offset: int, size: int, value: int) -> None:
         """Write configuration space."""
         self._device.write(Register.CONFIG + offset, size, value)
+
+
+class PciAccess:
+    """4.1: the structures of *function*, found by its capabilities and reached through its BARs."""
+
+    def __init__(self, function: VirtioPci) -> None:
+        self._function = function
+        self._places: dict[int, tuple[BusDevice, int]] = {}
+        bars = {bar.index: bar.window.device for bar in function.bars}
+        at = function.config_read(CAPABILITIES, 1)
+        while at:
+            if function.config_read(at, 1) == pci.VENDOR_SPECIFIC:
+                kind, bar = function.config_read(at + 3, 1), function.config_read(at + pci.CAP_BAR, 1)
+                if kind != pci.PCI_CFG:
+                    self._places[kind] = bars[bar], function.config_read(at + pci.CAP_OFFSET, 4)
+                if kind == pci.NOTIFY_CFG:
+                    self._multiplier = function.config_read(at + 16, 4)
+            at = function.config_read(at + 1, 1)
+
+    def read(self, kind: int, offset: int, size: int) -> int:
+        """Read from one of the structures."""
+        device, base = self._places[kind]
+        return device.read(base + offset, size)
+
+    def write(self, kind: int, offset: int, size: int, value: int) -> None:
+        """Write to one of the structures."""
+        device, base = self._places[kind]
+        device.write(base + offset, size, value)
+
+    def _read(self, offset: int, size: int) -> int:
+        return self.read(pci.COMMON_CFG, offset, size)
+
+    def _write(self, offset: int, size: int, value: int) -> None:
+        self.write(pci.COMMON_CFG, offset, size, value)
+
+    def features(self) -> int:
+        """What the device offers."""
+        value = 0
+        for word in range(2):
+            self._write(pci.Register.DEVICE_FEATURE_SELECT, 4, word)
+            value |= self._read(pci.Register.DEVICE_FEATURE, 4) << 32 * word
+        return value
+
+    def set_features(self, features: int) -> None:
+        """What the driver takes."""
+        for word in range(2):
+            self._write(pci.Register.DRIVER_FEATURE_SELECT, 4, word)
+            self._write(pci.Register.DRIVER_FEATURE, 4, features >> 32 * word & 0xFFFF_FFFF)
+
+    def status(self) -> int:
+        """The device status field."""
+        return self._read(pci.Register.DEVICE_STATUS, 1)
+
+    def set_status(self, status: int) -> None:
+        """Write the status; 0 resets."""
+        self._write(pci.Register.DEVICE_STATUS, 1, status)
+
+    def queue_size(self, index: int) -> int:
+        """The largest size of a queue, 0 when there is no such queue."""
+        self._write(pci.Register.QUEUE_SELECT, 2, index)
+        return self._read(pci.Register.QUEUE_SIZE, 2)
+
+    def set_vector(self, index: int | None, vector: int) -> int:
+        """Give a queue, or with None the configuration, its MSI-X vector; returns what the device took."""
+        if index is None:
+            self._write(pci.Register.CONFIG_MSIX_VECTOR, 2, vector)
+            return self._read(pci.Register.CONFIG_MSIX_VECTOR, 2)
+        self._write(pci.Register.QUEUE_SELECT, 2, index)
+        self._write(pci.Register.QUEUE_MSIX_VECTOR, 2, vector)
+        return self._read(pci.Register.QUEUE_MSIX_VECTOR, 2)
+
+    def set_queue(self, index: int, size: int, descriptors: int, driver: int, device: int) -> None:
+        """Give a queue its rings and enable it."""
+        self._write(pci.Register.QUEUE_SELECT, 2, index)
+        self._write(pci.Register.QUEUE_SIZE, 2, size)
+        for register, address in (
+            (pci.Register.QUEUE_DESC, descriptors), (pci.Register.QUEUE_DRIVER, driver),
+            (pci.Register.QUEUE_DEVICE, device),
+        ):  # fmt: skip
+            self._write(register, 4, address & 0xFFFF_FFFF)
+            self._write(register + 4, 4, address >> 32)
+        self._write(pci.Register.QUEUE_ENABLE, 2, 1)
+
+    def notify(self, index: int) -> None:
+        """Say that a queue has new buffers."""
+        self._write(pci.Register.QUEUE_SELECT, 2, index)
+        place = self._read(pci.Register.QUEUE_NOTIFY_OFF, 2) * self._multiplier
+        self.write(pci.NOTIFY_CFG, place, 2, index)
+
+    def acknowledge(self) -> int:
+        """Read and clear the causes of interrupts."""
+        return self.read(pci.ISR_CFG, 0, 1)
+
+    def config(self, offset: int, size: int) -> int:
+        """Read configuration space."""
+        return self.read(pci.DEVICE_CFG, offset, size)
+
+    def set_config(self, offset: int, size: int, value: int) -> None:
+        """Write configuration space."""
+        self.write(pci.DEVICE_CFG, offset, size, value)
 
 
 @dataclass

@@ -58,6 +58,7 @@ class Blk(VirtioDevice):
     """
 
     device_id, name = 2, "virtio-blk"
+    pci_class = 0x010000
 
     def __init__(
         self, memory: GuestMemory, loop: EventLoop, backend: BlockDevice, *, serial: str = "",

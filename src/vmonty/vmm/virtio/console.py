@@ -76,6 +76,7 @@ class Console(VirtioDevice):
     """Up to MOST_PORTS *ports*; the first is the one that a driver without MULTIPORT sees."""
 
     device_id, name = 3, "virtio-console"
+    pci_class = 0x078000
 
     def __init__(
         self, memory: GuestMemory, loop: EventLoop, ports: Sequence[Port], *, columns: int = 80, rows: int = 25

@@ -53,6 +53,7 @@ class VirtioDevice:
 
     device_id: ClassVar[int]
     name: ClassVar[str]
+    pci_class: ClassVar[int] = 0x00FF00  # base class, subclass, interface, for the PCI transport
 
     def __init__(
         self,

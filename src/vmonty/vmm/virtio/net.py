@@ -85,6 +85,7 @@ class Net(VirtioDevice):
     """A network card with address *mac* (6 bytes) on *backend*; *mtu* in bytes, when the network has its own."""
 
     device_id, name = 1, "virtio-net"
+    pci_class = 0x020000
 
     def __init__(
         self, memory: GuestMemory, loop: EventLoop, backend: NetBackend, mac: bytes, *, mtu: int | None = None
