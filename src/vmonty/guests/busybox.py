@@ -28,7 +28,14 @@ KERNELS = ("linux-image-cloud-amd64", "linux-image-kvm", "linux-image-virtual", 
 BUSYBOX = "busybox-static"
 
 # Raise it with each change of the initrd's contents: cached ones of another recipe are built again.
-_RECIPE = "1"
+_RECIPE = "2"
+
+# Drivers of virtio devices and what they need, in an order in which they can be loaded.
+MODULES = (
+    "virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_mmio",
+    "virtio_blk", "failover", "net_failover", "virtio_net", "virtio_console", "virtio-rng", "virtio_balloon",
+    "af_packet",
+)  # fmt: skip
 
 INIT = """\
 #!/bin/busybox sh
@@ -41,11 +48,33 @@ mount -t devtmpfs devtmpfs /dev
 mkdir -p /dev/pts /root /tmp
 mount -t devpts devpts /dev/pts
 hostname vmonty
+# Virtio devices, on PCI or behind memory-mapped registers, need their drivers.
+if grep -qs 0x1af4 /sys/bus/pci/devices/*/vendor || ls -d /sys/bus/platform/devices/LNRO0005* >/dev/null 2>&1; then
+  for module in @MODULES@; do
+    if [ -e /lib/modules/$module.ko ]; then insmod /lib/modules/$module.ko; fi
+  done
+fi
+if [ -e /sys/class/net/eth0 ]; then
+  ip link set lo up
+  ip link set eth0 up
+  udhcpc -i eth0 -n -q -t 3 -T 1 -s /bin/udhcpc.script >/dev/null 2>&1 || echo 'vmonty: eth0 got no address' >&2
+fi
 cd /root
 echo 'vmonty: userspace is up'
 # A session of its own with a controlling terminal: job control and Ctrl-C work.
 setsid cttyhack sh
 poweroff -f
+""".replace("@MODULES@", " ".join(MODULES))
+
+# What udhcpc calls with what it learnt.
+UDHCPC = """\
+#!/bin/busybox sh
+[ "$1" = bound ] || [ "$1" = renew ] || exit 0
+ip addr flush dev $interface
+ip addr add $ip/${mask:-24} dev $interface
+[ -z "$router" ] || ip route add default via ${router%% *}
+: >/etc/resolv.conf
+for server in $dns; do echo nameserver $server >>/etc/resolv.conf; done
 """
 
 
@@ -81,7 +110,8 @@ def build(*, force: bool = False, progress: Progress = silent, cache: Path | Non
         if force or shelf.get(_KERNEL) is None:
             _build_kernel(shelf, *kernel, progress)
         busybox = _busybox_archive(packages, force, progress)
-        _build_initrd(shelf, *busybox, progress)
+        modules = _find_modules(packages, *kernel, MODULES, progress)
+        _build_initrd(shelf, *busybox, modules, progress)
         for name in set(packages.names()) - {kernel[1].path.name, busybox[1].path.name}:
             packages.remove(name)
         guest = _cached(shelf)
@@ -97,19 +127,11 @@ def kernel_modules(names: Sequence[str], *, progress: Progress = silent, cache: 
     """
     guest = build(progress=progress, cache=cache)
     packages = _packages(cache)
-    found: dict[str, bytes] = {}
     with packages.lock(progress):
         package, archive = _kernel_archive(packages, False, progress)
         if package.name != guest.kernel_package or package.version != guest.kernel_version:
             raise GuestError("the guest's kernel package is gone: run `vmonty guest build busybox --force`")
-        progress(f"looking for modules in {package.name}", 0, 0)
-        found.update(_modules_of(archive, names))
-        # Ubuntu ships the modules beside the kernel, in a package of their own.
-        extra = [name for name in package.depends if name.startswith("linux-modules-")]
-        if len(found) < len(names) and extra:
-            archive = debian.fetch(debian.require(extra[0]), packages, progress)
-            found.update(_modules_of(archive, names))
-    return found
+        return _find_modules(packages, package, archive, names, progress)
 
 
 _KERNEL = "vmlinuz"
@@ -170,7 +192,9 @@ def _build_kernel(shelf: Shelf, package: Package, archive: Artefact, progress: P
             member.copy_to(out)
 
 
-def _build_initrd(shelf: Shelf, package: Package, archive: Artefact, progress: Progress) -> None:
+def _build_initrd(
+    shelf: Shelf, package: Package, archive: Artefact, modules: dict[str, bytes], progress: Progress
+) -> None:
     progress("building the initrd", 0, 0)
     with closing(debian.members(archive.path, r"(usr/)?bin/busybox")) as members:
         member = next(members, None)
@@ -183,10 +207,26 @@ def _build_initrd(shelf: Shelf, package: Package, archive: Artefact, progress: P
     with shelf.write(_INITRD, notes) as out, cpio.Writer(out) as initrd:
         initrd.file("bin/busybox", binary.getvalue(), mode=0o755, mtime=member.mtime)
         initrd.file("init", INIT.encode(), mode=0o755, mtime=member.mtime)
-        for directory in ("dev", "proc", "root", "sys", "tmp"):
+        initrd.file("bin/udhcpc.script", UDHCPC.encode(), mode=0o755, mtime=member.mtime)
+        for name, contents in modules.items():
+            initrd.file(f"lib/modules/{name}.ko", contents, mode=0o644, mtime=member.mtime)
+        for directory in ("dev", "etc", "proc", "root", "sys", "tmp"):
             initrd.directory(directory, mtime=member.mtime)
         initrd.device("dev/console", stat.S_IFCHR, 5, 1)
         initrd.device("dev/null", stat.S_IFCHR, 1, 3, mode=0o666)
+
+
+def _find_modules(
+    packages: Shelf, package: Package, archive: Artefact, names: Sequence[str], progress: Progress
+) -> dict[str, bytes]:
+    progress(f"looking for modules in {package.name}", 0, 0)
+    found = _modules_of(archive, names)
+    # Ubuntu ships the modules beside the kernel, in a package of their own.
+    extra = [name for name in package.depends if name.startswith("linux-modules-")]
+    if len(found) < len(names) and extra:
+        archive = debian.fetch(debian.require(extra[0]), packages, progress)
+        found.update(_modules_of(archive, names))
+    return found
 
 
 def _modules_of(archive: Artefact, names: Sequence[str]) -> dict[str, bytes]:

@@ -110,6 +110,7 @@ class Machine(ABC):
         self._outcome_lock = threading.Lock()
         self.vcpus: list[VcpuThread] = []
         self.loop = EventLoop("io")
+        self.resources = contextlib.ExitStack()  # closed when the vCPUs have ended, before the loop does
         self.vm = system.create_vm()
         try:
             self._create_chips()
@@ -244,8 +245,11 @@ class Machine(ABC):
         for thread in self.vcpus:
             thread.join()
             thread.vcpu.close()
-        self.loop.stop()
-        self.vm.close()
+        try:
+            self.resources.close()
+        finally:
+            self.loop.stop()
+            self.vm.close()
 
     def __enter__(self) -> Self:
         return self

@@ -15,11 +15,11 @@ from vmonty.vmm.virtio.queue import BrokenRing, Chain, Queue
 
 # 5.1.3 "Feature bits".
 (
-    CSUM, GUEST_CSUM, CTRL_GUEST_OFFLOADS, MTU, MAC, GUEST_TSO4, GUEST_TSO6, GUEST_ECN, GUEST_UFO, HOST_TSO4, HOST_TSO6,
-    HOST_ECN, HOST_UFO, MRG_RXBUF, STATUS, CTRL_VQ, CTRL_RX, CTRL_VLAN, CTRL_RX_EXTRA, CTRL_MAC_ADDR,
-) = (1 << bit for bit in (0, 1, 2, 3, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 23))  # fmt: skip
-GUEST_OFFLOADS = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | GUEST_UFO
-HOST_OFFLOADS = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN | HOST_UFO
+    CSUM, GUEST_CSUM, CTRL_GUEST_OFFLOADS, MTU, MAC, GUEST_TSO4, GUEST_TSO6, GUEST_UFO, HOST_TSO4, HOST_TSO6,
+    HOST_UFO, MRG_RXBUF, STATUS, CTRL_VQ, CTRL_RX, CTRL_VLAN, CTRL_RX_EXTRA, CTRL_MAC_ADDR,
+) = (1 << bit for bit in (0, 1, 2, 3, 5, 7, 8, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 23))  # fmt: skip
+GUEST_OFFLOADS = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_UFO
+HOST_OFFLOADS = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_UFO
 # 5.1.3.1 "Feature bit requirements": what each needs.
 REQUIRES = {
     GUEST_TSO4: GUEST_CSUM, GUEST_TSO6: GUEST_CSUM, GUEST_UFO: GUEST_CSUM,
@@ -28,13 +28,12 @@ REQUIRES = {
 }  # fmt: skip
 ACCEPTS = {
     GUEST_CSUM: Accepts.CHECKSUM, GUEST_TSO4: Accepts.TCP4, GUEST_TSO6: Accepts.TCP6, GUEST_UFO: Accepts.UDP,
-    GUEST_ECN: Accepts.ECN,
 }  # fmt: skip
 HOST_GSO = {Gso.TCP4: HOST_TSO4, Gso.TCP6: HOST_TSO6, Gso.UDP: HOST_UFO}
 
 # 5.1.6 "Device Operation", struct virtio_net_hdr.
 HEADER = struct.Struct("<BBHHHHH")
-NEEDS_CSUM, GSO_ECN = 1, 0x80
+NEEDS_CSUM = 1
 CONFIG = struct.Struct("<6sHHH")
 LINK_UP = 1
 
@@ -178,7 +177,7 @@ class Net(VirtioDevice):
     def _offload(self, header: bytes, size: int) -> Offload | None:
         """What the header asks for. Raises ValueError for what was not negotiated or does not fit the frame."""
         flags, gso, header_size, gso_size, start, offset, _ = HEADER.unpack(header)
-        kind = Gso(gso & ~GSO_ECN)
+        kind = Gso(gso)
         if not flags & NEEDS_CSUM and kind is Gso.NONE:
             return None
         if not self.has(CSUM) or (flags & NEEDS_CSUM and start + offset + 2 > size):
