@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vmonty import kvm
+from vmonty.base.cachedir import cache_root
 from vmonty.base.errors import KvmError, KvmUnavailable
-from vmonty.guests.cache import cache_root
 from vmonty.kvm.api import System
 from vmonty.kvm.linux import DEVICE, cpu_flags, vendor_module
 from vmonty.kvm.uapi import Cap

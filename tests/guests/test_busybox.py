@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from vmonty.base.cachedir import cache_root
 from vmonty.base.errors import GuestError
 from vmonty.cli.guest import guest as guest_command
 from vmonty.guests import busybox, cpio, debian
-from vmonty.guests.cache import cache_root, sha256
+from vmonty.guests.cache import sha256
 
 from .conftest import BUSYBOX, KERNEL, MODULE, FakeApt, tar_of
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vmonty.base.cachedir import cache_root
 from vmonty.base.errors import GuestError
-from vmonty.guests.cache import Shelf, cache_root
+from vmonty.guests.cache import Shelf
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vmonty.base.errors import BootImageError
 from vmonty.guests import busybox
 from vmonty.guests.cache import Shelf
-from vmonty.vmm.boot import acpi, linux
+from vmonty.vmm.boot import acpi, linux, lowmem
 from vmonty.vmm.memory import GuestMemory
 
 from . import kernels
@@ -63,8 +63,7 @@ def test_a_distributions_kernel(distribution_kernel: bytes) -> None:
         (IMAGE[:0x26F], "no Linux bzImage"),
         (IMAGE[:0x280], "truncated: 640 bytes"),
         (IMAGE[:-64], "truncated"),
-        (kernels.bzimage(HALT, version=0x20B), r"no 64-bit entry \(boot protocol 2\.11\)"),
-        (kernels.bzimage(HALT, xloadflags=0), "no 64-bit entry"),
+        (kernels.bzimage(HALT, version=0x201), r"boot protocol 2\.01 is too old"),
         (kernels.bzimage(HALT, loadflags=0), "zImage"),
         (kernels.bzimage(HALT, kernel_alignment=0), "alignment of 0x0"),
         (kernels.bzimage(HALT, kernel_alignment=0x30_0000), "no power of two"),
@@ -122,5 +121,5 @@ def test_random_bytes_in_the_header(changes: dict[int, int]) -> None:
 def _load_or_refuse(image: bytes) -> None:
     memory = GuestMemory(kernels.MEMORY)
     with contextlib.suppress(BootImageError):
-        entry = linux.load(memory, image, b"an initrd", "quiet", PLATFORM)
-        assert linux.HIGH_MEMORY <= entry < memory.size
+        entry = linux.load(memory, image, b"an initrd", "quiet", PLATFORM).address
+        assert lowmem.HIGH_MEMORY <= entry < memory.size

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from vmonty.base.errors import BootImageError
 from vmonty.vmm import memory as memory_module
-from vmonty.vmm.boot import acpi, linux, longmode
+from vmonty.vmm.boot import acpi, linux, longmode, lowmem
+from vmonty.vmm.boot.entry import TABLES
 from vmonty.vmm.memory import GuestMemory
 
 from . import kernels
@@ -28,11 +29,11 @@ def memory() -> GuestMemory:
 
 
 def zero_page(memory: GuestMemory) -> bytes:
-    return memory.read(linux.ZERO_PAGE, 4096)
+    return memory.read(lowmem.INFORMATION, 4096)
 
 
 def test_everything_is_where_the_zero_page_says(memory: GuestMemory) -> None:
-    entry = linux.load(memory, kernels.bzimage(PROGRAM), INITRD, "console=ttyS0 quiet", PLATFORM)
+    entry = linux.load(memory, kernels.bzimage(PROGRAM), INITRD, "console=ttyS0 quiet", PLATFORM).address
     assert entry == kernels.ENTRY
     assert memory.read(entry, len(PROGRAM)) == PROGRAM
     page = zero_page(memory)
@@ -55,16 +56,16 @@ def test_without_an_initrd(memory: GuestMemory) -> None:
 
 def test_the_command_lines_bytes_go_through(memory: GuestMemory) -> None:
     linux.load(memory, kernels.bzimage(PROGRAM), None, "name=Zoë \udcff", PLATFORM)
-    assert memory.read(linux.COMMAND_LINE, 12) == b"name=Zo\xc3\xab \xff\0"
+    assert memory.read(lowmem.COMMAND_LINE, 12) == b"name=Zo\xc3\xab \xff\0"
 
 
 @pytest.mark.parametrize(
-    ("length", "fits"), [(2046, True), (2047, True), (2048, False), (linux.COMMAND_LINE_ROOM, False)]
+    ("length", "fits"), [(2046, True), (2047, True), (2048, False), (lowmem.COMMAND_LINE_ROOM, False)]
 )
 def test_length_of_the_command_line(memory: GuestMemory, length: int, fits: bool) -> None:
     if fits:
         linux.load(memory, kernels.bzimage(PROGRAM), None, "x" * length, PLATFORM)
-        assert memory.read(linux.COMMAND_LINE, length + 1) == b"x" * length + b"\0"
+        assert memory.read(lowmem.COMMAND_LINE, length + 1) == b"x" * length + b"\0"
     else:
         with pytest.raises(BootImageError, match=f"{length} bytes; this kernel takes 2047"):
             linux.load(memory, kernels.bzimage(PROGRAM), None, "x" * length, PLATFORM)
@@ -94,8 +95,10 @@ def test_an_initrd_that_just_fits() -> None:
 
 
 def test_a_kernel_below_1_mib_is_moved_up(memory: GuestMemory) -> None:
-    entry = linux.load(memory, kernels.bzimage(PROGRAM, pref_address=0, kernel_alignment=4096), None, "", PLATFORM)
-    assert entry == linux.HIGH_MEMORY + linux.ENTRY_64
+    entry = linux.load(
+        memory, kernels.bzimage(PROGRAM, pref_address=0, kernel_alignment=4096), None, "", PLATFORM
+    ).address
+    assert entry == lowmem.HIGH_MEMORY + linux.ENTRY_64
 
 
 @settings(deadline=None)
@@ -110,17 +113,17 @@ def test_nothing_overlaps(address: int, alignment: int, room: int, initrd: int, 
         initrd_addr_max=min(limit, 0xFFFF_FFFF),
     )  # fmt: skip
     try:
-        entry = linux.load(memory, kernel, b"i" * initrd, "quiet", PLATFORM)
+        entry = linux.load(memory, kernel, b"i" * initrd, "quiet", PLATFORM).address
     except BootImageError:
         return
     start = entry - linux.ENTRY_64
     assert start % (1 << alignment) == 0
-    assert start >= max(address, linux.HIGH_MEMORY)
+    assert start >= max(address, lowmem.HIGH_MEMORY)
     initrd_start, size = struct.unpack_from("<II", zero_page(memory), 0x218)
     assert size == initrd
     spans = [
-        (linux.TABLES, longmode.TABLES_SIZE), (linux.ZERO_PAGE, 4096),
-        (linux.COMMAND_LINE, linux.COMMAND_LINE_ROOM), (linux.ACPI_TABLES, 0x1000),
+        (TABLES, longmode.TABLES_SIZE), (lowmem.INFORMATION, 4096),
+        (lowmem.COMMAND_LINE, lowmem.COMMAND_LINE_ROOM), (lowmem.ACPI_TABLES, 0x1000),
         (start, max(room, len(PROGRAM) + 0x200)),
     ]  # fmt: skip
     if size:
@@ -138,13 +141,13 @@ def test_memory_map(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     linux.load(memory, kernels.bzimage(PROGRAM), None, "", PLATFORM)
     page = zero_page(memory)
     entries = [struct.unpack_from("<QQI", page, 0x2D0 + 20 * index) for index in range(page[0x1E8])]
-    assert entries == linux.e820(memory)
+    assert entries == lowmem.e820(memory)
     assert entries == sorted(entries)
     assert all(length > 0 for _, length, _ in entries)
     assert all(base + length <= above for (base, length, _), (above, _, _) in itertools.pairwise(entries))
-    ram = [(base, base + length) for base, length, kind in entries if kind == linux.E820_RAM]
+    ram = [(base, base + length) for base, length, kind in entries if kind == lowmem.E820_RAM]
     blocks = [(block.base, block.base + block.size) for block in memory.blocks]
-    assert ram[0] == (0, linux.LOW_RAM_END)
-    assert [(linux.HIGH_MEMORY, blocks[0][1]), *blocks[1:]] == ram[1:]
-    reserved = [(base, length) for base, length, kind in entries if kind == linux.E820_RESERVED]
-    assert any(base <= linux.ACPI_TABLES < base + length for base, length in reserved)
+    assert ram[0] == (0, lowmem.LOW_RAM_END)
+    assert [(lowmem.HIGH_MEMORY, blocks[0][1]), *blocks[1:]] == ram[1:]
+    reserved = [(base, length) for base, length, kind in entries if kind == lowmem.E820_RESERVED]
+    assert any(base <= lowmem.ACPI_TABLES < base + length for base, length in reserved)

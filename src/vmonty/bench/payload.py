@@ -9,8 +9,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmonty.base.cachedir import cache_root
 from vmonty.base.errors import VmontyError
-from vmonty.guests.cache import cache_root
 
 SOURCES = Path(__file__).parent / "payloads"
 IMAGE_BASE = 0x100_0000

@@ -23,22 +23,13 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import IO, Any
 
+from vmonty.base.cachedir import cache_root
 from vmonty.base.errors import GuestError
 from vmonty.guests.progress import Progress, silent
 
 _MANIFEST = "manifest.json"
 _LOCK = "lock"
 _FORMAT = 1
-
-
-def cache_root() -> Path:
-    """``$XDG_CACHE_HOME/vmonty``, by default ``~/.cache/vmonty``.
-
-    Source: XDG Base Directory Specification, which says to ignore a relative path in the variable.
-    """
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
-    return base / "vmonty"
 
 
 def sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ from vmonty.base.errors import HandleClosed, UsageError
 from vmonty.kvm.api import System, Vcpu
 from vmonty.kvm.uapi import Cap, flags
 from vmonty.kvm.uapi.irq import kvm_irq_routing_entry
-from vmonty.vmm.boot import acpi, linux
+from vmonty.vmm.boot import acpi, loader
 from vmonty.vmm.bus import Bus, BusDevice
 from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.hw.pci import PciDevice
@@ -83,7 +83,7 @@ class Config:
         check_size(self.memory)
         if not 1 <= self.cpus <= MOST_VCPUS:
             raise UsageError(f"{self.cpus} vCPUs: a machine has 1 to {MOST_VCPUS}")
-        linux.place(self.kernel, self.initrd, self.command_line, min(self.memory, LOW_RAM_LIMIT))
+        loader.check(self.kernel, self.initrd, self.command_line, min(self.memory, LOW_RAM_LIMIT))
 
 
 class Machine(ABC):
@@ -212,8 +212,8 @@ class Machine(ABC):
         """Do what firmware would do, and enter the kernel."""
         self.prepare()
         config = self.config
-        entry = linux.load(self.memory, config.kernel, config.initrd, config.command_line, self.platform())
-        linux.enter(self.vcpus[0].vcpu, entry)
+        entry = loader.load(self.memory, config.kernel, config.initrd, config.command_line, self.platform())
+        entry.enter(self.vcpus[0].vcpu)
 
     def _end(self, outcome: Outcome) -> None:
         with self._outcome_lock:
