@@ -51,6 +51,7 @@ class Accepts(Flag):
     TCP4 = auto()
     TCP6 = auto()
     UDP = auto()
+    ECN = auto()
 
 
 # Takes a frame for the guest; False when the guest has no buffer: the backend keeps the frame until ready().

@@ -96,7 +96,10 @@ class UserBackend(NetBackend):
 
     def guest_accepts(self, accepts: Accepts) -> None:
         checksum = Accepts.CHECKSUM in accepts
-        self.takes = Takes(checksum, checksum and Accepts.TCP4 in accepts)
+        with self._receiving:
+            self.takes = Takes(checksum, checksum and Accepts.TCP4 in accepts)
+            # What waits was made for another driver.
+            self._outbox = deque(entry for entry in self._outbox if entry[1] is None)
 
     def send(self, frame: Sequence[Buffer], offload: Offload | None) -> None:
         if len(self._inbox) >= MOST_IN or sum(map(len, frame)) > MOST_FRAME:
