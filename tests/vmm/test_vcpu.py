@@ -12,9 +12,9 @@ from vmonty.kvm.api import System
 from vmonty.kvm.uapi import Exit
 from vmonty.kvm.uapi.flags import KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
 from vmonty.vmm import boards
+from vmonty.vmm.cpu import FEATURE_HYPERVISOR, FEATURE_TSC_DEADLINE, cpuid_for
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.outcome import Ending, Outcome
-from vmonty.vmm.vcpu import FEATURE_HYPERVISOR, FEATURE_TSC_DEADLINE, cpuid_for
 
 from . import kernels
 from .conftest import LIMIT_S
@@ -43,7 +43,7 @@ def run(
 @pytest.mark.parametrize("index", [0, 1, 254])
 def test_cpuid_of_each_vcpu(index: int) -> None:
     with System(FakeKvm()) as system:
-        entries = {entry.function: entry for entry in cpuid_for(system, index)}
+        entries = {entry.function: entry for entry in cpuid_for(system.supported_cpuid(), index)}
     assert entries[0].edx == 0x77, "other leaves are KVM's"
     assert entries[1].ebx >> 24 == index
     assert entries[1].ecx & FEATURE_HYPERVISOR
@@ -52,7 +52,7 @@ def test_cpuid_of_each_vcpu(index: int) -> None:
 
 
 def test_cpuid_on_a_real_kvm(system: System) -> None:
-    entries = cpuid_for(system, 3)
+    entries = cpuid_for(system.supported_cpuid(), 3)
     assert len(entries) == len(system.supported_cpuid())
     (features,) = [entry for entry in entries if entry.function == 1]
     assert features.ebx >> 24 == 3

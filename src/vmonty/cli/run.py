@@ -7,6 +7,7 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import click
 
@@ -15,7 +16,8 @@ from vmonty.cli.progress import terminal_progress
 from vmonty.cli.sizes import Size
 from vmonty.cli.terminal import MOST_BACKLOG, Console
 from vmonty.guests import busybox
-from vmonty.vmm import accel, boards
+from vmonty.vmm import accel, boards, catalogue
+from vmonty.vmm import cpu as cpu_model
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.outcome import Ending, Outcome
@@ -24,6 +26,7 @@ STATUS_TIMEOUT, STATUS_FAILED = 124, 1
 MOST_SECONDS = 10**9  # Python's timers end somewhat above
 STATUS = {
     Ending.POWER_OFF: 0, Ending.RESET: 0, Ending.STOPPED: 0, Ending.SHUTDOWN: 1, Ending.HALTED: 1, Ending.ERROR: 1,
+    Ending.PANICKED: 1,
 }  # fmt: skip
 
 
@@ -52,8 +55,20 @@ def read_image(path: Path, what: str) -> bytes:
     help="What runs the vCPUs: kvm, soft, auto, or several in order, such as kvm:soft.",
 )  # fmt: skip
 @click.option(
-    "--machine", "board", type=click.Choice(list(boards.BOARDS)), default="pc", show_default=True, help="The board."
+    "--machine", "board", default="pc", show_default=True,
+    help="The board, with properties: pc, q35 or microvm; 'help' lists all.",
+)  # fmt: skip
+@click.option(
+    "--cpu", default=cpu_model.DEFAULT, show_default=True,
+    help="The CPU model, with flags, such as Haswell,-pcid; 'help' lists all.",
+)  # fmt: skip
+@click.option(
+    "--device", "devices", multiple=True, metavar="NAME[,PROPERTY=VALUE…]", help="Add a device; 'help' lists all."
 )
+@click.option(
+    "--grace", type=float, default=10.0, show_default=True, metavar="SECONDS",
+    help="How long after SIGTERM, which presses the guest's power button, the guest is stopped.",
+)  # fmt: skip
 @click.option("--no-reboot", is_flag=True, help="End when the guest reboots.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="End after this time, with status 124.")
 def run(
@@ -65,6 +80,9 @@ def run(
     cpus: int,
     accelerator: str,
     board: str,
+    cpu: str,
+    devices: tuple[str, ...],
+    grace: float,
     no_reboot: bool,
     timeout: float | None,
 ) -> int:
@@ -72,8 +90,11 @@ def run(
 
     NAME is a guest that `vmonty guest build` knows (busybox, which is also the default); or give --kernel.
     Leave with Ctrl-A x. The status is 0 after a power-off, 1 when the guest or KVM failed, 2 for bad
-    arguments, 124 after --timeout.
+    arguments, 124 after --timeout. SIGTERM presses the guest's power button.
     """
+    if (listing := asked_for_help(board, cpu, devices)) is not None:
+        click.echo(listing)
+        return 0
     if name not in (None, "busybox"):
         raise UsageError(f"unknown guest {name!r}; there is: busybox")
     if initrd is not None and kernel is None:
@@ -82,22 +103,29 @@ def run(
         raise UsageError("give either NAME or --kernel")
     if timeout is not None and not 0 < timeout <= MOST_SECONDS:
         raise UsageError(f"--timeout needs a number of seconds above 0, {MOST_SECONDS} at most")
+    if not 0 <= grace <= MOST_SECONDS:
+        raise UsageError(f"--grace needs a number of seconds from 0 to {MOST_SECONDS}")
     # Bad input first: it is cheaper to refuse than to open an accelerator.
     check_size(memory)
+    catalogue.check(board, devices)
+    cpu_model.check(cpu)
     config = None
+    parts: dict[str, Any] = {"memory": memory, "cpus": cpus, "machine": board, "cpu": cpu, "devices": devices}
     if kernel is not None:
         image, disk = read_image(kernel, "kernel"), read_image(initrd, "initrd") if initrd else None
         line = command_line if command_line is not None else "console=ttyS0"
-        config = Config(image, disk, line, memory, cpus, board)
+        config = Config(image, disk, line, **parts)
     choice = accel.choose(accelerator)
     with choice.system:
         if config is None:
-            config = default_guest(command_line, memory, cpus, board)
-        session = Session(choice, config, no_reboot)
+            config = default_guest(command_line, parts)
+        session = Session(choice, config, no_reboot, grace)
         outcome = session.run(timeout)
     if session.failure is not None:
         click.echo(f"vmonty: {session.failure}", err=True)
         return STATUS_FAILED
+    if outcome.status is not None and session.status is None:
+        return outcome.status
     if outcome.ending not in (Ending.POWER_OFF, Ending.STOPPED, Ending.RESET):
         click.echo(f"vmonty: {outcome.detail}", err=True)
         if dump := outcome.register_dump():
@@ -105,21 +133,32 @@ def run(
     return session.status if session.status is not None else STATUS[outcome.ending]
 
 
-def default_guest(command_line: str | None, memory: int, cpus: int, board: str) -> Config:
+def asked_for_help(board: str, cpu: str, devices: tuple[str, ...]) -> str | None:
+    """The list that a value of ``help`` asks for, None when there is none."""
+    if cpu == "help":
+        return cpu_model.models()
+    if board == "help":
+        return catalogue.TYPES.describe("machine")
+    return catalogue.TYPES.describe("device") if "help" in devices else None
+
+
+def default_guest(command_line: str | None, parts: dict[str, Any]) -> Config:
     """The busybox guest, fetched and built when it is not in the cache."""
     with terminal_progress() as progress:
         guest = busybox.build(progress=progress)
     line = command_line if command_line is not None else "console=ttyS0 quiet cryptomgr.notests=1"
-    return Config(read_image(guest.kernel, "kernel"), read_image(guest.initrd, "initrd"), line, memory, cpus, board)
+    return Config(read_image(guest.kernel, "kernel"), read_image(guest.initrd, "initrd"), line, **parts)
 
 
 class Session:
     """Runs one machine after another (a reset makes a new one) until something other than a reset ends it."""
 
-    def __init__(self, choice: accel.Choice, config: Config, no_reboot: bool) -> None:
+    def __init__(self, choice: accel.Choice, config: Config, no_reboot: bool, grace: float) -> None:
         self._choice = choice
         self._config = config
         self._no_reboot = no_reboot
+        self._grace = grace
+        self._deadline: threading.Timer | None = None
         self._machine: Machine | None = None
         self._stopping = threading.Event()
         self._console: Console | None = None
@@ -137,6 +176,17 @@ class Session:
         if machine := self._machine:
             machine.stop()
 
+    def power_down(self, status: int) -> None:
+        """Press the guest's power button; when it does not end in time, or at the second call, stop with *status*."""
+        if self._deadline is not None or not self._grace or self._machine is None:
+            self.stop(status)
+            return
+        self._deadline = threading.Timer(self._grace, self.stop, (status,))
+        self._deadline.daemon = True
+        self._deadline.start()
+        self._no_reboot = True
+        self._machine.press_power_button()
+
     def _receive(self, data: bytes) -> None:
         if machine := self._machine:
             machine.serial.receive(data)
@@ -149,7 +199,7 @@ class Session:
         """Boot and wait for the end."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            self.stop(128 + number)
+            (self.power_down if number == signal.SIGTERM else self.stop)(128 + number)
 
         console = Console(self._receive, self.stop, self._backlog)
         # Built before the terminal changes: what it refuses is told on a terminal in order.
@@ -170,9 +220,9 @@ class Session:
                     return self._loop(console)
                 finally:
                     # Nobody may release a console that is closing.
-                    if clock:
-                        clock.cancel()
-                        clock.join()
+                    for timer in filter(None, (clock, self._deadline)):
+                        timer.cancel()
+                        timer.join()
                     self._console = None
         finally:
             self.failure = console.failure

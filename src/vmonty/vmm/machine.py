@@ -8,15 +8,16 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import ClassVar, Self
+from types import MappingProxyType, TracebackType
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 from vmonty.base.errors import HandleClosed, UsageError
-from vmonty.kvm.api import System, Vcpu
+from vmonty.kvm.api import CpuidEntry, System, Vcpu
 from vmonty.kvm.uapi import Cap, flags
 from vmonty.kvm.uapi.irq import kvm_irq_routing_entry
+from vmonty.vmm import cpu
 from vmonty.vmm.boot import acpi, loader
 from vmonty.vmm.bus import Bus, BusDevice
 from vmonty.vmm.eventloop import EventLoop
@@ -25,7 +26,7 @@ from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.irq import InterruptLines, Line
 from vmonty.vmm.memory import LOW_RAM_LIMIT, GuestMemory, check_size
 from vmonty.vmm.outcome import Ending, Outcome
-from vmonty.vmm.vcpu import VcpuThread, cpuid_for
+from vmonty.vmm.vcpu import VcpuThread
 
 # An xAPIC's ID is a byte, and 0xFF is everybody.
 MOST_VCPUS = 255
@@ -69,7 +70,8 @@ class MmioSlot:
 class Config:
     """What a machine is made of; sizes in bytes. Raises UsageError and its kin for what no machine can have.
 
-    *machine* is a board's name, with properties as ``boards.create`` takes them.
+    *machine* is a board with properties (``q35,root-ports=2``), *cpu* a model with flags (``Haswell,-pcid``),
+    *devices* are devices by name (``isa-debug-exit,iobase=0xf4``): see ``vmonty.vmm.catalogue``.
     """
 
     kernel: bytes
@@ -78,19 +80,35 @@ class Config:
     memory: int = 512 << 20
     cpus: int = 1
     machine: str = "pc"
+    cpu: str = cpu.DEFAULT
+    devices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_size(self.memory)
         if not 1 <= self.cpus <= MOST_VCPUS:
             raise UsageError(f"{self.cpus} vCPUs: a machine has 1 to {MOST_VCPUS}")
+        cpu.check(self.cpu)
         loader.check(self.kernel, self.initrd, self.command_line, min(self.memory, LOW_RAM_LIMIT))
+
+
+class Closeable(Protocol):
+    """Something that is closed with the machine."""
+
+    def close(self) -> None:
+        """May be called once."""
+        ...
+
+
+Opened = TypeVar("Opened", bound=Closeable)
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Machine(ABC):
     """A virtual machine on *system*. Add devices, then start it; use it with ``with``.
 
-    *console* takes the serial output, on a vCPU's thread; devices do their work on ``loop``, the event loop's
-    thread. Raises UsageError and its kin for a bad configuration, KvmError when KVM refuses something.
+    *properties* are the board's, by name. *console* takes the serial output, on a vCPU's thread; devices do their
+    work on ``loop``, the event loop's thread. Raises UsageError and its kin for a bad configuration, KvmError when
+    KVM refuses something.
     """
 
     name: ClassVar[str]
@@ -98,17 +116,24 @@ class Machine(ABC):
     pit: ClassVar[bool] = True
     serial: Serial
 
-    def __init__(self, system: System, config: Config, console: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, system: System, config: Config, console: Callable[[bytes], None], properties: Mapping[str, Any] = EMPTY
+    ) -> None:
         limit = system.check_extension(Cap.MAX_VCPUS) or system.check_extension(Cap.NR_VCPUS)
         if config.cpus > limit:
             raise UsageError(f"{config.cpus} vCPUs: this KVM takes 1 to {limit}")
+        cpuid = cpu.table_maker(system, config.cpu, config.cpus)
+        self._cpuid = cpuid(0)
         self.config = config
+        self.properties = properties
         self.console = console
         self.memory = GuestMemory(config.memory, self.low_ram_limit)
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._outcome_lock = threading.Lock()
         self.vcpus: list[VcpuThread] = []
+        self._open: list[Closeable] = []
+        self.serial_ports = [1]  # numbers of the COM ports
         self.loop = EventLoop("io")
         self.resources = contextlib.ExitStack()  # closed when the vCPUs have ended, before the loop does
         self.vm = system.create_vm()
@@ -120,7 +145,7 @@ class Machine(ABC):
             self.lines = InterruptLines(self.vm)
             self.build()
             for index in range(config.cpus):
-                vcpu = self._create_vcpu(system, index)
+                vcpu = self._create_vcpu(index, cpuid(index))
                 self.vcpus.append(VcpuThread(vcpu, self.ports, self.mmio, self._end))
         except BaseException:
             self.close()
@@ -158,6 +183,11 @@ class Machine(ABC):
         """
         raise UsageError(f"a {self.name} has no virtio-mmio slots; choose the PCI form of the device")
 
+    def keep_open(self, file: Opened) -> Opened:
+        """Close *file* when the machine is closed; returns it."""
+        self._open.append(file)
+        return file
+
     # ---- building ---------------------------------------------------------------------------------------------
 
     def _create_chips(self) -> None:
@@ -176,10 +206,10 @@ class Machine(ABC):
         with contextlib.suppress(HandleClosed):
             self.vm.signal_msi(address, data)
 
-    def _create_vcpu(self, system: System, index: int) -> Vcpu:
+    def _create_vcpu(self, index: int, cpuid: Sequence[CpuidEntry]) -> Vcpu:
         vcpu = self.vm.create_vcpu(index)
         try:
-            self._configure(vcpu, system, index)
+            self._configure(vcpu, cpuid)
         except BaseException:
             vcpu.close()
             raise
@@ -189,9 +219,9 @@ class Machine(ABC):
         """EAX and EDX of CPUID leaf 1: signature and features, as SMBIOS tells them."""
         return next(((entry.eax, entry.edx) for entry in self._cpuid if entry.function == 1), (0, 0))
 
-    def _configure(self, vcpu: Vcpu, system: System, index: int) -> None:
-        self._cpuid = cpuid_for(system, index)
-        vcpu.set_cpuid2(self._cpuid)
+    @staticmethod
+    def _configure(vcpu: Vcpu, cpuid: Sequence[CpuidEntry]) -> None:
+        vcpu.set_cpuid2(cpuid)
         vcpu.set_msrs({MSR_MISC_ENABLE: MISC_ENABLE_FAST_STRINGS})
         # As firmware leaves it: the PIC on LINT0, NMI on LINT1.
         lapic = vcpu.get_lapic()
@@ -207,6 +237,15 @@ class Machine(ABC):
     def reset(self) -> None:
         """The guest asked for a reset. From any thread."""
         self._end(Outcome(Ending.RESET, "the guest asked for a reset"))
+
+    def debug_exit(self, status: int) -> None:
+        """The guest ends the machine with an exit status of its own."""
+        self._end(Outcome(Ending.DEBUG_EXIT, f"the guest ended with status {status}", status=status))
+
+    def panicked(self) -> None:
+        """The guest's kernel reported its panic; on the thread of the vCPU that did."""
+        registers = next((thread.registers() for thread in self.vcpus if thread.on_thread()), {})
+        self._end(Outcome(Ending.PANICKED, "the guest's kernel panicked", registers))
 
     def _boot(self) -> None:
         """Do what firmware would do, and enter the kernel."""
@@ -250,6 +289,8 @@ class Machine(ABC):
         finally:
             self.loop.stop()
             self.vm.close()
+            while self._open:
+                self._open.pop().close()
 
     def __enter__(self) -> Self:
         return self

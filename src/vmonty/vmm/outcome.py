@@ -12,6 +12,8 @@ class Ending(Enum):
     POWER_OFF = "power-off"
     RESET = "reset"
     SHUTDOWN = "shutdown"
+    PANICKED = "panicked"
+    DEBUG_EXIT = "debug-exit"
     HALTED = "halted"
     ERROR = "error"
     STOPPED = "stopped"
@@ -19,11 +21,15 @@ class Ending(Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """An ending, one line about it, and the registers of the vCPU that met it, where they matter."""
+    """An ending, one line about it, and the registers of the vCPU that met it, where they matter.
+
+    *status* is the exit status that the guest itself chose, by isa-debug-exit.
+    """
 
     ending: Ending
     detail: str
     registers: dict[str, int] = field(default_factory=dict)
+    status: int | None = None
 
     def register_dump(self) -> str:
         """The registers, four to a line; empty when there are none."""

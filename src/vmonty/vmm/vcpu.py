@@ -4,38 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 
 from vmonty.base.errors import HandleClosed, KvmError
-from vmonty.kvm.api import CpuidEntry, System, Vcpu
+from vmonty.kvm.api import Vcpu
 from vmonty.kvm.uapi import Exit
 from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN
 from vmonty.kvm.uapi.flags import KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET
 from vmonty.vmm.bus import Bus
 from vmonty.vmm.outcome import Ending, Outcome
-
-LEAF_FEATURES, LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2 = 1, 0xB, 0x1F
-FEATURE_TSC_DEADLINE, FEATURE_HYPERVISOR = 1 << 24, 1 << 31
-
-
-def cpuid_for(system: System, index: int) -> list[CpuidEntry]:
-    """What KVM supports, with this vCPU's APIC ID, the hypervisor bit and the TSC deadline timer.
-
-    KVM leaves the last two to user space (api.rst, KVM_GET_SUPPORTED_CPUID); without them a guest
-    may wait for ever while it calibrates its timers.
-    """
-    entries = []
-    for entry in system.supported_cpuid():
-        if entry.function == LEAF_FEATURES:
-            entry = replace(
-                entry,
-                ebx=entry.ebx & 0x00FF_FFFF | index << 24,
-                ecx=entry.ecx | FEATURE_HYPERVISOR | FEATURE_TSC_DEADLINE,
-            )
-        elif entry.function in (LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2):
-            entry = replace(entry, edx=index)
-        entries.append(entry)
-    return entries
 
 
 class VcpuThread:
@@ -77,10 +53,10 @@ class VcpuThread:
         except HandleClosed:
             return
         except KvmError as error:
-            self._ended(Outcome(Ending.ERROR, str(error), self._registers()))
+            self._ended(Outcome(Ending.ERROR, str(error), self.registers()))
         except Exception as error:  # whatever it is, the machine must end: nobody else would notice this thread's death
             detail = f"internal error on {self._thread.name}: {type(error).__name__}: {error}"
-            self._ended(Outcome(Ending.ERROR, detail, self._registers()))
+            self._ended(Outcome(Ending.ERROR, detail, self.registers()))
 
     def _handle(self, reason: Exit | int) -> Outcome | None:
         match reason:
@@ -91,25 +67,25 @@ class VcpuThread:
             case Exit.INTR | Exit.IRQ_WINDOW_OPEN:
                 pass
             case Exit.SHUTDOWN:
-                return Outcome(Ending.SHUTDOWN, "the guest ended in a triple fault", self._registers())
+                return Outcome(Ending.SHUTDOWN, "the guest ended in a triple fault", self.registers())
             case Exit.SYSTEM_EVENT:
                 return self._system_event()
             case Exit.HLT:
-                return Outcome(Ending.HALTED, "the guest halted with nothing that could wake it", self._registers())
+                return Outcome(Ending.HALTED, "the guest halted with nothing that could wake it", self.registers())
             case Exit.FAIL_ENTRY:
                 failure = self.vcpu.kvm_run.u.fail_entry.hardware_entry_failure_reason
                 return Outcome(
-                    Ending.ERROR, f"KVM could not enter the guest (hardware reason {failure:#x})", self._registers()
+                    Ending.ERROR, f"KVM could not enter the guest (hardware reason {failure:#x})", self.registers()
                 )
             case Exit.INTERNAL_ERROR:
                 internal = self.vcpu.kvm_run.u.internal
                 data = " ".join(f"{word:#x}" for word in internal.data[: min(internal.ndata, 16)])
                 return Outcome(
-                    Ending.ERROR, f"KVM's internal error {internal.suberror} (data: {data})", self._registers()
+                    Ending.ERROR, f"KVM's internal error {internal.suberror} (data: {data})", self.registers()
                 )
             case _:
                 return Outcome(
-                    Ending.ERROR, f"KVM left with exit reason {reason!r}, which is unexpected", self._registers()
+                    Ending.ERROR, f"KVM left with exit reason {reason!r}, which is unexpected", self.registers()
                 )
         return None
 
@@ -136,10 +112,15 @@ class VcpuThread:
         if kind == KVM_SYSTEM_EVENT_RESET:
             return Outcome(Ending.RESET, "the guest asked for a reset")
         if kind == KVM_SYSTEM_EVENT_CRASH:
-            return Outcome(Ending.SHUTDOWN, "the guest reported a crash", self._registers())
+            return Outcome(Ending.SHUTDOWN, "the guest reported a crash", self.registers())
         return Outcome(Ending.POWER_OFF, "the guest powered off")
 
-    def _registers(self) -> dict[str, int]:
+    def on_thread(self) -> bool:
+        """Does the caller run on this vCPU's thread, which is where its exits are handled?"""
+        return self._thread is threading.current_thread()
+
+    def registers(self) -> dict[str, int]:
+        """The general and control registers by name, for a person; empty when they cannot be had. On its thread."""
         try:
             regs, sregs = self.vcpu.get_regs(), self.vcpu.get_sregs()
         except (KvmError, HandleClosed):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vmonty.base.errors import UsageError
 from vmonty.kvm.api import System
 from vmonty.vmm.boards.microvm import Microvm
 from vmonty.vmm.boards.pc import Pc
@@ -15,7 +14,19 @@ BOARDS: dict[str, type[Machine]] = {board.name: board for board in (Pc, Q35, Mic
 
 
 def create(system: System, config: Config, console: Callable[[bytes], None]) -> Machine:
-    """The machine that *config* describes, on *system*. Raises what Machine raises, UsageError for an unknown board."""
-    if config.machine not in BOARDS:
-        raise UsageError(f"unknown machine {config.machine!r}; there are: {', '.join(BOARDS)}")
-    return BOARDS[config.machine](system, config, console)
+    """The machine that *config* describes, on *system*, with its devices.
+
+    Raises what Machine raises, and UsageError for an unknown board, property or device.
+    """
+    from vmonty.vmm.catalogue import TYPES  # which names the boards of this package
+
+    board = TYPES.create(config.machine, "machine")
+    devices = [TYPES.create(text, "device") for text in config.devices]
+    machine: Machine = board.realize(system, config, console)
+    try:
+        for device in devices:
+            device.realize(machine)
+    except BaseException:
+        machine.close()
+        raise
+    return machine

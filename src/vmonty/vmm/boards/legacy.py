@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmonty.vmm.boot import aml, dsdt
@@ -12,13 +13,14 @@ from vmonty.vmm.hw.debug_ports import PostPort
 from vmonty.vmm.hw.i8042 import I8042
 from vmonty.vmm.hw.port92 import Port92
 from vmonty.vmm.hw.ps2 import Ps2Keyboard, Ps2Mouse
+from vmonty.vmm.hw.pvpanic import Pvpanic
 from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.machine import Machine
 
 COM_PORTS = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
 I8042_DATA, KEYBOARD_IRQ, MOUSE_IRQ = 0x60, 1, 12
 RTC, RTC_IRQ = 0x70, 8
-POST, FAST_A20 = 0x80, 0x92
+POST, FAST_A20, PVPANIC = 0x80, 0x92, 0x505
 CMOS_PROCESSORS = 0x5F
 
 # What firmware leaves in the command byte: interrupts on, scan codes translated.
@@ -55,6 +57,7 @@ def add_legacy_devices(machine: Machine) -> LegacyDevices:
     cmos.store(CMOS_PROCESSORS, bytes((machine.config.cpus - 1,)))
     ports.place(RTC, 2, cmos, "cmos")
     ports.place(POST, 1, post, "post")
+    ports.place(PVPANIC, 1, Pvpanic(machine.panicked), "pvpanic")
     ports.place(FAST_A20, 1, Port92(machine.reset), "port92")
     return LegacyDevices(serial, keyboard, mouse, controller, cmos, post)
 
@@ -65,9 +68,8 @@ def prepare_legacy_devices(devices: LegacyDevices) -> None:
     devices.controller.write(0, 1, COMMAND_BYTE)
 
 
-def describe_legacy_devices() -> bytes:
+def describe_legacy_devices(serial_ports: Sequence[int]) -> bytes:
     """Their AML, to stand inside the ISA bridge's device."""
-    base, irq = COM_PORTS[0]
     return b"".join(
         (
             dsdt.plain_device("RTC", "PNP0B00", aml.io(RTC, 8), aml.irq(RTC_IRQ)),
@@ -75,6 +77,7 @@ def describe_legacy_devices() -> bytes:
                 "KBD", "PNP0303", aml.io(I8042_DATA, 1), aml.io(I8042_DATA + 4, 1), aml.irq(KEYBOARD_IRQ)
             ),
             dsdt.plain_device("MOU", "PNP0F13", aml.irq(MOUSE_IRQ)),
-            dsdt.serial_port(1, base, irq),
+            dsdt.plain_device("PEVT", "QEMU0001", aml.io(PVPANIC, 1)),
+            *(dsdt.serial_port(number, *COM_PORTS[number - 1]) for number in sorted(serial_ports)),
         )
     )

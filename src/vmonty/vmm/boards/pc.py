@@ -65,7 +65,7 @@ class Pc(PciMachine):
         bridge = dsdt.isa_bridge(
             SOUTH_BRIDGE_SLOT,
             dsdt.pirq_registers(PIRQ_ROUTES, ROUTE_FIELDS),
-            describe_legacy_devices(),
+            describe_legacy_devices(self.serial_ports),
             describe_fw_cfg(),
         )  # fmt: skip
         return acpi.Platform(

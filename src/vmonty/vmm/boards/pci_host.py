@@ -6,7 +6,7 @@ import struct
 
 from vmonty.vmm.boot import acpi, aml, dsdt, linux, pci_setup, smbios
 from vmonty.vmm.boot.dsdt import Window
-from vmonty.vmm.boot.smbios import Identity
+from vmonty.vmm.boot.smbios import NOT_SET, Identity
 from vmonty.vmm.bus import BusDevice
 from vmonty.vmm.hw import fw_cfg
 from vmonty.vmm.hw.acpi_pm import AcpiPm
@@ -68,7 +68,7 @@ class PciMachine(Machine):
     @property
     def identity(self) -> Identity:
         """What DMI says of this machine."""
-        return Identity(product=self.name)
+        return Identity(product=self.name, uuid=self.properties.get("uuid", NOT_SET))
 
     def press_power_button(self) -> None:
         """The fixed power button of ACPI."""

@@ -11,7 +11,7 @@ from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine, describe_fw
 from vmonty.vmm.boot import acpi, aml, dsdt
 from vmonty.vmm.hw import ich9_lpc, q35_mch
 from vmonty.vmm.hw.ich9_lpc import FIRST_INTERNAL_SLOT, Ich9Lpc
-from vmonty.vmm.hw.pci import Ecam
+from vmonty.vmm.hw.pci import Ecam, PcieRootPort
 from vmonty.vmm.hw.q35_mch import Q35Mch
 
 ECAM, ECAM_SIZE = 0xB000_0000, 256 << 20
@@ -44,6 +44,8 @@ class Q35(PciMachine):
         self.legacy = add_legacy_devices(self)
         self.serial = self.legacy.serial
         self._add_fw_cfg()
+        for number in range(self.properties.get("root_ports", 0)):
+            bus.add(PcieRootPort(f"root-port.{number}", number + 1))
 
     def _intx(self, slot: int, pin: int, level: int) -> None:
         self.lpc.intx(slot, pin, level)
@@ -64,7 +66,7 @@ class Q35(PciMachine):
     def platform(self) -> acpi.Platform:
         """The ACPI tables' contents."""
         routing = dsdt.routing_by_gsi(lambda slot, pin: FIRST_PIRQ_GSI + pirq_of(slot, pin))
-        bridge = dsdt.isa_bridge(LPC_SLOT, describe_legacy_devices(), describe_fw_cfg())
+        bridge = dsdt.isa_bridge(LPC_SLOT, describe_legacy_devices(self.serial_ports), describe_fw_cfg())
         # Linux believes in the window only when a motherboard device reserves it.
         reserved = dsdt.plain_device("MEMC", "PNP0C02", aml.fixed_memory(ECAM, ECAM_SIZE), uid=1)
         return acpi.Platform(

@@ -1,0 +1,160 @@
+"""Every type that can be named on a command line: machines, accelerators, CPU models, devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from vmonty.base.cpu_models import MODELS
+from vmonty.base.errors import UsageError
+from vmonty.kvm.api import System
+from vmonty.vmm.accel import ACCELERATORS
+from vmonty.vmm.boards import BOARDS
+from vmonty.vmm.boards.legacy import COM_PORTS
+from vmonty.vmm.boot.smbios import NOT_SET
+from vmonty.vmm.hw.debug_ports import DebugConsole, DebugExit
+from vmonty.vmm.hw.pci import PcieRootPort
+from vmonty.vmm.hw.serial import Serial
+from vmonty.vmm.machine import Config, Machine
+from vmonty.vmm.qom import Property, TypeInfo, TypeRegistry, number
+
+
+def _uuid(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise ValueError("a UUID such as 01234567-89ab-cdef-0123-456789abcdef") from None
+
+
+def _up_to(most: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not 0 <= (value := number(text)) <= most:
+            raise ValueError(f"a number from 0 to {most}")
+        return value
+
+    return convert
+
+
+def _board(name: str) -> Callable[..., Machine]:
+    def make(system: System, config: Config, console: Callable[[bytes], None], **properties: Any) -> Machine:
+        return BOARDS[name](system, config, console, properties)
+
+    return make
+
+
+MACHINES = (
+    TypeInfo("machine", abstract=True, help="a whole computer"),
+    TypeInfo(
+        "x86-machine", "machine", abstract=True,
+        properties=(Property("uuid", "the machine's UUID, which DMI shows", NOT_SET, _uuid),),
+    ),
+    TypeInfo("pc", "x86-machine", "i440FX and PIIX3, PCI", make=_board("pc")),
+    TypeInfo(
+        "q35", "x86-machine", "Q35 and ICH9, PCI Express", make=_board("q35"),
+        properties=(Property("root-ports", "PCI Express root ports", 0, _up_to(16)),),
+    ),
+    TypeInfo("microvm", "x86-machine", "virtio-mmio, no PCI, no legacy: boots fastest", make=_board("microvm")),
+)  # fmt: skip
+
+ACCELS = (
+    TypeInfo("accel", abstract=True, help="what runs the vCPUs"),
+    *(TypeInfo(name, "accel", f"KVM provider {provider}") for name, provider in ACCELERATORS.items()),
+)
+
+CPUS = (
+    TypeInfo("cpu", abstract=True),
+    TypeInfo("x86-cpu", "cpu", abstract=True, class_properties={"width": 64}),
+    *(
+        TypeInfo(
+            name, "x86-cpu", model.brand,
+            class_properties={"vendor": model.vendor, "family": model.family, "model": model.model},
+        )
+        for name, model in MODELS.items()
+    ),
+)  # fmt: skip
+
+
+# ---- devices of the boards themselves; virtio's stand in virtio/ --------------------------------------------------
+
+
+def _file_output(machine: Machine, file: str, what: str) -> Callable[[bytes], None]:
+    try:
+        opened = machine.keep_open(Path(file).open("wb", buffering=0))  # noqa: SIM115  # it lives with the machine
+    except OSError as error:
+        raise UsageError(f"{what}: {file} cannot be written: {error.strerror}") from error
+
+    def write(data: bytes) -> None:
+        opened.write(data)
+
+    return write
+
+
+def _debug_console(machine: Machine, iobase: int, file: str | None) -> DebugConsole:
+    device = DebugConsole(machine.console if file is None else _file_output(machine, file, "isa-debugcon"))
+    machine.ports.place(iobase, 1, device, "isa-debugcon")
+    return device
+
+
+def _debug_exit(machine: Machine, iobase: int, iosize: int) -> DebugExit:
+    device = DebugExit(machine.debug_exit)
+    machine.ports.place(iobase, iosize, device, "isa-debug-exit")
+    return device
+
+
+def _serial(machine: Machine, index: int, file: str | None) -> Serial:
+    if file is None:
+        raise UsageError("isa-serial needs file=…, where its output goes")
+    base, irq = COM_PORTS[index - 1]
+    device = Serial(machine.lines.source(irq), _file_output(machine, file, "isa-serial"))
+    machine.ports.place(base, 8, device, f"serial{index}")
+    machine.serial_ports.append(index)
+    return device
+
+
+def _com(text: str) -> int:
+    if not 2 <= (index := number(text)) <= len(COM_PORTS):
+        raise ValueError(f"a number from 2 to {len(COM_PORTS)} (COM1 is the console)")
+    return index
+
+
+def _root_port(machine: Machine, id: str, slot: int | None) -> PcieRootPort:  # noqa: A002  # QEMU's word for it
+    port = PcieRootPort(id, slot or 0)
+    machine.add_device(port, slot)
+    return port
+
+
+PORT = _up_to(0xFFFF)
+DEVICES = (
+    TypeInfo("device", abstract=True),
+    TypeInfo("isa-device", "device", abstract=True),
+    TypeInfo("pci-device", "device", abstract=True),
+    TypeInfo(
+        "isa-debugcon", "isa-device", "firmware's debug console", make=_debug_console,
+        properties=(
+            Property("iobase", "its port", 0x402, PORT), Property("file", "where it goes; else the console"),
+        ),
+    ),
+    TypeInfo(
+        "isa-debug-exit", "isa-device", "ends with an exit status of the guest's", make=_debug_exit,
+        properties=(Property("iobase", "its port", 0x501, PORT), Property("iosize", "its ports", 2, _up_to(8))),
+    ),
+    TypeInfo(
+        "isa-serial", "isa-device", "a second to fourth serial port", make=_serial,
+        properties=(Property("index", "2 for COM2 to 4 for COM4", 2, _com), Property("file", "where it writes")),
+    ),
+    TypeInfo(
+        "pcie-root-port", "pci-device", "a PCI Express root port", make=_root_port,
+        properties=(Property("id", "its name", "root-port"), Property("slot", "where it goes", None, _up_to(31))),
+    ),
+)  # fmt: skip
+
+TYPES = TypeRegistry((*MACHINES, *ACCELS, *CPUS, *DEVICES))
+
+
+def check(machine: str, devices: tuple[str, ...]) -> None:
+    """Raise UsageError for a machine, device or property that does not exist, without making anything."""
+    TYPES.create(machine, "machine")
+    for text in devices:
+        TYPES.create(text, "device")
