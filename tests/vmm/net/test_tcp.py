@@ -71,6 +71,7 @@ class Ends:
 
     def take(self):
         self.tcb.flush()
+        self.loop.advance(tcp.ACK_SECONDS)
         taken, self.sent = self.sent, []
         return taken
 
@@ -163,6 +164,20 @@ def test_data_in_order_is_delivered_and_acknowledged_once_for_a_batch(irs):
     ends.guest(irs + 7, 5001, ACK | PSH, b"world")
     assert ends.got == b"hello world"
     assert [(flags, ack) for flags, _, ack, _, _ in ends.take()] == [(ACK, irs + 12 & MASK)]
+
+
+def test_acknowledgements_wait_for_an_answer_or_for_more():
+    ends = opened()
+    ends.guest(1001, 5001, ACK, b"question")
+    ends.tcb.flush()
+    assert ends.sent == []
+    ends.supply.append(b"answer")
+    ends.tcb.flush()
+    assert [(ack, payload) for _, _, ack, _, payload in ends.sent] == [(1009, b"answer")]
+    ends.sent.clear()
+    ends.guest(1009, 5007, ACK, bytes(tcp.ACK_BYTES))
+    ends.tcb.flush()
+    assert ends.sent[0][2] == 1009 + tcp.ACK_BYTES
 
 
 def test_a_hole_is_told_at_once_with_what_is_behind_it():

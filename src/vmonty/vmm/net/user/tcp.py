@@ -37,6 +37,10 @@ DUPLICATE_ACKS = 3
 # Reads of the application at a stretch, before others have their turn.
 MOST_READS = 16
 
+# Acknowledgements wait this long for an answer to ride on, or for this many bytes: each one interrupts a guest,
+# and with fewer of them the guest sends larger segments. RFC 9293, 3.8.6.3 allows half a second.
+ACK_SECONDS, ACK_BYTES = 0.002, 8192
+
 HALF, MASK = 1 << 31, (1 << 32) - 1
 
 
@@ -142,6 +146,9 @@ class Tcb:
         self._fin_at: int | None = None
         self._finished = False
         self._ack_due = False
+        self._prompt = False  # the acknowledgement must not wait
+        self._acked = 0  # what the guest knows that we have
+        self._ack_timer: Timer | None = None
         # Time.
         self._srtt = self._rttvar = 0.0
         self.rto = FIRST_RTO
@@ -253,7 +260,7 @@ class Tcb:
         if length and self.state in _RECEIVING:
             self._text(seq, payload, bool(fin))
         elif length:
-            self._ack_due = True  # after the guest's FIN
+            self._ack_due = self._prompt = True  # after the guest's FIN
 
     def _in_syn_sent(self, seq: int, ack: int, flags: int, window: int, options: Buffer) -> None:
         acceptable = bool(flags & ACK) and ack == self.snd_max & MASK
@@ -278,7 +285,7 @@ class Tcb:
             self._send_syn()
             return
         self._established(self.snd_max)
-        self._ack_due = True
+        self._ack_due = self._prompt = True
 
     def _established(self, ack: int) -> None:
         self.state = State.ESTABLISHED
@@ -385,6 +392,7 @@ class Tcb:
         if fin and (self._fin_at is None or self._fin_at == end) and end <= self._rcv_edge:
             self._fin_at = end
         if seq < self.rcv_nxt:
+            self._prompt = True  # repeated: the guest missed something of ours
             payload = memoryview(payload)[self.rcv_nxt - seq :]
             seq = self.rcv_nxt
         if end > self._rcv_edge:
@@ -402,6 +410,7 @@ class Tcb:
             self.rcv_nxt += len(payload)
             self._deliver(payload)
         if self._early and not self.over():
+            self._prompt = True
             self._take_early()
         if self._fin_at == self.rcv_nxt and self.state in _RECEIVING:
             self._guest_finished()
@@ -461,11 +470,11 @@ class Tcb:
         self._tell_finished()
         # Tell a guest that waits; in steps that are worth a packet. RFC 9293, 3.8.6.2.2.
         if self.state in _RECEIVING and self._window() - (self._rcv_edge - self.rcv_nxt) >= RECEIVE_BUFFER // 4:
-            self._ack_due = True
+            self._ack_due = self._prompt = True
 
     def _guest_finished(self) -> None:
         self.rcv_nxt += 1
-        self._ack_due = True
+        self._ack_due = self._prompt = True
         while self._early:
             self._drop_early(0)
         match self.state:
@@ -502,7 +511,8 @@ class Tcb:
         options = b""
         if self._early and self._sack and not payload:
             options = sack_option(self._sack_blocks())
-        self._ack_due = False
+        self._ack_due = self._prompt = False
+        self._acked = self.rcv_nxt
         self._wire.output(flags, seq, self.rcv_nxt, self._advertised(), options, payload)
 
     def _sack_blocks(self) -> list[tuple[int, int]]:
@@ -523,7 +533,7 @@ class Tcb:
 
     def _challenge(self) -> None:
         # At the end of a batch: a flood of these gets one answer. RFC 5961, 7 "ACK throttling".
-        self._ack_due = True
+        self._ack_due = self._prompt = True
 
     def flush(self) -> None:
         """Send what is to be sent: data, and the acknowledgement that is due."""
@@ -531,6 +541,15 @@ class Tcb:
             return
         if self.state in _SENDING or self.snd_nxt < self.snd_max:
             self._transmit()
+        if not self._ack_due or self.over():
+            return
+        if self._prompt or self.rcv_nxt - self._acked >= ACK_BYTES:
+            self._ack_now()
+        elif self._ack_timer is None:
+            self._ack_timer = self._wire.call_later(ACK_SECONDS, self._ack_waited)
+
+    def _ack_waited(self) -> None:
+        self._ack_timer = None
         if self._ack_due and not self.over():
             self._ack_now()
 
@@ -693,6 +712,9 @@ class Tcb:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._ack_timer is not None:
+            self._ack_timer.cancel()
+            self._ack_timer = None
         self._deadline = None
         self._budget.left += sum(map(len, self._chunks)) + self._pending_size + self._early_size
         self._chunks.clear()
