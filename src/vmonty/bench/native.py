@@ -47,7 +47,7 @@ def _map(image: Image) -> None:
     """Place the image where it was linked to."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     access = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
     sharing = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
     if libc.mmap(IMAGE_BASE, IMAGE_ROOM, access, sharing, -1, 0) != IMAGE_BASE:

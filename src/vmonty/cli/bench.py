@@ -14,7 +14,7 @@ from vmonty.bench.report import Report
 from vmonty.cli.progress import terminal_progress
 
 
-@click.group()
+@click.group(epilog="Example:  vmonty bench cpu --quick")
 def bench() -> None:
     """Measure this build, its peers beside it: medians of paired runs, in CPU time."""
 

@@ -557,11 +557,9 @@ def _flat(s: cython.pointer(CpuState), k: cython.int) -> cython.int:
 def mode_changed(s):
     """Recompute what depends on control registers, CPL, and the code and stack segments.
 
-    block_key: bits 0-2 mode, 3 user, 4-5 TLB set; outside 64-bit mode 6 stack is 32 bits wide, 7 flat data segments (bases
-    0, full limits),
-    8 flat code segment; 9 CR0.TS or EM (vector instructions trap), 10 CR0.EM, 11 CR4.OSFXSR, 12 AVX enabled,
-    13 CR4.TSD with CPL > 0, 14 CR0.MP and TS (FWAIT),
-    16-18 INTERCEPT_*.
+    block_key: bits 0-2 mode, 3 user, 4-5 TLB set; outside 64-bit mode 6 stack is 32 bits wide, 7 flat data
+    segments (bases 0, full limits), 8 flat code segment; 9 CR0.TS or EM (vector instructions trap), 10 CR0.EM,
+    11 CR4.OSFXSR, 12 AVX enabled, 13 CR4.TSD with CPL > 0, 14 CR0.MP and TS (FWAIT), 16-18 INTERCEPT_*.
     """
     key: uint32_t
     rights: uint32_t = s.segs[CS].access_rights

@@ -10,7 +10,6 @@ from cython.cimports.vmonty.cpu.vmcs import VMCS_REVISION
 
 from vmonty.cpu.vmcs import Field
 
-
 _exists = cython.declare(cython.uchar[0x8000])
 
 

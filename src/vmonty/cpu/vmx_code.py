@@ -1,13 +1,11 @@
 """VMXON to VMXOFF as instructions, and the exits of a guest whose hypervisor is code of this processor.
 
-SDM, "VMX Instruction Reference"; "Conventions": VMsucceed, VMfailInvalid, VMfailValid; "Loading Host State". A VMCS lies
-in the guest-physical memory of the bare processor, in the format of our own that ``vmcs`` describes.
+SDM, "VMX Instruction Reference"; "Conventions": VMsucceed, VMfailInvalid, VMfailValid; "Loading Host State". A VMCS
+lies in the guest-physical memory of the bare processor, in the format of our own that ``vmcs`` describes.
 """
 
 import cython
-from cython.cimports.vmonty.cpu.control import host_tsc
 from cython.cimports.vmonty.cpu.cpuid import cr4_allowed, efer_allowed
-from cython.cimports.vmonty.cpu.msr import read_msr
 from cython.cimports.vmonty.cpu.paging import physical_to_host
 from cython.cimports.vmonty.cpu.segments import canonical
 from cython.cimports.vmonty.cpu.state import (

@@ -9,6 +9,7 @@ import cython
 from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.control import host_tsc, load_pdptes
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
+from cython.cimports.vmonty.cpu.paging import physical_to_host
 from cython.cimports.vmonty.cpu.preemption import preemption_arm, preemption_disarm
 from cython.cimports.vmonty.cpu.state import (
     CR0_PE,
@@ -30,7 +31,6 @@ from cython.cimports.vmonty.cpu.state import (
     SHADOW_MOV_SS,
     SS,
 )
-from cython.cimports.vmonty.cpu.paging import physical_to_host
 from cython.cimports.vmonty.cpu.tlb import flush_all, flush_non_global, mode_changed
 from cython.cimports.vmonty.cpu.vmcs import (
     CPU_BASED_VM_EXEC_CONTROL,

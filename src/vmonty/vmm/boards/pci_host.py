@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from vmonty.vmm.boot import acpi, aml, dsdt, linux, pci_setup, smbios
+from vmonty.vmm.boot import acpi, aml, dsdt, lowmem, pci_setup, smbios
 from vmonty.vmm.boot.dsdt import Window
 from vmonty.vmm.boot.smbios import NOT_SET, Identity
 from vmonty.vmm.bus import BusDevice
@@ -55,7 +55,7 @@ class PciMachine(Machine):
         device.add(fw_cfg.MAX_CPUS, cpus)
         device.add(IRQ0_OVERRIDE, b"\1\0\0\0")
         blocks = [(block.base, block.size) for block in self.memory.blocks]
-        device.add_file("etc/e820", b"".join(struct.pack("<QQI", *block, linux.E820_RAM) for block in blocks))
+        device.add_file("etc/e820", b"".join(struct.pack("<QQI", *block, lowmem.E820_RAM) for block in blocks))
         for name, data in acpi.firmware_files(self.platform()).items():
             device.add_file(name, data)
         structures, count = smbios.tables(self.identity, config.cpus, blocks, *self.cpu_identity())
