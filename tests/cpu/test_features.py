@@ -66,7 +66,8 @@ def needed(row: isa.Row, code: bytes) -> str:
     assert isinstance(got, dict)
     if row.feature == "cx8" and got["operand_size"] == 8:
         return "cx16"
-    wide = row.vex and bool(code[2] & 4)
+    vex = code.lstrip(b"\x67")
+    wide = row.vex and bool(vex[1 if vex[0] == 0xC5 else 2] & 4)
     if ("y2" in row.attributes and wide) or ("r2" in row.attributes and not got["has_memory"]):
         return "avx2"
     return row.feature

@@ -37,6 +37,7 @@ cdef enum:
     C_EMMS
     C_FPU
     C_GATHER
+    C_MASKED
 
 # OpRow.attributes
 cdef enum:

@@ -442,7 +442,13 @@ def decode(code, available, rip, code_size, i):
     else:
         if attributes & A_O64:
             return DECODE_INVALID
-        i.w = i.w if attributes & A_VECTOR else 0
+        if i.vex:  # with general registers VEX.W is ignored; REX there is none
+            for k in range(r.operands):
+                byte = r.letter[k]
+                if byte == ord("E") or byte == ord("G") or byte == ord("B"):
+                    i.w = 0
+            if i.map == 3 and i.opcode >> 1 == 0x30:  # PCMPESTRM, PCMPESTRI: lengths in rAX and rDX
+                i.w = 0
         i.address_size = (6 - code_size) if address_prefix else code_size
         i.operand_size = (6 - code_size) if i.prefix66 else code_size
     if i.vex:
@@ -506,11 +512,15 @@ def decode(code, available, rip, code_size, i):
             if byte == ord("J"):
                 i.immediate = cython.cast(uint64_t, _sign_extend(i.immediate, size))
             elif byte == ord("L"):
+                if not long_mode:
+                    i.immediate &= 0x7F
                 i.is4 = i.immediate >> 4
     if i.vex and not used_vvvv and i.vvvv:
         return DECODE_INVALID
     if i.vex and i.opcode == 0x10 | (i.opcode & 1) and i.map == 1 and i.pp >= 2 and i.has_memory and i.vvvv:
         return DECODE_INVALID
+    if not long_mode and i.segment < 0:
+        i.segment = 3
     if i.lock:
         if not attributes & A_LOCK or not i.has_memory:
             return DECODE_INVALID

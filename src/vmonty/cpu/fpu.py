@@ -13,6 +13,7 @@ from cython.cimports.vmonty.cpu.state import (
     ACCESS_READ,
     ACCESS_WRITE,
     CR4_OSXSAVE,
+    MODE_LONG64,
     RAX,
     RDX,
     has_feature,
@@ -24,6 +25,8 @@ from cython.cimports.vmonty.cpu.vmx_exit import SECOND_XSAVES, vmx_lacks
 
 from vmonty.cpu import opcodes
 
+HIGH_XMM = cython.declare(cython.int, 288)  # xmm8 and the upper half of ymm8 in an XSAVE area
+HIGH_YMM = cython.declare(cython.int, 704)
 _XSAVEC = cython.declare(cython.int, opcodes.FEATURES.index("xsavec"))
 
 
@@ -39,9 +42,15 @@ def _host(s: cython.pointer(CpuState), operation: cython.int, buffer: cython.p_u
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
+def _aligned(memory: cython.p_uchar) -> cython.p_uchar:
+    return cython.cast(cython.p_uchar, (cython.cast(uint64_t, memory) + 63) & ~cython.cast(uint64_t, 63))
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
 def _buffer(s: cython.pointer(CpuState)) -> cython.p_uchar:
-    at: uint64_t = cython.cast(uint64_t, cython.address(s.bounce[0][0]))
-    return cython.cast(cython.p_uchar, (at + 63) & ~cython.cast(uint64_t, 63))
+    return _aligned(cython.cast(cython.p_uchar, cython.address(s.bounce[0][0])))
 
 
 @cython.cfunc
@@ -51,6 +60,53 @@ def _zero(at: cython.p_uchar, size: cython.int) -> cython.void:
     k: cython.int
     for k in range(size):
         at[k] = 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _copy(to: cython.p_uchar, source: cython.p_uchar, size: cython.int) -> cython.void:
+    k: cython.int
+    for k in range(size):
+        to[k] = source[k]
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _save(s: cython.pointer(CpuState), operation: cython.int, b: cython.p_uchar, mask: uint64_t) -> cython.void:
+    """Save into a buffer that holds the guest's bytes; outside 64-bit mode those of xmm8 to ymm15 stay."""
+    kept: cython.uchar[256]
+    if s.mode == MODE_LONG64:
+        _host(s, operation, b, mask)
+        return
+    _copy(cython.address(kept[0]), b + HIGH_XMM, 128)
+    _copy(cython.address(kept[128]), b + HIGH_YMM, 128)
+    _host(s, operation, b, mask)
+    _copy(b + HIGH_XMM, cython.address(kept[0]), 128)
+    _copy(b + HIGH_YMM, cython.address(kept[128]), 128)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _restore(s: cython.pointer(CpuState), operation: cython.int, b: cython.p_uchar, mask: uint64_t) -> cython.void:
+    """Restore from a buffer; outside 64-bit mode the registers xmm8 to ymm15 stay as they are."""
+    memory: cython.uchar[1792]
+    before: cython.p_uchar = _aligned(cython.address(memory[0]))
+    after: cython.p_uchar = before + 832
+    if s.mode == MODE_LONG64:
+        _host(s, operation, b, mask)
+        return
+    _zero(before + 512, 64)
+    _zero(after + 512, 64)
+    _host(s, 2, before, 6)
+    _host(s, operation, b, mask)
+    _host(s, 2, after, 6)
+    _copy(after + HIGH_XMM, before + HIGH_XMM, 128)
+    _copy(after + HIGH_YMM, before + HIGH_YMM, 128)
+    after[512] |= before[512]
+    _host(s, 3, after, 6)
 
 
 @cython.cfunc
@@ -69,7 +125,7 @@ def _xsave(s: cython.pointer(CpuState), linear: uint64_t, compact: cython.int) -
         r = read_linear(s, linear, b, size, ACCESS_READ)
     if r:
         return r
-    _host(s, 12 if compact else 2, b, mask)
+    _save(s, 12 if compact else 2, b, mask)
     if mask & 1 and (not compact or b[512] & 1):
         _zero(b + 6, 18)
     return write_linear(s, linear, b, size, ACCESS_WRITE)
@@ -108,7 +164,7 @@ def _xrstor(s: cython.pointer(CpuState), linear: uint64_t, compact_only: cython.
     if mask & 6 if not header[1] else mask & header[0] & 2:
         if cython.cast(cython.pointer(uint32_t), b + 24)[0] >> 16:
             return raise_error(s, 13, 0)
-    _host(s, 3, b, mask)
+    _restore(s, 3, b, mask)
     return 0
 
 
@@ -125,7 +181,7 @@ def _fxsave(s: cython.pointer(CpuState), i: cython.pointer(Insn), linear: uint64
         r = read_linear(s, linear, b, 512, ACCESS_READ)
     if r:
         return r
-    _host(s, 0, b, 0)
+    _save(s, 0, b, 0)
     _zero(b + 6, 18)
     return write_linear(s, linear, b, 512, ACCESS_WRITE)
 
@@ -143,7 +199,7 @@ def _fxrstor(s: cython.pointer(CpuState), linear: uint64_t) -> cython.int:
         return r
     if cython.cast(cython.pointer(uint32_t), b + 24)[0] >> 16:
         return raise_error(s, 13, 0)
-    _host(s, 1, b, 0)
+    _restore(s, 1, b, 0)
     return 0
 
 

@@ -1,15 +1,17 @@
-"""VPGATHER and VGATHER: loads of vector elements from addresses in a vector.
+"""Gathers and masked moves: vector instructions that reach memory element by element.
 
-An element is loaded where the sign bit of its element of the mask is set, and that is cleared then: after a fault or an
+A gather loads an element where the sign bit of its element of the mask is set, and clears that: after a fault or an
 exit in the middle the instruction goes on where it was. SDM, "VPGATHERDD/VPGATHERQD—Gather Packed Dword Values".
+A masked move touches the elements that its mask chooses and no others; translated code does it at once where all of
+them are in one page. SDM, "VMASKMOV—Conditional SIMD Packed Loads and Stores".
 """
 
 import cython
 from cython.cimports.vmonty.cpu.codecache import string_function
 from cython.cimports.vmonty.cpu.decode import NO_REGISTER
-from cython.cimports.vmonty.cpu.segmentation import linear_address
-from cython.cimports.vmonty.cpu.state import ACCESS_READ
-from cython.cimports.vmonty.cpu.tlb import read_value
+from cython.cimports.vmonty.cpu.segmentation import effective_address, linear_address
+from cython.cimports.vmonty.cpu.state import ACCESS_READ, ACCESS_WRITE
+from cython.cimports.vmonty.cpu.tlb import probe_write, read_value, write_linear
 
 
 @cython.cfunc
@@ -77,3 +79,49 @@ def gather_instruction(s, i):
             mask[k] = 0
     _vectors(s, cython.address(vectors[0]), 1)
     return r
+
+
+def masked_instruction(s, i):
+    """Execute VMASKMOV or VPMASKMOV: all chosen elements or none; GO_ON or LEAVE_*."""
+    vectors: uint8_t[512]
+    values: uint64_t[8]
+    register_: cython.p_uchar = cython.address(vectors[32 * i.reg])
+    mask: cython.p_uchar = cython.address(vectors[32 * i.vvvv])
+    is_write: cython.int = 1 if i.opcode & 2 else 0
+    # 2C and 2E move singles, 2D and 2F doubles; 8C and 8E by VEX.W
+    size: cython.int = 8 if (i.w if i.opcode & 0x80 else i.opcode & 1) else 4
+    count: cython.int = (32 if i.l else 16) // size
+    linear: uint64_t = 0
+    k: cython.int
+    n: cython.int
+    r: cython.int = 0
+    if i.opcode == 0x8E:
+        is_write = 1
+    _vectors(s, cython.address(vectors[0]), 0)
+    for k in range(count):
+        values[k] = 0
+        if not mask[k * size + size - 1] & 0x80:
+            continue
+        r = linear_address(s, i.segment, effective_address(s, i) + k * size, size, is_write, cython.address(linear))
+        if not r:
+            if is_write:
+                r = probe_write(s, linear, size, ACCESS_WRITE)
+            else:
+                r = read_value(s, linear, size, ACCESS_READ, cython.address(values[k]))
+        if r:
+            return r
+    for k in range(count):
+        if is_write:
+            if mask[k * size + size - 1] & 0x80:
+                linear_address(s, i.segment, effective_address(s, i) + k * size, size, 1, cython.address(linear))
+                r = write_linear(s, linear, register_ + k * size, size, ACCESS_WRITE)
+                if r:
+                    return r
+            continue
+        for n in range(size):
+            register_[k * size + n] = cython.cast(uint8_t, values[k] >> (8 * n))
+    if not is_write:
+        for k in range(count * size, 32):
+            register_[k] = 0
+        _vectors(s, cython.address(vectors[0]), 1)
+    return 0

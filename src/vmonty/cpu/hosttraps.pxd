@@ -4,6 +4,11 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from vmonty.cpu.state cimport CpuState
 
+# Linux's selectors of 64-bit user code and of its data: arch/x86/include/asm/segment.h, __USER_CS, __USER_DS.
+cdef enum:
+    USER_CS = 0x33
+    USER_DS = 0x2B
+
 cdef extern from "<signal.h>" nogil:
     ctypedef struct siginfo_t:
         int si_code

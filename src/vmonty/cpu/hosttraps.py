@@ -14,7 +14,7 @@ from __future__ import annotations
 import cython
 from cython.cimports.posix.mman import MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap
 from cython.cimports.vmonty.cpu.codecache import CodeCache
-from cython.cimports.vmonty.cpu.state import SHADOW_STACK, state_free, state_new
+from cython.cimports.vmonty.cpu.state import CS, SHADOW_STACK, state_free, state_new
 
 
 @cython.cfunc
@@ -27,9 +27,16 @@ def _handler(number: cython.int, info: cython.pointer(siginfo_t), context: cytho
     s: cython.pointer(CpuState)
     c: cython.pointer(CodeCache)
     k: cython.int
+    selectors: uint64_t = cython.cast(uint64_t, u.uc_mcontext.gregs[18])  # cs gs fs ss, 16 bits each
+    linear: uint64_t
     for k in range(_watched_count):
         s = _watched[k]
-        if s == cython.NULL or rip < s.code_low or rip >= s.code_high:
+        if s == cython.NULL:
+            continue
+        linear = rip
+        if (selectors & 0xFFFF) != USER_CS and s.translator == cython.NULL:  # NativeTraps, in 16- or 32-bit code
+            linear += s.segs[CS].base
+        if linear < s.code_low or linear >= s.code_high:
             continue
         if number == SIGSEGV and s.shadow_base and address - s.shadow_base < 4096:
             c = cython.cast(cython.pointer(CodeCache), s.translator)
@@ -43,6 +50,12 @@ def _handler(number: cython.int, info: cython.pointer(siginfo_t), context: cytho
         s.trap_signal = number
         s.trap_code = cython.cast(uint64_t, info.si_code)
         s.trap_address = address
+        s.event.vector = cython.cast(uint32_t, u.uc_mcontext.gregs[20])
+        if s.translator == cython.NULL:
+            u.uc_mcontext.gregs[18] = cython.cast(
+                cython.longlong, (selectors & cython.cast(uint64_t, 0xFFFFFFFF0000) & ~cython.cast(uint64_t, 0xFFFF))
+                | USER_CS | (cython.cast(uint64_t, USER_DS) << 48)
+            )  # fmt: skip
         u.uc_mcontext.gregs[16] = cython.cast(cython.longlong, s.trap_exit)
         return
     c_sigaction(number, cython.address(_previous[number]), cython.NULL)  # not ours: it comes again
@@ -139,12 +152,18 @@ class NativeTraps:
             unwatch(self.s)
             state_free(self.s)
 
-    def prepare(self) -> None:
-        """Clear the record and ready the calling thread."""
+    def prepare(self, code_base: cython.ulonglong = 0) -> None:
+        """Clear the record and ready the calling thread; *code_base* is that of a code segment that is not 64-bit."""
         prepare_thread()
+        self.s.segs[CS].base = code_base
         self.s.trap_signal = 0
 
     @property
     def trap(self) -> tuple[int, int, int, int]:
-        """Signal (0: none), its code, the faulting address, and the address of the instruction."""
+        """Signal (0: none), its code, the faulting address, and the address of the instruction in its segment."""
         return self.s.trap_signal, self.s.trap_code, self.s.trap_address, self.s.trap_rip
+
+    @property
+    def vector(self) -> int:
+        """The exception behind the signal, or -1 when there was none."""
+        return self.s.event.vector if self.s.trap_signal else -1

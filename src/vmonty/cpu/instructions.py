@@ -8,6 +8,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     op_reg,
     put8,
     store,
+    vex3,
 )
 from cython.cimports.vmonty.cpu.branches import (
     call,
@@ -40,6 +41,7 @@ from cython.cimports.vmonty.cpu.decode import (
     C_LEA,
     C_LEAVE,
     C_LOOP,
+    C_MASKED,
     C_MASKMOV,
     C_MOFFS,
     C_NOP,
@@ -179,6 +181,18 @@ def _masked_move(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.voi
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
+def _zero_low_vectors(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
+    """VZEROUPPER and VZEROALL outside 64-bit mode, where there are no ymm8 to ymm15."""
+    k: cython.int
+    for k in range(8):
+        vex3(w.a, 1, 1, 0, 0, k if i.l else 0, 0, 0, 0)  # vpxor k, k, k or vmovdqa k, k, of 16 bytes
+        put8(w.a, 0xEF if i.l else 0x6F)
+        put8(w.a, 0xC0 | (k << 3) | k)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
 def _flag_in_state(w: cython.pointer(Work), i: cython.pointer(Insn), bit: cython.int, value: cython.int) -> cython.void:
     """Set or clear a bit of RFLAGS' second byte in the state."""
     if i.flags_in:
@@ -235,7 +249,9 @@ def emit_instruction(w, i):
         return
     if w.s.intercepts and _intercepted(w, i):
         call_helper(w, i)
-    elif cls in (C_COPY, C_BTM, C_EMMS):
+    elif cls == C_EMMS and i.vex and w.code_size != 8:
+        _zero_low_vectors(w, i)
+    elif cls in (C_COPY, C_BTM, C_EMMS) or (cls == C_MASKED and not w.single):
         emit_copy(w, i)
     elif cls == C_JCC:
         conditional(w, i)
@@ -285,7 +301,7 @@ def emit_instruction(w, i):
             leave_system(w, i)
     elif cls == C_MASKMOV:
         _masked_move(w, i)
-    elif cls in (C_SYS, C_STRING, C_FPU, C_PUSHF, C_ENTER, C_GATHER):
+    elif cls in (C_SYS, C_STRING, C_FPU, C_PUSHF, C_ENTER, C_GATHER, C_MASKED):
         call_helper(w, i)
     elif cls == C_UD:
         leave_fault(w, i, 6)

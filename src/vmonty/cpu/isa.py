@@ -25,7 +25,7 @@ from dataclasses import dataclass
 CLASSES = (
     "copy", "ud", "jcc", "jmp", "call", "jmpi", "calli", "ret", "loop", "push", "pop", "pushi", "pushm", "popm",
     "pushf", "popf", "leave", "lea", "nop", "string", "xlat", "sys", "sysend", "btm", "moffs", "df", "maskmov", "cli",
-    "sti", "enter", "emms", "fpu", "gather",
+    "sti", "enter", "emms", "fpu", "gather", "masked",
 )  # fmt: skip
 
 FLAGS = {"C": 1, "P": 2, "A": 4, "Z": 8, "S": 16, "O": 32}
@@ -530,10 +530,10 @@ NP 0F3A.CC SHA1RNDS4 +Vx,Wx,Ib - %sha-ni
 66 0F38.18 VBROADCASTSS - =Vx,Wd W0 r2 %avx
 66 0F38.19 VBROADCASTSD - =Vx,Wq W0 L1 r2 %avx
 66 0F38.1Am VBROADCASTF128 - =Vx,Mo W0 L1 %avx
-66 0F38.2Cm VMASKMOVPS - =Vx,Hx,Mx W0 %avx
-66 0F38.2Dm VMASKMOVPD - =Vx,Hx,Mx W0 %avx
-66 0F38.2Em VMASKMOVPS - +Mx,Hx,Vx W0 %avx
-66 0F38.2Fm VMASKMOVPD - +Mx,Hx,Vx W0 %avx
+66 0F38.2Cm VMASKMOVPS - =Vx,Hx,Mx @masked W0 %avx
+66 0F38.2Dm VMASKMOVPD - =Vx,Hx,Mx @masked W0 %avx
+66 0F38.2Em VMASKMOVPS - +Mx,Hx,Vx @masked W0 %avx
+66 0F38.2Fm VMASKMOVPD - +Mx,Hx,Vx @masked W0 %avx
 66 0F38.36 VPERMD - =Vx,Hx,Wx W0 L1 %avx2
 66 0F38.45 VPSRLV - =Vx,Hx,Wx %avx2
 66 0F38.46 VPSRAVD - =Vx,Hx,Wx W0 %avx2
@@ -543,8 +543,8 @@ NP 0F3A.CC SHA1RNDS4 +Vx,Wx,Ib - %sha-ni
 66 0F38.5Am VBROADCASTI128 - =Vx,Mo W0 L1 %avx2
 66 0F38.78 VPBROADCASTB - =Vx,W1 W0 %avx2
 66 0F38.79 VPBROADCASTW - =Vx,Ww W0 %avx2
-66 0F38.8Cm VPMASKMOV - =Vx,Hx,Mx %avx2
-66 0F38.8Em VPMASKMOV - +Mx,Hx,Vx %avx2
+66 0F38.8Cm VPMASKMOV - =Vx,Hx,Mx @masked %avx2
+66 0F38.8Em VPMASKMOV - +Mx,Hx,Vx @masked %avx2
 66 0F38.90m VPGATHERD - +Vx,Xn,+Hx @gather %avx2
 66 0F38.91m VPGATHERQ - +Vx,Xn,+Hx @gather %avx2
 66 0F38.92m VGATHERDP - +Vx,Xn,+Hx @gather %avx2

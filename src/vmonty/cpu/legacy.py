@@ -17,7 +17,7 @@ from cython.cimports.vmonty.cpu.state import (
     SS,
     raise_exception,
 )
-from cython.cimports.vmonty.cpu.tlb import read_value, write_linear
+from cython.cimports.vmonty.cpu.tlb import probe_write, read_value, write_linear
 
 
 def _result_flags(s, value):
@@ -94,6 +94,10 @@ def _push_all(s, size):
         else:
             frame[2 * (7 - k)] = cython.cast(uint8_t, s.gpr[k])
             frame[2 * (7 - k) + 1] = cython.cast(uint8_t, s.gpr[k] >> 8)
+    for k in range(8):  # a fault is that of the first push
+        r = probe_write(s, linear + (7 - k) * size, size, ACCESS_WRITE)
+        if r != GO_ON:
+            return r
     r = write_linear(s, linear, cython.address(frame[0]), 8 * size, ACCESS_WRITE)
     if r == GO_ON:
         s.gpr[RSP] = (s.gpr[RSP] & ~mask) | at
@@ -134,18 +138,16 @@ def _bound(s, i):
     r: cython.int = operand_address(s, i, 2 * size, 0, cython.address(linear))
     if r == GO_ON:
         r = read_value(s, linear, size, 0, cython.address(low))
-    if r == GO_ON:
-        r = read_value(s, linear + size, size, 0, cython.address(high))
     if r != GO_ON:
         return r
-    if size == 2:
-        value = cython.cast(int16_t, s.gpr[i.reg])
-        if value < cython.cast(int16_t, low) or value > cython.cast(int16_t, high):
-            return raise_exception(s, 5)
-    else:
-        value = cython.cast(int32_t, s.gpr[i.reg])
-        if value < cython.cast(int32_t, low) or value > cython.cast(int32_t, high):
-            return raise_exception(s, 5)
+    value = cython.cast(int16_t, s.gpr[i.reg]) if size == 2 else cython.cast(int32_t, s.gpr[i.reg])
+    if value < (cython.cast(int16_t, low) if size == 2 else cython.cast(int32_t, low)):
+        return raise_exception(s, 5)  # before the upper limit is read
+    r = read_value(s, linear + size, size, 0, cython.address(high))
+    if r != GO_ON:
+        return r
+    if value > (cython.cast(int16_t, high) if size == 2 else cython.cast(int32_t, high)):
+        return raise_exception(s, 5)
     return GO_ON
 
 

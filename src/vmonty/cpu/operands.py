@@ -40,6 +40,7 @@ from cython.cimports.vmonty.cpu.decode import (
     A_CL,
     A_WCX,
     C_BTM,
+    C_MASKED,
     RIP_BASE,
     ROW,
     OpRow,
@@ -49,6 +50,7 @@ from cython.cimports.vmonty.cpu.state import FS, PAGE_SLOTS, SS, TLB_ENTRIES
 from cython.cimports.vmonty.cpu.tlb import (
     SLOW_ALIGNED,
     SLOW_GROUP,
+    SLOW_MASKED,
     SLOW_OFFSET,
     SLOW_READ,
     SLOW_SEGMENT_SHIFT,
@@ -185,6 +187,8 @@ def emit_ea(w, ea):
     elif ea.special == EA_XLAT:
         op_reg(a, 0, 0, 0x1B6, S1, 0)
         op_mem(a, 0, wide, 0x8D, S0, S0, S1, 0, 0)
+    if ea.special and ea.address_size != 8:  # what was added wraps around, too
+        op_reg(a, 0, 0, 0x1B7 if ea.address_size == 2 else 0x8B, S0, S0)
     if w.code_size != 8:
         _emit_segment(w, ea)
     elif ea.segment != NONE:
@@ -245,6 +249,8 @@ def emit_access(w, i, ea, size, access, stack):
         what |= SLOW_STACK
     if ROW[i.row].attributes & A_ALIGN and (size == 16 or size == 32):
         what |= SLOW_ALIGNED
+    if ROW[i.row].cls == C_MASKED:
+        what |= SLOW_MASKED
     what |= cython.cast(uint32_t, size) << SLOW_SIZE_SHIFT
     w.disp = 0
     if i.group:
@@ -443,6 +449,8 @@ def _body(w: cython.pointer(Work), i: cython.pointer(Insn), reg: cython.int, rm:
                 put8(a, 0x3A)
         if in_opcode:
             put8(a, (i.opcode & 0xF8) | (reg & 7))
+        elif i.opcode == 0x82 and i.map == 0:  # what 64-bit mode dropped is the same as 80
+            put8(a, 0x80)
         else:
             put8(a, i.opcode)
     if r.attributes & 16384:  # A_MODRM

@@ -15,6 +15,8 @@ def linear_address(s, segment, offset, size, write, linear):
     limit: uint64_t
     if s.mode == MODE_LONG64:
         linear[0] = offset + (s.segs[segment].base if segment >= FS else 0)
+        if segment == SS and (offset + (cython.cast(uint64_t, 1) << 47)) >> 48:
+            return raise_error(s, 12, 0)  # SDM, "Canonical Addressing"; elsewhere the access itself raises #GP
         return 0
     linear[0] = cython.cast(uint32_t, s.segs[segment].base + offset)
     rights = s.segs[segment].access_rights

@@ -102,6 +102,12 @@ def _one(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.int,
     y: uint64_t = 0
     if s.rflags & FLAG_DF:
         step = 0 - step
+    if kind == 4 or kind == 1:  # CMPS reads ES:rDI first: where both fault, processors report that one
+        r = linear_address(s, ES, _masked(s.gpr[RDI], i.address_size), size, 0, cython.address(target))
+        if not r:
+            r = read_value(s, target, size, ACCESS_READ, cython.address(y))
+        if r:
+            return r
     if kind == 0 or kind == 1 or kind == 3:
         r = linear_address(s, i.segment, _masked(s.gpr[RSI], i.address_size), size, 0, cython.address(source))
         if r:
@@ -109,10 +115,8 @@ def _one(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.int,
         r = read_value(s, source, size, ACCESS_READ, cython.address(x))
         if r:
             return r
-    if kind != 3:
-        r = linear_address(
-            s, ES, _masked(s.gpr[RDI], i.address_size), size, 1 if kind == 0 or kind == 2 else 0, cython.address(target)
-        )
+    if kind == 0 or kind == 2:
+        r = linear_address(s, ES, _masked(s.gpr[RDI], i.address_size), size, 1, cython.address(target))
         if r:
             return r
     if kind == 0 or kind == 2:
@@ -120,9 +124,6 @@ def _one(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.int,
         if r:
             return r
     elif kind == 1 or kind == 4:
-        r = read_value(s, target, size, ACCESS_READ, cython.address(y))
-        if r:
-            return r
         _compare(s, x if kind == 1 else s.gpr[RAX], y, size)
     else:
         _set(s, RAX, x, size)

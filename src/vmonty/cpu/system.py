@@ -7,9 +7,20 @@ instruction. What the instructions mean is in ``segments``, ``control``, ``event
 
 import cython
 from cython.cimports.vmonty.cpu import control, events, ports, segments, svm_code, syscalls, transfers, vmx_code
-from cython.cimports.vmonty.cpu.decode import C_CLI, C_DF, C_FPU, C_GATHER, C_POPF, C_PUSHF, C_STRING, RIP_BASE, ROW
+from cython.cimports.vmonty.cpu.decode import (
+    C_CLI,
+    C_DF,
+    C_FPU,
+    C_GATHER,
+    C_MASKED,
+    C_POPF,
+    C_PUSHF,
+    C_STRING,
+    RIP_BASE,
+    ROW,
+)
 from cython.cimports.vmonty.cpu.fpu import fpu_instruction
-from cython.cimports.vmonty.cpu.gather import gather_instruction
+from cython.cimports.vmonty.cpu.gather import gather_instruction, masked_instruction
 from cython.cimports.vmonty.cpu.legacy import legacy_instruction
 from cython.cimports.vmonty.cpu.segmentation import effective_address, linear_address, operand_address
 from cython.cimports.vmonty.cpu.state import (
@@ -806,6 +817,8 @@ def execute(s, i):
     if cls == C_DF:
         s.rflags = (s.rflags & ~cython.cast(uint64_t, FLAG_DF)) | (FLAG_DF if i.opcode & 1 else 0)
         return 0
+    if cls == C_MASKED:
+        return masked_instruction(s, i)
     if cls == C_GATHER:
         return gather_instruction(s, i)
     if cls == C_FPU:

@@ -158,7 +158,7 @@ def memory_slow(s, va, what, host_rip):
     first: uint32_t
     to: cython.p_uchar
     r = 0
-    if what & SLOW_GROUP:
+    if what & (SLOW_GROUP | SLOW_MASKED):
         if (
             (va & 0xFFF) + size > 4096
             or _canonical(s, va, 0)
@@ -168,7 +168,7 @@ def memory_slow(s, va, what, host_rip):
             or (s.watch and watch_meets(s, va, size, 1))
         ):
             s.event.pending = 0
-            return _leave(s, LEAVE_PLAIN, what, host_rip)
+            return _leave(s, LEAVE_PLAIN if what & SLOW_GROUP else LEAVE_CAREFUL, what, host_rip)
         return t.host + (va & 0xFFF)
     if what & SLOW_ALIGNED and va & (size - 1):
         r = raise_error(s, 13, 0)
@@ -212,6 +212,11 @@ def to_linear(s, offset, what, host_rip):
         1 if what & SLOW_WRITE else 0,
         cython.address(linear),
     )
+    if what & SLOW_ALIGNED and linear & (((what >> SLOW_SIZE_SHIFT) & 0x3FF) - 1):
+        r = raise_error(s, 13, 0)  # comes before what is wrong with the segment
+    if r and what & SLOW_MASKED:
+        s.event.pending = 0
+        r = LEAVE_CAREFUL
     if r:
         return _leave(s, r, what, host_rip)
     return linear | (cython.cast(uint64_t, 1) << 63)
