@@ -62,6 +62,7 @@ COMPILED = [
     "vmonty.cpu.svm",
     "vmonty.cpu.inspection",
     "vmonty.cpu.context",
+    "vmonty.cpu.observe",
     "vmonty.vmm.virtio.queue",
 ]
 

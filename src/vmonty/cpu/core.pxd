@@ -8,3 +8,4 @@ from vmonty.cpu.state cimport CpuState
 cdef class Cpu:
     cdef CpuState *s
     cdef object _regions
+    cdef public object observer    # of the observe module

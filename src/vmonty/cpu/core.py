@@ -82,6 +82,8 @@ class Cpu:
         reason: cython.int
         with cython.nogil:
             reason = run_cpu(self.s)
+        if self.observer is not None:
+            self.observer.check()
         return EXIT_REASONS[reason]
 
     @property
@@ -166,8 +168,12 @@ class Cpu:
 
     @property
     def xsave(self) -> bytes:
-        """The x87, SSE and AVX state in the standard XSAVE format (832 bytes)."""
-        return cython.cast(cython.p_char, self.s.xsave)[:832]
+        """The x87, SSE and AVX state in the standard XSAVE format (832 bytes).
+
+        The x87 instruction and operand pointers, which would be addresses of translated code, read as zero.
+        """
+        area: bytes = cython.cast(cython.p_char, self.s.xsave)[:832]
+        return area[:6] + bytes(18) + area[24:]
 
     @xsave.setter
     def xsave(self, data: bytes) -> None:

@@ -62,10 +62,15 @@ from cython.cimports.vmonty.cpu.state import (
     LEAVE_RETRY,
     LOCAL_JUMP,
     MODE_LONG64,
+    OBSERVE_DONE,
+    OBSERVE_EVENT,
+    OBSERVE_INSTRUCTION,
+    OBSERVE_MEMORY,
     SHADOW_MOV_SS,
     SHADOW_STI,
     FetchEntry,
     note_local,
+    observer_function,
     raise_error,
     raise_exception,
     state_free,
@@ -193,6 +198,21 @@ def _new_key(s: cython.pointer(CpuState)) -> cython.void:
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
+def _observe(s: cython.pointer(CpuState), kind: uint32_t) -> cython.void:
+    """Call the observer, which is Python: the guest's vector state is put away meanwhile."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    if not s.observe:
+        return
+    cython.cast(vector_function, cython.cast(cython.p_void, c.save_vectors))(s)
+    cython.cast(observer_function, s.observer)(s, kind)
+    cython.cast(vector_function, cython.cast(cython.p_void, c.load_vectors))(s)
+    s.access_count = 0
+    s.access_bytes = 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
 def _resume_mmio(s: cython.pointer(CpuState)) -> cython.void:
     """Take the caller's answer to an EXIT_MMIO that stopped an instruction in its middle."""
     if s.exit.reason == EXIT_MMIO and s.mmio_count:
@@ -246,8 +266,17 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             if s.stop_events:
                 s.exit.reason = EXIT_DEBUG
                 return
+            if s.observe:
+                s.access_count = 0  # of an instruction that faulted
+                s.access_bytes = 0
+                s.observe_again = 0
+                s.observed_rip = s.rip
+                if s.observe & OBSERVE_EVENT:
+                    _observe(s, OBSERVE_EVENT)
             if deliver(s) == LEAVE_EXIT:
                 return
+            if s.observe & OBSERVE_MEMORY:
+                _observe(s, OBSERVE_DONE)
             continue
         if s.run == 0:
             # A locked operation: what the kicker wrote before it cleared the flag is seen below.
@@ -321,6 +350,17 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
         code = cython.cast(uint64_t, c.executable) + b.entry
         if single:
             s.careful_count = 0
+            if s.observe:
+                s.access_count = 0
+                s.access_bytes = 0
+                s.exit.reason = EXIT_NONE
+                s.observed_rip = s.rip
+                s.fetch_second = b.host_page2
+                if not s.observe_again:
+                    _observe(s, OBSERVE_INSTRUCTION)
+                s.observe_again = 0
+                if s.exit.reason == EXIT_DEBUG:
+                    return
         elif not plain:
             if link >= 0:
                 if not c.links[link].cross_page or page.is_global:
@@ -348,6 +388,8 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             r = execute(s, i)
             _after_helper(s, i, r, shadow)
             if r == LEAVE_EXIT:
+                if s.exit.reason == EXIT_PIO:
+                    _observe(s, OBSERVE_DONE)
                 return
             if i.map == 1 and i.opcode == 0x05:  # SYSCALL: no step into a kernel that masks TF
                 before &= s.rflags | ~cython.cast(uint64_t, FLAG_TF)
@@ -378,6 +420,8 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
                 shadow_reset(s)
             if single and _stepped(s, 0, before):
                 return
+        elif out == LEAVE_RETRY and s.observe_again:
+            _observe(s, OBSERVE_DONE)
         # LEAVE_EVENT, LEAVE_RETRY: go round again
 
 
@@ -404,6 +448,7 @@ def _stepped(s: cython.pointer(CpuState), r: cython.int, before: uint64_t) -> cy
     if r in (LEAVE_EVENT, LEAVE_RETRY):
         return 0
     instruction_done(s, before)
+    _observe(s, OBSERVE_DONE)
     if s.budget:
         s.budget -= 1
         if s.budget == 0:

@@ -218,6 +218,8 @@ def _deliver_one(s):
                 s.event.pending = 0
                 if exception_intercepted(s, 8, 0):
                     return _exception_exit(s)
+    if s.event.kind >= EVENT_SOFT_INTERRUPT and not injected:
+        s.retired += 1
     s.vectoring = s.event.vector | (s.event.kind << 8) | (s.event.has_error << 11) | cython.cast(uint64_t, 0x80000000)
     s.vectoring_error = s.event.error_code
     s.vectoring_length = s.event.instruction_length
@@ -719,6 +721,7 @@ def _debug_trap(s):
 
 def instruction_done(s, before):
     """RF lasts for one instruction (the one that IRET sets it for); TF traps behind it. SDM, "Debug Exceptions"."""
+    s.retired += 1
     if before & FLAG_RF:
         s.rflags &= ~cython.cast(uint64_t, FLAG_RF)
     if before & FLAG_TF:

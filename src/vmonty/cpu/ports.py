@@ -89,6 +89,9 @@ def _trap(s, port, size, repeats):
     if s.monitor_trap:
         s.monitor_trap = 2
     s.interruptibility &= ~cython.cast(uint32_t, SHADOW_STI | SHADOW_MOV_SS)
+    if not repeats:
+        s.retired += 1
+    s.observe_again = repeats
     if repeats:
         s.rflags |= FLAG_RF
     else:

@@ -266,6 +266,15 @@ cdef struct MmioSlot:        # one part, up to 8 bytes, of an access to device m
     uint32_t pad
 
 
+cdef struct AccessRecord:    # what an observer is told of
+    uint64_t linear
+    uint64_t physical
+    uint32_t size
+    uint32_t write
+    uint32_t implicit        # of the processor itself: descriptor tables, task state
+    uint32_t at              # where its bytes are in access_data
+
+
 cdef struct CpuState:
     # ---- hot: rbp-128 .. rbp+127 -------------------------------------------------------------------
     uint64_t gpr[16]
@@ -350,6 +359,20 @@ cdef struct CpuState:
     uint32_t monitor_trap    # under VMX: 1 while the monitor trap flag is set, 2 when its exit is due
     uint32_t intercepts      # bits of block_key: instructions of translated code that may exit, see vmx_entry
     uint64_t timer           # a POSIX timer, see preemption
+    # Observers (see observe): off while observe is 0. Who observes runs single instructions.
+    uint32_t observe         # OBSERVE_*
+    uint32_t observe_again   # the next instruction is a repeated string instruction that goes on
+    void *observer           # observer_function of the observe module
+    void *observer_object
+    uint64_t observed_rip    # of the instruction whose accesses are kept
+    uint64_t fetch_second    # host address of the page that its bytes reach into, or 0
+    uint64_t retired         # instructions that were completed while somebody observed
+    uint32_t access_count
+    uint32_t access_bytes
+    uint32_t access_lost     # accesses that found no room
+    uint32_t access_pad
+    AccessRecord accesses[128]     # of the current instruction or event
+    uint8_t access_data[8192]
     uint32_t timer_thread    # the thread that it signals; 0: there is none
     uint32_t timer_armed
     uint64_t watch_address[4]
@@ -429,6 +452,17 @@ cdef struct CpuState:
     FetchEntry fetch[2][256]
     TlbEntry tlb_read[3][1024]
     TlbEntry tlb_write[3][1024]
+
+
+# CpuState.observe, and what an observer_function is called for.
+cdef enum:
+    OBSERVE_INSTRUCTION = 1  # before it
+    OBSERVE_MEMORY = 2
+    OBSERVE_EVENT = 4
+    OBSERVE_DONE = 8         # behind it, or behind an iteration of it
+    OBSERVE_EXIT = 16
+
+ctypedef void (*observer_function)(CpuState *, uint32_t) noexcept nogil
 
 
 cdef inline bint paging_enabled(CpuState *s) noexcept nogil:

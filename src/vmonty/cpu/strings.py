@@ -238,11 +238,12 @@ def string_instruction(s, i):
                 return 0
             if i.rep == 0xF2 and s.rflags & FLAG_ZF:
                 return 0
-        if not s.run or s.watch_hits or s.mmio_writes_count or s.rflags & FLAG_TF or s.monitor_trap:
+        if not s.run or s.watch_hits or s.mmio_writes_count or s.rflags & FLAG_TF or s.monitor_trap or s.observe:
             if _masked(s.gpr[RCX], i.address_size) == 0:
                 return 0
             # Traps and interrupts behind any iteration but the last push RF.
             data_trap(s)
+            s.observe_again = s.observe
             s.rflags |= FLAG_RF
             if s.rflags & FLAG_TF:
                 s.pending_debug |= 0x4000

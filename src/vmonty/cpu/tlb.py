@@ -50,6 +50,7 @@ from cython.cimports.vmonty.cpu.state import (
     MODE_REAL,
     MODE_VM86,
     NESTED_ENTRIES,
+    OBSERVE_MEMORY,
     SS,
     TABLE_ENTRIES,
     TLB_BITS,
@@ -86,6 +87,27 @@ def copy_bytes(to: cython.p_uchar, source: cython.p_uchar, size: uint32_t) -> cy
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
+def note_access(s: cython.pointer(CpuState), va: uint64_t, physical: uint64_t, data: cython.p_uchar, size: uint32_t,
+                kind: uint32_t) -> cython.void:  # fmt: skip
+    """Keep an access for the observer. ``kind``: 1 for a write, with ACCESS_IMPLICIT."""
+    k: uint32_t = s.access_count
+    if k >= 128 or s.access_bytes + size > 8192:
+        s.access_lost += 1
+        return
+    s.accesses[k].linear = va
+    s.accesses[k].physical = physical
+    s.accesses[k].size = size
+    s.accesses[k].write = kind & 1
+    s.accesses[k].implicit = kind & ACCESS_IMPLICIT
+    s.accesses[k].at = s.access_bytes
+    copy_bytes(cython.address(s.access_data[s.access_bytes]), data, size)
+    s.access_bytes += size
+    s.access_count = k + 1
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
 def _canonical(s: cython.pointer(CpuState), va: uint64_t, stack: cython.int) -> cython.int:
     if s.cr0 >> 31 & 1 and s.efer >> 10 & 1 and (va + (cython.cast(uint64_t, 1) << 47)) >> 48:
         return raise_error(s, 12 if stack else 13, 0)
@@ -106,7 +128,7 @@ def _look(s: cython.pointer(CpuState), va: uint64_t, access: cython.int, t: cyth
         e = cython.address(s.tlb_read[set_][index])
         if access & ACCESS_WRITE:
             e = cython.address(s.tlb_write[set_][index])
-        if e.negated_tag + page == 0:
+        if e.negated_tag + page == 0 and not s.observe:
             t.host = e.host
             t.may_write = 1
             return 0
@@ -255,7 +277,7 @@ def careful_access(s, va, what, host_rip):
             return _leave(s, r, what, host_rip)
     if s.watch:
         watch_access(s, va, size, write)
-    if first == size and t.host and not (write and is_code_page(s, t.host)):
+    if first == size and t.host and not s.observe and not (write and is_code_page(s, t.host)):
         return t.host + (va & 0xFFF)
     to = cython.address(s.bounce[k][0]) + (va & 63)
     if what & SLOW_READ or not write:
@@ -271,6 +293,8 @@ def careful_access(s, va, what, host_rip):
                 r = mmio_read(s, u.physical, to + first, size - first)
         if r:
             return _leave(s, r, what, host_rip)
+        if s.observe & OBSERVE_MEMORY:
+            note_access(s, va, t.physical | (va & 0xFFF), to, size, 0)
     if write:
         s.careful_va[k] = va
         s.careful_size[k] = size
@@ -304,6 +328,10 @@ def careful_commit(s):
     for k in range(s.careful_count):
         first = s.careful_write[k]
         data = cython.address(s.bounce[k][0]) + (s.careful_va[k] & 63)
+        if s.observe & OBSERVE_MEMORY:
+            note_access(
+                s, s.careful_va[k], s.careful_physical[k] | (s.careful_va[k] & 0xFFF), data, s.careful_size[k], 1
+            )
         _commit_part(s, s.careful_host[k], s.careful_physical[k], s.careful_va[k] & 0xFFF, data, first)
         if first < s.careful_size[k]:
             _commit_part(s, s.careful_va2[k], s.careful_physical2[k], 0, data + first, s.careful_size[k] - first)
@@ -342,6 +370,8 @@ def read_linear(s, va, data, size, access):
             r = mmio_read(s, t.physical | (va & 0xFFF), to, part)
             if r:
                 return r
+        if s.observe & OBSERVE_MEMORY:
+            note_access(s, va, t.physical | (va & 0xFFF), to, part, access & ACCESS_IMPLICIT)
         to += part
         va += part
         size -= part
@@ -388,6 +418,8 @@ def write_linear(s, va, data, size, access):
             copy_bytes(cython.cast(cython.p_uchar, t.host + (va & 0xFFF)), source, part)
         else:
             mmio_write(s, t.physical | (va & 0xFFF), source, part)
+        if s.observe & OBSERVE_MEMORY:
+            note_access(s, va, t.physical | (va & 0xFFF), source, part, 1 | (access & ACCESS_IMPLICIT))
         source += part
         va += part
         size -= part
@@ -420,7 +452,7 @@ def host_of(s, va, access, where):
     where[0] = t.host + (va & 0xFFF) if t.host else 0
     if access & ACCESS_WRITE and t.host and is_code_page(s, t.host):
         where[0] = 0
-    if s.watch and watched_page(s, _page(va)):
+    if s.observe or (s.watch and watched_page(s, _page(va))):
         where[0] = 0
     return 0
 

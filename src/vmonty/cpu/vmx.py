@@ -309,6 +309,8 @@ class Vmx:
         return self._outcome(result)
 
     def _outcome(self, result):
+        if self.cpu.observer is not None:
+            self.cpu.observer.check()
         if result >= 0:
             return result
         if result == -ENTRY_NO_VMCS:
