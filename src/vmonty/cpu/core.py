@@ -158,6 +158,11 @@ class Cpu:
         """Have run() report "debug" with the event pending instead of delivering it (tests)."""
         self.s.stop_events = stop
 
+    def keep_flags(self, keep: bool = True) -> None:
+        """Translate so that faults push exact arithmetic flags, also those that the instruction overwrites (tests)."""
+        self.s.exact_flags = keep
+        cache_flush(self.s)
+
     def clear_event(self) -> None:
         """Drop the pending event (tests)."""
         self.s.event.pending = 0

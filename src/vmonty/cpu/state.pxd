@@ -360,6 +360,8 @@ cdef struct CpuState:
     uint32_t intercepts      # bits of block_key: instructions of translated code that may exit, see vmx_entry
     uint64_t timer           # a POSIX timer, see preemption
     # Observers (see observe): off while observe is 0. Who observes runs single instructions.
+    uint32_t exact_flags     # tests: no flag is dead, so that those pushed by a fault are the instructions' own
+    uint32_t exact_pad
     uint32_t observe         # OBSERVE_*
     uint32_t observe_again   # the next instruction is a repeated string instruction that goes on
     void *observer           # observer_function of the observe module

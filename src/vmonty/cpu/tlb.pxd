@@ -43,3 +43,6 @@ cdef void flush_page(CpuState *s, uint64_t va) noexcept nogil
 # To be called after cr0, cr3 (mode bits only), cr4, efer, cpl, cs, ss or EFLAGS.VM/AC changed: recomputes mode, tlb_set
 # and block_key. Flushes nothing.
 cdef void mode_changed(CpuState *s) noexcept nogil
+
+# A page of ones lies in it.
+cdef unsigned char _open_bus[8192]

@@ -62,6 +62,15 @@ from cython.cimports.vmonty.cpu.state import (
 )
 
 
+def _fill() -> None:
+    k: cython.int
+    for k in range(8192):
+        _open_bus[k] = 0xFF
+
+
+_fill()
+
+
 @cython.cfunc
 @cython.inline
 @cython.nogil
@@ -478,7 +487,9 @@ def fetch_page(s, va, why):
         index = user << FETCH_BITS | ((va >> 12) & (FETCH_ENTRIES - 1))
         note_local(s, LOCAL_FETCH, cython.address(s.local_fetch[0]), index)
     s.code_filter[(va >> 12) & 4095] = 1
-    if t.host == 0:
+    if t.host == 0 and s.guest_mode == 0:  # a bare processor fetches ones from a bus where nobody answers
+        e.host = (cython.cast(uint64_t, cython.address(_open_bus[0])) + 4095) & ~cython.cast(uint64_t, 0xFFF)
+    elif t.host == 0:
         e.tag = 0
     else:
         page_verify(s, t.host)

@@ -239,6 +239,10 @@ def translate_block(s, rip, page, single, plain, why):
         return cython.NULL
     b.is_global = w.is_global
     analyse(cython.address(w.insns[0]), w.count, _live_out(cython.address(w)))
+    if s.exact_flags:
+        for k in range(w.count):
+            w.insns[k].flags_in = F_ALL
+            w.insns[k].flags_needed = F_ALL
     _find_loop(cython.address(w))
     if not single and not plain and w.code_size == 8:
         find_groups(cython.address(w))
