@@ -87,7 +87,7 @@ def pop(w, i):
     ea_stack(w, 0, cython.address(ea))
     emit_access(w, i, cython.address(ea), size, 1, 1)
     if i.reg == 4:
-        if size == 2 and w.stack_size != 2:  # a 16-bit stack pointer is overwritten whole
+        if size == 2 and w.stack_size != 2:  # with 16 bits it is overwritten whole, and the operand would be lost
             adjust_rsp(w, 2)
         access_op(w, 0x66 if size == 2 else 0, 1 if size == 8 else 0, 0x8B, GUEST_RSP)
         return

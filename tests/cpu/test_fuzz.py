@@ -1,0 +1,42 @@
+"""A short run of the fuzzer, and what long ones have found."""
+
+from __future__ import annotations
+
+from vmonty.testing.nasm import assemble
+
+from . import fuzz
+from .machine import CODE, Machine
+
+
+def test_some_cases() -> None:
+    """Random guests in every mode: no crash, no hang, nothing of the host to be seen."""
+    done, failures = fuzz.fuzz(120, 1 << 32, cases=60)
+    assert (done, failures) == (60, [])
+
+
+def test_every_mode_is_made() -> None:
+    assert {fuzz.make(seed).mode for seed in range(100)} == set(fuzz.MODES)
+
+
+def test_difference_tells_what_differs() -> None:
+    one = {"rax": 1, "memory": b"\0\1", "tr": None}
+    assert fuzz.difference(one, dict(one)) == ""
+    assert fuzz.difference(one, {"rax": 2, "memory": b"\0\2", "tr": None}) == "rax: 0x1 0x2; memory+0x1: 01 02"
+
+
+def test_pop_sp_with_a_16_bit_stack() -> None:
+    """SDM, "POP—Pop a Value From the Stack": SP is what was popped."""
+    machine = Machine()
+    machine["rsp"] = 0x7000
+    machine.set_segment("cs", 0, 0, 0xFFFF, 0x9B)
+    machine.ram.write(0x7000, b"\x34\x12")
+    assert machine.run(assemble("pop sp\n hlt", 16, CODE)) == "halt"
+    assert machine["rsp"] == 0x1234
+
+
+def test_fetch_from_where_nobody_answers() -> None:
+    """An open bus reads as ones: FF FF is no instruction."""
+    machine = Machine().protected_mode()
+    machine["rip"] = 0x10000000
+    machine.cpu.stop_at_events()
+    assert (machine.cpu.run(), machine.cpu.event["vector"]) == ("debug", 6)
