@@ -80,7 +80,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(guest: str | None, kernel: Path, *more: str) -> list[str]:
     """``vmonty run`` of *kernel*; on a fake KVM that plays *guest*, or for None on this host's."""
     module = ["cli.vmonty_on_fake", guest] if guest else ["vmonty"]
-    arguments = ["run", "--accel", "kvm", "--memory", "8M", "--kernel", str(kernel), *more]
+    arguments = ["run", "--accel", "kvm", "--memory", "8M", "--grace", "0.2", "--kernel", str(kernel), *more]
     return [sys.executable, "-W", "error", "-m", *module, *arguments]
 
 

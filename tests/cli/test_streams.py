@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,65 @@ def test_signals(kernel: Path, number: int) -> None:
         assert "Traceback" not in child.errors()
 
 
+def test_sigterm_presses_the_power_button(kernel: Path) -> None:
+    with Child(command("polite", kernel, "--grace", "60")) as child:
+        child.wait_for(b"ready")
+        child.process.terminate()
+        assert child.end() == 0
+
+
+def test_a_second_sigterm_does_not_wait(kernel: Path) -> None:
+    with Child(command("deaf", kernel, "--grace", "600")) as child:
+        child.wait_for(b"ready")
+        deadline = time.monotonic() + LIMIT_S
+        while child.process.poll() is None and time.monotonic() < deadline:
+            child.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(0.1)
+        assert child.end() == 143
+
+
+def test_a_guest_that_chooses_its_status(kernel: Path) -> None:
+    line = command("debug-exit", kernel, "--device", "isa-debug-exit,iobase=0xf4,iosize=4")
+    done = subprocess.run(
+        line, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT_S, check=False, env=environment()
+    )
+    assert done.returncode == 21 << 1 | 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--machine", "z80", "unknown machine 'z80'; there are: pc, q35, microvm"),
+        ("--machine", "pc,colour=red", "pc has no property 'colour'; there are: "),
+        ("--machine", "q35,root-ports=99", "root-ports is a number from 0 to 16, not '99'"),
+        ("--cpu", "i486", "unknown CPU model 'i486'"),
+        ("--cpu", "Haswell,+nonsense", "unknown CPU feature 'nonsense'"),
+        ("--device", "floppy", "unknown device 'floppy'"),
+        ("--grace", "-1", "--grace needs a number of seconds from 0"),
+    ],
+)
+def test_bad_choices_are_told_in_one_line(kernel: Path, option: str, value: str, complaint: str) -> None:
+    line = command("echo", kernel, option, value)
+    done = subprocess.run(
+        line, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT_S, check=False, env=environment()
+    )
+    assert done.returncode == 2
+    assert complaint in done.stderr.decode()
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"), [("--machine", "microvm"), ("--cpu", "Haswell"), ("--device", "isa-debugcon")]
+)
+def test_help_lists_what_there_is(option: str, expected: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vmonty", "run", option, "help"], capture_output=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0
+    assert expected in done.stdout.decode()
+
+
 def test_endless_input_is_not_swallowed(kernel: Path) -> None:
     """A guest that does not listen: the writer has to wait, as in any pipe."""
     with Child(command("deaf", kernel)) as child:
@@ -111,15 +172,6 @@ def test_the_board_is_chosen(kernel: Path, board: str) -> None:
         env=environment(),
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, b"ready\nq")
-
-
-def test_an_unknown_board_is_bad_usage(kernel: Path) -> None:
-    line = command("echo", kernel, "--machine", "z80")
-    done = subprocess.run(
-        line, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT_S, check=False, env=environment()
-    )
-    assert done.returncode == 2
-    assert b"'z80'" in done.stderr
 
 
 def test_resets_go_on_until_the_timeout(kernel: Path) -> None:

@@ -42,6 +42,20 @@ def deaf(cpu: int) -> Guest:
     yield Wait()
 
 
+def polite(cpu: int) -> Guest:
+    """Power off when somebody presses the power button."""
+    yield Out(0x602, 1 << 8, 2)
+    yield from say(b"ready\n")
+    while (yield Wait()) != 9:
+        pass
+    yield POWER_OFF
+
+
+def debug_exit(cpu: int) -> Guest:
+    """End with a status of one's own."""
+    yield Out(0xF4, 21)
+
+
 def flood(cpu: int) -> Guest:
     """Print for ever."""
     while True:
@@ -54,7 +68,9 @@ def reset(cpu: int) -> Guest:
     yield RESET
 
 
-GUESTS: dict[str, Callable[[int], Guest]] = {"echo": echo, "deaf": deaf, "flood": flood, "reset": reset}
+GUESTS: dict[str, Callable[[int], Guest]] = {
+    "echo": echo, "polite": polite, "debug-exit": debug_exit, "deaf": deaf, "flood": flood, "reset": reset,
+}  # fmt: skip
 _guest = echo
 
 

@@ -168,7 +168,7 @@ class TypeRegistry:
         for info in self.concrete(ancestor):
             lines.append(f"{info.name:<20} {info.help}".rstrip())
             for known in self.properties(info.name).values():
-                shown = {True: "on", False: "off", None: ""}.get(known.default, known.default)
-                default = "" if shown == "" else f" [{shown}]"
+                shown = ("off", "on")[known.default] if isinstance(known.default, bool) else known.default
+                default = "" if shown is None else f" [{shown}]"
                 lines.append(f"    {known.name}=…  {known.help}{default}")
         return "\n".join(lines)
