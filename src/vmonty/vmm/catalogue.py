@@ -81,7 +81,7 @@ CPUS = (
 
 def _file_output(machine: Machine, file: str, what: str) -> Callable[[bytes], None]:
     try:
-        opened = machine.keep_open(Path(file).open("wb", buffering=0))  # noqa: SIM115  # it lives with the machine
+        opened = machine.resources.enter_context(Path(file).open("wb", buffering=0))  # noqa: SIM115
     except OSError as error:
         raise UsageError(f"{what}: {file} cannot be written: {error.strerror}") from error
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 from vmonty.base.errors import HandleClosed, UsageError
 from vmonty.kvm.api import CpuidEntry, System, Vcpu
@@ -91,15 +91,6 @@ class Config:
         loader.check(self.kernel, self.initrd, self.command_line, min(self.memory, LOW_RAM_LIMIT))
 
 
-class Closeable(Protocol):
-    """Something that is closed with the machine."""
-
-    def close(self) -> None:
-        """May be called once."""
-        ...
-
-
-Opened = TypeVar("Opened", bound=Closeable)
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -132,7 +123,6 @@ class Machine(ABC):
         self._outcome: Outcome | None = None
         self._outcome_lock = threading.Lock()
         self.vcpus: list[VcpuThread] = []
-        self._open: list[Closeable] = []
         self.serial_ports = [1]  # numbers of the COM ports
         self.loop = EventLoop("io")
         self.resources = contextlib.ExitStack()  # closed when the vCPUs have ended, before the loop does
@@ -182,11 +172,6 @@ class Machine(ABC):
         Before start(). Raises UsageError when all slots are taken, or the board has none.
         """
         raise UsageError(f"a {self.name} has no virtio-mmio slots; choose the PCI form of the device")
-
-    def keep_open(self, file: Opened) -> Opened:
-        """Close *file* when the machine is closed; returns it."""
-        self._open.append(file)
-        return file
 
     # ---- building ---------------------------------------------------------------------------------------------
 
@@ -289,8 +274,6 @@ class Machine(ABC):
         finally:
             self.loop.stop()
             self.vm.close()
-            while self._open:
-                self._open.pop().close()
 
     def __enter__(self) -> Self:
         return self
