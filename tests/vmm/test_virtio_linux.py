@@ -1,0 +1,177 @@
+"""Linux's own virtio drivers, on both transports, on the software CPU: one boot for all devices."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vmonty import kvm
+from vmonty.guests import busybox
+from vmonty.vmm import boards
+from vmonty.vmm.block.image import open_image
+from vmonty.vmm.machine import Config, Machine
+from vmonty.vmm.net.user.backend import UserBackend
+from vmonty.vmm.outcome import Ending
+from vmonty.vmm.peripherals import add_disk, add_network_card, add_virtio
+from vmonty.vmm.virtio.balloon import Balloon
+from vmonty.vmm.virtio.console import Console, Port
+from vmonty.vmm.virtio.rng import Rng
+
+from .conftest import Screen
+
+# A boot takes 3 to 8 seconds of CPU time; a busy host needs longer.
+BOOT_LIMIT_S = 240.0
+MIB = 1 << 20
+DISK, MEMORY = 16 * MIB, 256 * MIB
+
+SCRIPT = """
+result() { echo "<$1:$2>"; }
+result sectors $(cat /sys/block/vda/size)
+result serial $(cat /sys/block/vda/serial)
+result cache "$(cat /sys/block/vda/queue/write_cache)"
+result discard $(cat /sys/block/vda/queue/discard_max_bytes)
+result readonly $(cat /sys/block/vdb/ro)
+result read $(md5sum </dev/vda)
+dd if=/dev/vda of=/tmp/copy bs=1M count=4 2>/dev/null
+result written $(tr 'a-z' 'b-za' </tmp/copy | dd of=/dev/vda bs=64k seek=128 conv=fsync 2>/dev/null; md5sum </dev/vda)
+result random $(head -c 4096 /dev/hwrng | wc -c)
+exec 3<>/dev/$(cd /sys/class/virtio-ports; grep -l echo */name | cut -d/ -f1)
+echo hello port >&3; read answer <&3; result port "$answer"
+echo hello console >/dev/hvc0
+result address $(ip -4 -o addr show eth0 | sed 's/.*inet \\([0-9.]*\\).*/\\1/')
+result fetched $(wget -q -O - http://10.0.2.2:@PORT@/data | md5sum)
+result offloads $(($(cat /sys/class/net/eth0/statistics/rx_bytes) / $(cat /sys/class/net/eth0/statistics/rx_packets)))
+echo "<inflate:now>"
+until [ $(sed -n "s/MemFree: *\\([0-9]*\\).*/\\1/p" /proc/meminfo) -lt 140000 ]; do usleep 50000; done
+result inflated yes
+poweroff -f
+"""
+
+
+@pytest.fixture(scope="module")
+def guest() -> busybox.Guest:
+    return busybox.build()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(random.Random(5).randbytes(DISK))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[int, bytes]]:
+    """An HTTP server on the host: its port and what it serves."""
+    data = random.Random(6).randbytes(4 * MIB)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: object) -> None:
+            """Quiet."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
+        thread = threading.Thread(target=serving.serve_forever, name="http")
+        thread.start()
+        yield serving.server_port, data
+        serving.shutdown()
+        thread.join()
+
+
+def rotated(data: bytes) -> bytes:
+    return data.translate(bytes.maketrans(b"abcdefghijklmnopqrstuvwxyz", b"bcdefghijklmnopqrstuvwxyza"))
+
+
+@pytest.mark.parametrize("board", ["pc", "microvm"])
+def test_linux_drives_all_devices(
+    guest: busybox.Guest, screen: Screen, disk: Path, server: tuple[int, bytes], board: str
+) -> None:
+    before = disk.read_bytes()
+    port, served = server
+    console, echo = bytearray(), Port(lambda data: echo.receive(data.upper()), name="echo")
+    config = Config(
+        guest.kernel.read_bytes(), guest.initrd.read_bytes(), "console=ttyS0 quiet cryptomgr.notests=1", MEMORY,
+        machine=board,
+    )  # fmt: skip
+    with (
+        open_image(disk) as backend,
+        open_image(_second(disk), read_only=True) as second,
+        kvm.open("soft") as system,
+        boards.create(system, config, screen.write) as machine,
+    ):
+        add_disk(machine, backend)
+        add_disk(machine, second, 1)
+        add_network_card(machine, UserBackend())
+        add_virtio(machine, Rng(machine.memory, machine.loop))
+        add_virtio(machine, Console(machine.memory, machine.loop, [Port(console.extend, console=True), echo]))
+        balloon = Balloon(machine.memory, machine.loop)
+        add_virtio(machine, balloon)
+        machine.serial.receive(SCRIPT.replace("@PORT@", str(port)).encode())
+        machine.start()
+        allocated = inflate(machine, screen, balloon)
+        outcome = machine.wait(BOOT_LIMIT_S)
+    text = bytes(screen.text)
+    assert outcome is not None, text[-2000:]
+    assert outcome.ending is Ending.POWER_OFF, (outcome, text[-2000:])
+    found = dict(re.findall(rb"^<(\w+):(.*?)(?:  -)?>\r?$", text, re.MULTILINE))
+    after = before[: 8 * MIB] + rotated(before[: 4 * MIB]) + before[12 * MIB :]
+    assert found == {
+        b"sectors": b"%d" % (DISK // 512),
+        b"serial": b"vmonty-0",
+        b"cache": b"write back",
+        b"discard": b"%d" % (2 << 30),
+        b"readonly": b"1",
+        b"read": hashlib.md5(before).hexdigest().encode(),
+        b"written": hashlib.md5(after).hexdigest().encode(),
+        b"random": b"4096",
+        b"port": b"HELLO PORT",
+        b"address": b"10.0.2.15",
+        b"fetched": hashlib.md5(served).hexdigest().encode(),
+        b"offloads": found[b"offloads"],
+        b"inflate": b"now",
+        b"inflated": b"yes",
+    }
+    assert int(found[b"offloads"]) > 3000, "frames came in one by one, not as large segments"
+    assert disk.read_bytes() == after
+    assert console.replace(b"\r", b"") == b"hello console\n"
+    assert allocated[0] - allocated[1] > 4 * MIB  # what the guest had touched of it
+
+
+def _second(disk: Path) -> Path:
+    path = disk.with_name("second.raw")
+    path.write_bytes(bytes(MIB))
+    return path
+
+
+def inflate(machine: Machine, screen: Screen, balloon: Balloon) -> tuple[int, int]:
+    """When the guest is ready, ask it for 80 MiB; bytes of host memory before, and when it is done."""
+
+    def allocated() -> int:
+        return os.fstat(machine.memory.ram.fileno()).st_blocks * 512
+
+    deadline = time.monotonic() + BOOT_LIMIT_S
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        while not condition():
+            assert time.monotonic() < deadline, bytes(screen.text)[-2000:]
+            time.sleep(0.05)  # the guest works meanwhile
+
+    wait_for(lambda: b"\n<inflate:now>" in screen.text)
+    before = allocated()
+    balloon.set_target(MEMORY - 80 * MIB)
+    wait_for(lambda: balloon.actual >= 80 * MIB // 4096)
+    return before, allocated()
