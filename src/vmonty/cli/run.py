@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,9 +20,11 @@ from vmonty.cli.terminal import MOST_BACKLOG, Console
 from vmonty.guests import busybox
 from vmonty.vmm import accel, boards, catalogue
 from vmonty.vmm import cpu as cpu_model
+from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.outcome import Ending, Outcome
+from vmonty.vmm.peripherals import Disk, Network
 
 STATUS_TIMEOUT, STATUS_FAILED = 124, 1
 MOST_SECONDS = 10**9  # Python's timers end somewhat above
@@ -66,6 +70,17 @@ def read_image(path: Path, what: str) -> bytes:
     "--device", "devices", multiple=True, metavar="NAME[,PROPERTY=VALUE…]", help="Add a device; 'help' lists all."
 )
 @click.option(
+    "--disk", "disk_options", multiple=True, metavar="FILE[,format=raw|qcow2][,ro][,snapshot]",
+    help="Add a virtio disk; with snapshot the file stays as it is.",
+)  # fmt: skip
+@click.option(
+    "--net",
+    "networks",
+    multiple=True,
+    metavar="user|tap|none[,OPTION=VALUE…]",
+    help="Add a network card: user,hostfwd=tcp::2222-:22 or tap,ifname=tap0; both take mac= and pcap=FILE.",
+)
+@click.option(
     "--grace", type=float, default=10.0, show_default=True, metavar="SECONDS",
     help="How long after SIGTERM, which presses the guest's power button, the guest is stopped.",
 )  # fmt: skip
@@ -82,6 +97,8 @@ def run(
     board: str,
     cpu: str,
     devices: tuple[str, ...],
+    disk_options: tuple[str, ...],
+    networks: tuple[str, ...],
     grace: float,
     no_reboot: bool,
     timeout: float | None,
@@ -109,17 +126,25 @@ def run(
     check_size(memory)
     catalogue.check(board, devices)
     cpu_model.check(cpu)
+    for text in networks:
+        Network.parse(text)
+    wanted = [Disk.parse(text) for text in disk_options]
     config = None
-    parts: dict[str, Any] = {"memory": memory, "cpus": cpus, "machine": board, "cpu": cpu, "devices": devices}
+    parts: dict[str, Any] = {
+        "memory": memory, "cpus": cpus, "machine": board, "cpu": cpu, "devices": devices, "networks": networks,
+    }  # fmt: skip
     if kernel is not None:
         image, disk = read_image(kernel, "kernel"), read_image(initrd, "initrd") if initrd else None
         line = command_line if command_line is not None else "console=ttyS0"
         config = Config(image, disk, line, **parts)
-    choice = accel.choose(accelerator)
-    with choice.system:
+    with contextlib.ExitStack() as opened:
+        # Once for all machines of the session: what a snapshot holds outlives a reboot.
+        disks = [opened.enter_context(disk.open()) for disk in wanted]
+        choice = accel.choose(accelerator)
+        opened.enter_context(choice.system)
         if config is None:
             config = default_guest(command_line, parts)
-        session = Session(choice, config, no_reboot, grace)
+        session = Session(choice, config, no_reboot, grace, disks)
         outcome = session.run(timeout)
     if session.failure is not None:
         click.echo(f"vmonty: {session.failure}", err=True)
@@ -153,7 +178,10 @@ def default_guest(command_line: str | None, parts: dict[str, Any]) -> Config:
 class Session:
     """Runs one machine after another (a reset makes a new one) until something other than a reset ends it."""
 
-    def __init__(self, choice: accel.Choice, config: Config, no_reboot: bool, grace: float) -> None:
+    def __init__(
+        self, choice: accel.Choice, config: Config, no_reboot: bool, grace: float, disks: Sequence[BlockDevice] = ()
+    ) -> None:
+        self._disks = disks
         self._choice = choice
         self._config = config
         self._no_reboot = no_reboot
@@ -203,7 +231,7 @@ class Session:
 
         console = Console(self._receive, self.stop, self._backlog)
         # Built before the terminal changes: what it refuses is told on a terminal in order.
-        self._machine = boards.create(self._choice.system, self._config, console.write)
+        self._machine = boards.create(self._choice.system, self._config, console.write, self._disks)
         click.echo(f"vmonty: {self._choice.reason}", err=True)
         previous = {
             number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -245,4 +273,4 @@ class Session:
             self._machine = None
             del machine
             gc.collect()
-            self._machine = boards.create(self._choice.system, self._config, console.write)
+            self._machine = boards.create(self._choice.system, self._config, console.write, self._disks)

@@ -18,7 +18,12 @@ from vmonty.vmm.hw.debug_ports import DebugConsole, DebugExit
 from vmonty.vmm.hw.pci import PcieRootPort
 from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.machine import Config, Machine
-from vmonty.vmm.qom import Property, TypeInfo, TypeRegistry, number
+from vmonty.vmm.peripherals import add_virtio
+from vmonty.vmm.qom import Property, TypeInfo, TypeRegistry, boolean, number
+from vmonty.vmm.virtio.balloon import Balloon
+from vmonty.vmm.virtio.console import Console, Port
+from vmonty.vmm.virtio.device import VirtioDevice
+from vmonty.vmm.virtio.rng import Rng
 
 
 def _uuid(text: str) -> UUID:
@@ -125,11 +130,32 @@ def _root_port(machine: Machine, id: str, slot: int | None) -> PcieRootPort:  # 
     return port
 
 
+def _rng(machine: Machine) -> VirtioDevice:
+    return _add(machine, Rng(machine.memory, machine.loop))
+
+
+def _balloon(machine: Machine, deflate_on_oom: bool) -> VirtioDevice:
+    return _add(machine, Balloon(machine.memory, machine.loop, deflate_on_oom=deflate_on_oom))
+
+
+def _port(machine: Machine, name: str, file: str | None) -> VirtioDevice:
+    if file is None:
+        raise UsageError("virtio-serial needs file=…, where the port's output goes")
+    port = Port(_file_output(machine, file, "virtio-serial"), name=name)
+    return _add(machine, Console(machine.memory, machine.loop, [port]))
+
+
+def _add(machine: Machine, device: VirtioDevice) -> VirtioDevice:
+    add_virtio(machine, device)
+    return device
+
+
 PORT = _up_to(0xFFFF)
 DEVICES = (
     TypeInfo("device", abstract=True),
     TypeInfo("isa-device", "device", abstract=True),
     TypeInfo("pci-device", "device", abstract=True),
+    TypeInfo("virtio-device", "device", abstract=True),
     TypeInfo(
         "isa-debugcon", "isa-device", "firmware's debug console", make=_debug_console,
         properties=(
@@ -147,6 +173,15 @@ DEVICES = (
     TypeInfo(
         "pcie-root-port", "pci-device", "a PCI Express root port", make=_root_port,
         properties=(Property("id", "its name", "root-port"), Property("slot", "where it goes", None, _up_to(31))),
+    ),
+    TypeInfo("virtio-rng", "virtio-device", "random numbers of the host", make=_rng),
+    TypeInfo(
+        "virtio-balloon", "virtio-device", "gives memory back to the host", make=_balloon,
+        properties=(Property("deflate-on-oom", "the guest takes pages back when it needs them", True, boolean),),
+    ),
+    TypeInfo(
+        "virtio-serial", "virtio-device", "a named port of the guest's that writes to a file", make=_port,
+        properties=(Property("name", "the port's name", "port"), Property("file", "where it writes")),
     ),
 )  # fmt: skip
 

@@ -71,7 +71,8 @@ class Config:
     """What a machine is made of; sizes in bytes. Raises UsageError and its kin for what no machine can have.
 
     *machine* is a board with properties (``q35,root-ports=2``), *cpu* a model with flags (``Haswell,-pcid``),
-    *devices* are devices by name (``isa-debug-exit,iobase=0xf4``): see ``vmonty.vmm.catalogue``.
+    *devices* are devices by name (``isa-debug-exit,iobase=0xf4``): see ``vmonty.vmm.catalogue``; *networks* are network
+    cards by what they are connected to (``user,hostfwd=tcp::2222-:22``): see ``vmonty.vmm.peripherals.Network``.
     """
 
     kernel: bytes
@@ -82,6 +83,7 @@ class Config:
     machine: str = "pc"
     cpu: str = cpu.DEFAULT
     devices: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_size(self.memory)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 from vmonty.base.errors import UsageError
 from vmonty.vmm.block.device import BlockDevice
+from vmonty.vmm.block.image import open_image
 from vmonty.vmm.boards.pci_host import PciMachine
 from vmonty.vmm.bus import BusDevice
 from vmonty.vmm.machine import Machine, MmioSlot
 from vmonty.vmm.net.backend import NetBackend
+from vmonty.vmm.net.pcap import PcapBackend, PcapFile
+from vmonty.vmm.net.tap import TapBackend, open_tap
+from vmonty.vmm.net.user.backend import UserBackend
+from vmonty.vmm.net.user.config import UserConfig
 from vmonty.vmm.virtio.blk import Blk
 from vmonty.vmm.virtio.device import VirtioDevice
 from vmonty.vmm.virtio.mmio import MmioTransport
@@ -17,6 +25,115 @@ from vmonty.vmm.virtio.pci import VirtioPci
 # Locally administered, QEMU's prefix; the last byte is the card's number.
 MAC_PREFIX = bytes.fromhex("5254001234")
 FIRST_MAC = 0x56
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk from ``FILE,format=…,ro,snapshot,if=virtio``."""
+
+    path: Path
+    format: str = "auto"
+    read_only: bool = False
+    snapshot: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Disk:
+        """Raises UsageError that names the option. Two commas are one in the file's name."""
+        name, *options = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+        if not name:
+            raise UsageError(f"--disk {text}: it begins with the image's file name")
+        disk = cls(Path(name))
+        for option in options:
+            key, _, value = option.partition("=")
+            match key, value:
+                case "format", ("raw" | "qcow2" | "auto"):
+                    disk = replace(disk, format=value)
+                case "ro", ("" | "on"):
+                    disk = replace(disk, read_only=True)
+                case "snapshot", ("" | "on"):
+                    disk = replace(disk, snapshot=True)
+                case ("if", "virtio") | (("ro" | "snapshot"), "off"):
+                    continue
+                case _:
+                    raise UsageError(
+                        f"--disk {name}: {option!r} is no option; "
+                        "there are: format=raw|qcow2|auto, ro, snapshot, if=virtio"
+                    )
+        return disk
+
+    def open(self) -> BlockDevice:
+        """The image. Raises DiskImageError."""
+        return open_image(self.path, format=self.format, read_only=self.read_only, snapshot=self.snapshot)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network card from ``user|tap|none[,mac=…][,pcap=FILE][,options of the kind]``."""
+
+    kind: str
+    user: UserConfig | None = None
+    interface: str = "tap%d"
+    mac: bytes | None = None
+    capture: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Network:
+        """Raises UsageError that names the option."""
+        kind, *options = text.split(",")
+        made, rest = cls(kind), []
+        for option in options:
+            key, _, value = option.partition("=")
+            if key == "mac":
+                made = replace(made, mac=_mac(value))
+            elif key == "pcap" and value:
+                made = replace(made, capture=Path(value))
+            elif key == "ifname" and value and kind == "tap":
+                made = replace(made, interface=value)
+            else:
+                rest.append(option)
+        if kind == "user":
+            return replace(made, user=UserConfig.parse(",".join(rest)))
+        if kind not in ("tap", "none"):
+            raise UsageError(f"--net {kind}: unknown; there are: user, tap, none")
+        if rest or (kind == "none" and options):
+            raise UsageError(f"--net {kind}: {(rest or options)[0]!r} is no option of it")
+        return made
+
+    def open(self, machine: Machine) -> NetBackend:
+        """What the card is connected to. Raises UsageError."""
+        backend: NetBackend
+        if self.kind == "user":
+            backend = UserBackend(self.user)
+        else:
+            backend = TapBackend(open_tap(self.interface)[0], machine.loop)
+        if self.capture is None:
+            return backend
+        try:
+            return PcapBackend(backend, PcapFile(self.capture))
+        except BaseException:
+            backend.close()
+            raise
+
+
+def _mac(text: str) -> bytes:
+    try:
+        mac = bytes.fromhex(text.replace(":", ""))
+    except ValueError:
+        mac = b""
+    if len(mac) != 6 or mac[0] & 1:
+        raise UsageError(f"mac={text}: an address of a network card is six bytes such as 52:54:00:12:34:56")
+    return mac
+
+
+def add_networks(machine: Machine, networks: tuple[Network, ...]) -> None:
+    """A card for each of *networks*, in order. Raises UsageError."""
+    for number, network in enumerate(network for network in networks if network.kind != "none"):
+        backend = network.open(machine)
+        try:
+            add_network_card(machine, backend, number, network.mac)
+        except BaseException:
+            backend.close()
+            raise
 
 
 def add_virtio(machine: Machine, device: VirtioDevice) -> None:

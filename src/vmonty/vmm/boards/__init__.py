@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vmonty.kvm.api import System
+from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.boards.microvm import Microvm
 from vmonty.vmm.boards.pc import Pc
 from vmonty.vmm.boards.q35 import Q35
@@ -13,17 +14,26 @@ from vmonty.vmm.machine import Config, Machine
 BOARDS: dict[str, type[Machine]] = {board.name: board for board in (Pc, Q35, Microvm)}
 
 
-def create(system: System, config: Config, console: Callable[[bytes], None]) -> Machine:
-    """The machine that *config* describes, on *system*, with its devices.
+def create(
+    system: System, config: Config, console: Callable[[bytes], None], disks: Sequence[BlockDevice] = ()
+) -> Machine:
+    """The machine that *config* describes, on *system*, with its devices; *disks* stay open when it is closed.
 
     Raises what Machine raises, and UsageError for an unknown board, property or device.
     """
-    from vmonty.vmm.catalogue import TYPES  # which names the boards of this package
+    # These know the boards of this package.
+    from vmonty.vmm.catalogue import TYPES
+    from vmonty.vmm.peripherals import Network, add_disk, add_networks
+
+    networks = tuple(map(Network.parse, config.networks))
 
     board = TYPES.create(config.machine, "machine")
     devices = [TYPES.create(text, "device") for text in config.devices]
     machine: Machine = board.realize(system, config, console)
     try:
+        for number, disk in enumerate(disks):
+            add_disk(machine, disk, number)
+        add_networks(machine, networks)
         for device in devices:
             device.realize(machine)
     except BaseException:
