@@ -10,6 +10,7 @@ from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.block.image import open_image
 from vmonty.vmm.boards.pci_host import PciMachine
 from vmonty.vmm.bus import BusDevice
+from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.machine import Machine, MmioSlot
 from vmonty.vmm.net.backend import NetBackend
 from vmonty.vmm.net.pcap import PcapBackend, PcapFile
@@ -141,7 +142,7 @@ def add_virtio(machine: Machine, device: VirtioDevice) -> None:
 
     Before the machine starts. Raises UsageError when no slot is free.
     """
-    machine.resources.callback(machine.loop.run, device.close)
+    machine.resources.callback(device.loop.run, device.close)
     if isinstance(machine, PciMachine):
         function = VirtioPci(device, machine.vm)
         machine.resources.callback(function.close)
@@ -158,8 +159,11 @@ def add_virtio(machine: Machine, device: VirtioDevice) -> None:
 
 
 def add_disk(machine: Machine, backend: BlockDevice, number: int = 0) -> Blk:
-    """A virtio disk on *backend*, which stays its owner's to close."""
-    device = Blk(machine.memory, machine.loop, backend, serial=f"vmonty-{number}")
+    """A virtio disk on *backend*, which stays its owner's to close. It has an event loop of its own."""
+    loop = EventLoop(f"disk {number}")
+    loop.start()
+    machine.resources.callback(loop.stop)
+    device = Blk(machine.memory, loop, backend, serial=f"vmonty-{number}")
     add_virtio(machine, device)
     return device
 
