@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,11 +20,13 @@ from vmonty.cli.terminal import MOST_BACKLOG, Console
 from vmonty.guests import busybox
 from vmonty.vmm import accel, boards, catalogue
 from vmonty.vmm import cpu as cpu_model
-from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.outcome import Ending, Outcome
 from vmonty.vmm.peripherals import Disk, Network
+
+if TYPE_CHECKING:
+    from vmonty.vmm.block.device import BlockDevice
 
 STATUS_TIMEOUT, STATUS_FAILED = 124, 1
 MOST_SECONDS = 10**9  # Python's timers end somewhat above

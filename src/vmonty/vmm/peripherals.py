@@ -1,27 +1,29 @@
-"""Devices that a user adds to a machine: virtio devices on whichever bus the board has, with their backends."""
+"""Devices that a user adds to a machine: virtio devices on whichever bus the board has, with their backends.
+
+Backends are imported where they are opened: a machine without them should not wait for their code.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmonty.base.errors import UsageError
-from vmonty.vmm.block.device import BlockDevice
-from vmonty.vmm.block.image import open_image
 from vmonty.vmm.boards.pci_host import PciMachine
 from vmonty.vmm.bus import BusDevice
 from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.machine import Machine, MmioSlot
-from vmonty.vmm.net.backend import NetBackend
-from vmonty.vmm.net.pcap import PcapBackend, PcapFile
-from vmonty.vmm.net.tap import TapBackend, open_tap
-from vmonty.vmm.net.user.backend import UserBackend
-from vmonty.vmm.net.user.config import UserConfig
-from vmonty.vmm.virtio.blk import Blk
 from vmonty.vmm.virtio.device import VirtioDevice
 from vmonty.vmm.virtio.mmio import MmioTransport
-from vmonty.vmm.virtio.net import Net
 from vmonty.vmm.virtio.pci import VirtioPci
+
+if TYPE_CHECKING:
+    from vmonty.vmm.block.device import BlockDevice
+    from vmonty.vmm.net.backend import NetBackend
+    from vmonty.vmm.net.user.config import UserConfig
+    from vmonty.vmm.virtio.blk import Blk
+    from vmonty.vmm.virtio.net import Net
 
 # Locally administered, QEMU's prefix; the last byte is the card's number.
 MAC_PREFIX = bytes.fromhex("5254001234")
@@ -64,6 +66,8 @@ class Disk:
 
     def open(self) -> BlockDevice:
         """The image. Raises DiskImageError."""
+        from vmonty.vmm.block.image import open_image
+
         return open_image(self.path, format=self.format, read_only=self.read_only, snapshot=self.snapshot)
 
 
@@ -93,6 +97,8 @@ class Network:
             else:
                 rest.append(option)
         if kind == "user":
+            from vmonty.vmm.net.user.config import UserConfig
+
             return replace(made, user=UserConfig.parse(",".join(rest)))
         if kind not in ("tap", "none"):
             raise UsageError(f"--net {kind}: unknown; there are: user, tap, none")
@@ -104,11 +110,17 @@ class Network:
         """What the card is connected to. Raises UsageError."""
         backend: NetBackend
         if self.kind == "user":
+            from vmonty.vmm.net.user.backend import UserBackend
+
             backend = UserBackend(self.user)
         else:
+            from vmonty.vmm.net.tap import TapBackend, open_tap
+
             backend = TapBackend(open_tap(self.interface)[0], machine.loop)
         if self.capture is None:
             return backend
+        from vmonty.vmm.net.pcap import PcapBackend, PcapFile
+
         try:
             return PcapBackend(backend, PcapFile(self.capture))
         except BaseException:
@@ -160,6 +172,8 @@ def add_virtio(machine: Machine, device: VirtioDevice) -> None:
 
 def add_disk(machine: Machine, backend: BlockDevice, number: int = 0) -> Blk:
     """A virtio disk on *backend*, which stays its owner's to close. It has an event loop of its own."""
+    from vmonty.vmm.virtio.blk import Blk
+
     loop = EventLoop(f"disk {number}")
     loop.start()
     machine.resources.callback(loop.stop)
@@ -170,6 +184,8 @@ def add_disk(machine: Machine, backend: BlockDevice, number: int = 0) -> Blk:
 
 def add_network_card(machine: Machine, backend: NetBackend, number: int = 0, mac: bytes | None = None) -> Net:
     """A virtio network card on *backend*, which it closes at its end; card *number* has its own address."""
+    from vmonty.vmm.virtio.net import Net
+
     if mac is None:
         if not 0 <= number < 0x100 - FIRST_MAC:
             raise UsageError(f"network card {number} needs an address of its own: give mac=")

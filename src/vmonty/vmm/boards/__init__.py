@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from vmonty.kvm.api import System
-from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.boards.microvm import Microvm
 from vmonty.vmm.boards.pc import Pc
 from vmonty.vmm.boards.q35 import Q35
 from vmonty.vmm.machine import Config, Machine
+
+if TYPE_CHECKING:
+    from vmonty.vmm.block.device import BlockDevice
 
 BOARDS: dict[str, type[Machine]] = {board.name: board for board in (Pc, Q35, Microvm)}
 
