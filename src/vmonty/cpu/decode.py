@@ -476,6 +476,8 @@ def decode(code, available, rip, code_size, i):
                 return short
     elif r.operands and r.letter[0] == ord("Z"):
         i.reg = (byte & 7) | ((i.rex & 1) << 3)
+    if i.segment < 0 and not i.has_memory:
+        i.segment = 3  # of operands that no ModRM byte names: string sources, MOV's offsets
     # ---- operands -----------------------------------------------------------------------------------
     used_vvvv: cython.int = 0
     for k in range(r.operands):
