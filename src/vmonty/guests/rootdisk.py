@@ -76,6 +76,7 @@ class Disk:
     suite: str
     key: Path
     size: int
+    sha256: str
 
 
 def build(
@@ -110,22 +111,32 @@ def build(
             release = _boot_files(shelf, tar, notes, progress)
             raw = _file_system(work, tar, size, progress)
             tar.unlink()
-            with shelf.write("disk.qcow2", notes | {"release": release}) as out:
-                pack(raw, Path(out.name), progress)
+            packed = work / "disk.qcow2"
+            pack(raw, packed, progress)
+            progress("storing the disk", 0, 0)
+            with packed.open("rb") as contents, shelf.write("disk.qcow2", notes | {"release": release}) as out:
+                shutil.copyfileobj(contents, out, 1 << 20)
         made = _cached(shelf, recipe, key)
     if made is None:
         raise GuestError(f"the guest in {shelf.directory} changed while it was built; try again")
     return made
 
 
-def _cached(shelf: Shelf, recipe: str, key: Path) -> Disk | None:
+def cached(cache: Path | None = None) -> Disk | None:
+    """The Debian guest that was built last, whatever its size and whether with a compiler; None when there is none."""
+    return _cached(Shelf("guests", "debian", root=cache), None, user_key(cache))
+
+
+def _cached(shelf: Shelf, recipe: str | None, key: Path) -> Disk | None:
     disk, kernel, initrd = shelf.get("disk.qcow2"), shelf.get("vmlinuz"), shelf.get("initrd.img")
     if disk is None or kernel is None or initrd is None:
         return None
-    if any(item.notes.get("recipe") != recipe for item in (disk, kernel, initrd)):
-        return None
     notes = disk.notes
-    return Disk(disk.path, kernel.path, initrd.path, notes["release"], notes["suite"], key, int(notes["size"]))
+    if any(item.notes.get("recipe") != (recipe or notes.get("recipe")) for item in (disk, kernel, initrd)):
+        return None
+    return Disk(
+        disk.path, kernel.path, initrd.path, notes["release"], notes["suite"], key, int(notes["size"]), disk.sha256
+    )
 
 
 def host_sources() -> tuple[str, str]:

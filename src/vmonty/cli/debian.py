@@ -1,0 +1,68 @@
+"""The Debian guest as ``vmonty run debian`` boots it: an overlay of the user's over the image that was built."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmonty.base.errors import GuestError
+from vmonty.cli.guest import pack
+from vmonty.cli.progress import terminal_progress
+from vmonty.guests import rootdisk
+from vmonty.vmm.block.convert import create_image
+
+
+@dataclass(frozen=True)
+class DebianGuest:
+    """What to boot; *disk* is the user's own, *key* the private key that its root lets in."""
+
+    kernel: Path
+    initrd: Path
+    command_line: str
+    disk: Path
+    key: Path
+
+
+def data_root() -> Path:
+    """``$XDG_DATA_HOME/vmonty``, by default ``~/.local/share/vmonty``."""
+    configured = os.environ.get("XDG_DATA_HOME", "")
+    base = Path(configured) if os.path.isabs(configured) else Path.home() / ".local" / "share"
+    return base / "vmonty"
+
+
+def prepare(directory: Path | None = None) -> DebianGuest:
+    """The guest, built when it is not in the cache, with its overlay, made when there is none.
+
+    What the guest writes stays in the overlay from run to run. A newer build gets another one: the old overlay keeps
+    its base, which is linked beside it. Raises GuestError and DiskImageError.
+    """
+    with terminal_progress() as progress:
+        built = rootdisk.cached() or rootdisk.build(pack, progress=progress)
+    directory = directory or data_root()
+    name = f"debian-{built.sha256[:12]}"
+    base, overlay = directory / f"{name}-base.qcow2", directory / f"{name}.qcow2"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not base.exists():
+            _link(built.disk, base)
+    except OSError as error:
+        raise GuestError(
+            f"cannot write to {directory}: {error.strerror}; set XDG_DATA_HOME to another place"
+        ) from error
+    if not overlay.exists():
+        partial = directory / f".{name}.partial"
+        create_image(partial, None, backing=base.name, backing_format="qcow2")
+        os.replace(partial, overlay)
+    return DebianGuest(built.kernel, built.initrd, rootdisk.COMMAND_LINE, overlay, built.key)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the two are on different file systems."""
+    try:
+        os.link(source, target)
+    except OSError:
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.copyfile(source, partial)
+        os.replace(partial, target)
