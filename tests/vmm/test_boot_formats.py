@@ -260,7 +260,7 @@ def test_lzo_against_lzop(tmp_path: Path) -> None:
     [
         # Literals, then copies of every kind, by the sequences of the kernel's description.
         (b"\x15abcd\x11\0\0", b"abcd"),
-        (b"\x15abcd\x6c\0\x11\0\0", b"abcddddd"[:8]),
+        (b"\x15abcd\x6c\0\x11\0\0", b"abcd" + b"abcd"),
         (b"\x15abcd\x29\x0c\0\x11\0\0", b"abcd" + b"abcdabcdabc"),
     ],
 )
@@ -285,8 +285,7 @@ def test_a_bomb_takes_no_memory() -> None:
     bomb = zstd.compress(bytes(1 << 28))
     with pytest.raises(BootImageError, match="damaged"):
         payload.decompress(bomb + struct.pack("<I", 0xFFFF_FFF0))
-    with pytest.raises(BootImageError, match="damaged"):
-        payload.decompress(bomb + struct.pack("<I", 1000))
+    assert payload.decompress(bomb + struct.pack("<I", 1000)) is None, "a beginning that is no kernel"
 
 
 def test_the_cache(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +360,7 @@ def test_damaged_images_are_refused_or_loaded(name: str, changes: list[tuple[int
 
 def test_a_damaged_payload_is_an_error_and_an_unknown_one_is_the_guests() -> None:
     packed = COMPRESSORS["zstd"](vmlinux())
-    with pytest.raises(BootImageError, match="damaged"):
+    with pytest.raises(BootImageError, match=r"damaged|cut off"):
         loader.load(
             GuestMemory(kernels.MEMORY), bzimage_with(packed[:30] + bytes(30) + packed[60:]), None, "", PLATFORM
         )

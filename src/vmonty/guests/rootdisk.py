@@ -7,10 +7,12 @@ made under the same disguise.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tarfile
 import tempfile
@@ -33,6 +35,7 @@ PACKAGES = (
 )  # fmt: skip
 COMPILER = ("gcc", "libc6-dev", "make")
 ROOT_LABEL = "debian-root"
+_GRACE_S = 10
 # What the initrd needs to find the disk on any of our machines; the rest is loaded from there.
 MODULES = ("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_scsi", "ahci", "sd_mod", "nvme", "ext4")
 COMMAND_LINE = f"root=LABEL={ROOT_LABEL} rw console=ttyS0 quiet"
@@ -234,7 +237,7 @@ def _running(command: list[str], environment: dict[str, str], text: str) -> Iter
     """The lines that a program prints on standard error, while it runs with *text* as its input."""
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        env=environment, text=True, errors="replace",
+        env=environment, text=True, errors="replace", start_new_session=True,
     ) as process:  # fmt: skip
         assert process.stdin is not None
         assert process.stderr is not None
@@ -243,8 +246,20 @@ def _running(command: list[str], environment: dict[str, str], text: str) -> Iter
             process.stdin.close()
             yield iter(process.stderr)
         except BaseException:
-            process.terminate()
+            _end(process)
             raise
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a program that was interrupted, and all that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        try:
+            process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
 
 
 def _boot_files(shelf: Shelf, tar: Path, notes: dict[str, str], progress: Progress) -> str:
