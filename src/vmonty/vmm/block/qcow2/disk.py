@@ -110,10 +110,17 @@ class Qcow2Disk(BlockDevice):
     def preadv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         length = total(buffers)
         self.check_range(offset, length)
-        with self._operation():
+        number = self._begin()
+        try:
             with self.lock:
-                runs = self.map(offset, length)
-            self._read_runs(runs, buffers)
+                host = self._plain_data(offset, length)
+                runs = [] if host else self.map(offset, length)
+            if host:
+                self.file.preadv(host, buffers)
+            else:
+                self._read_runs(runs, buffers)
+        finally:
+            self._end(number)
 
     def pwritev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         length = total(buffers)
@@ -183,19 +190,26 @@ class Qcow2Disk(BlockDevice):
 
     # -- operations under way
 
-    @contextmanager
-    def _operation(self) -> Iterator[int]:
+    def _begin(self) -> int:
         with self.lock:
             number = self._next_operation
-            self._next_operation += 1
+            self._next_operation = number + 1
             self._operations[number] = None
+            return number
+
+    def _end(self, number: int) -> None:
+        with self.lock:
+            del self._operations[number]
+            if not self._operations:
+                self._changed.notify_all()
+
+    @contextmanager
+    def _operation(self) -> Iterator[None]:
+        number = self._begin()
         try:
-            yield number
+            yield
         finally:
-            with self.lock:
-                del self._operations[number]
-                if not self._operations:
-                    self._changed.notify_all()
+            self._end(number)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -206,6 +220,19 @@ class Qcow2Disk(BlockDevice):
             yield
 
     # -- reading
+
+    def _plain_data(self, offset: int, length: int) -> int:
+        """Where in the file a range lies that is within one cluster of plain data, the commonest case, else 0."""
+        cluster = offset >> self._bits
+        if length == 0 or offset + length - 1 >> self._bits != cluster:
+            return 0
+        table = self.tables.table(cluster >> self._l2_bits)
+        if table is None:
+            return 0
+        entry = table[cluster & (1 << self._l2_bits) - 1]
+        if entry & (COMPRESSED | self._zero) or not entry & OFFSET:
+            return 0
+        return self.tables.host_offset(entry) + (offset & self._cluster - 1)
 
     def map(self, offset: int, length: int) -> list[Run]:
         """Where a range comes from, merged into as few runs as there are. The lock is held."""
