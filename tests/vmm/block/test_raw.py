@@ -129,3 +129,16 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "none2").touch()
     with pytest.raises(DiskImageError, match="unknown disk format"):
         open_image(tmp_path / "none2", format="vdi", read_only=True)
+
+
+def test_extents_name_all_that_is_not_zero(path: Path) -> None:
+    os.truncate(path, 0)
+    os.truncate(path, 1 << 30)
+    with open_image(path, format="raw") as disk:
+        written = {5 << 20: b"five", (1 << 30) - 4096: b"the end", 700 << 20: b"x" * 200_000}
+        for offset, data in written.items():
+            disk.write(offset, data)
+        extents = list(disk.extents())
+        for offset, data in written.items():
+            assert any(start <= offset and offset + len(data) <= start + length for start, length in extents)
+        assert sum(length for _, length in extents) < 64 << 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vmonty.base.errors import BlockError, DiskImageError
@@ -14,7 +14,6 @@ from vmonty.vmm.block.qcow2.disk import Qcow2Disk
 
 _STEP = 1 << 20
 _PIECE = 1 << 16
-_ZEROES = memoryview(bytes(_PIECE))
 
 
 def _nothing(done: int, total: int, /) -> None:
@@ -74,32 +73,32 @@ def copy(
 
     Raises BlockError, and DiskImageError for *compress* into a raw image.
     """
-    packed = target if compress else None
-    if packed is not None and not isinstance(packed, Qcow2Disk):
-        raise DiskImageError("only qcow2 images hold compressed clusters")
-    step = max(_STEP, packed.header.cluster_size if packed else 0)
-    buffer = memoryview(bytearray(step))
-    for offset in range(0, source.size, step):
-        length = min(step, source.size - offset)
-        source.preadv(offset, [buffer[:length]])
-        if packed:
-            size = packed.header.cluster_size
-            for start in range(0, length, size):
-                data = bytes(buffer[start : min(start + size, length)])
-                if data.count(0) != len(data):
-                    packed.write_compressed((offset + start) // size, data.ljust(size, b"\0"))
-        else:
-            _write_what_is_not_zero(target, offset, buffer[:length])
+    packed: Qcow2Disk | None = None
+    if compress:
+        if not isinstance(target, Qcow2Disk):
+            raise DiskImageError("only qcow2 images hold compressed clusters")
+        packed = target
+    piece = packed.header.cluster_size if packed else _PIECE
+    zero = bytes(piece)
+    for offset, length in _pieces(source, max(_STEP, piece)):
+        data = source.read(offset, length)
+        for at in range(0, length, piece):
+            part = data[at : at + piece]
+            if part == zero[: len(part)]:
+                continue
+            if packed:
+                packed.write_compressed((offset + at) // piece, part.ljust(piece, b"\0"))
+            else:
+                target.write(offset + at, part)
         progress(offset + length, source.size)
     target.flush()
+    progress(source.size, source.size)
 
 
-def _write_what_is_not_zero(target: BlockDevice, offset: int, data: memoryview) -> None:
-    start = 0
-    while start < len(data):
-        end = start
-        while end < len(data) and data[end : end + _PIECE] != _ZEROES[: len(data) - end]:
-            end += _PIECE
-        if end > start:
-            target.pwritev(offset + start, [data[start:end]])
-        start = end + _PIECE
+def _pieces(source: BlockDevice, step: int) -> Iterator[tuple[int, int]]:
+    """What is stored in *source*, in pieces of *step* that begin at its multiples, each once."""
+    done = 0
+    for start, length in source.extents():
+        for offset in range(max(done, start // step * step), min(start + length, source.size), step):
+            yield offset, min(step, source.size - offset)
+            done = offset + step

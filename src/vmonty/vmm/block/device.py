@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from vmonty.base.errors import BlockError
@@ -48,6 +48,11 @@ class BlockDevice(ABC):
     @abstractmethod
     def close(self) -> None:
         """Flush and give up the file. A second call does nothing; no other method may be called afterwards."""
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """(offset, length) of the parts that may be other than zero, in order; nobody writes meanwhile."""
+        if self.size:
+            yield 0, self.size
 
     def read(self, offset: int, length: int) -> bytes:
         """*length* bytes from *offset*, as a copy. Raises BlockError."""

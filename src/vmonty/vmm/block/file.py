@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vmonty.base.errors import BlockError, DiskImageError
@@ -64,6 +64,20 @@ class HostFile:
                 os.ftruncate(self.fd, length)
             except OSError as error:
                 raise self._error("resizing", error) from error
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """(offset, length) of what the file stores; all of it where the file system does not say."""
+        length = at = 0
+        try:
+            length = self.length()
+            while at < length:
+                start = os.lseek(self.fd, at, os.SEEK_DATA)
+                at = os.lseek(self.fd, start, os.SEEK_HOLE)
+                yield start, at - start
+        except OSError as error:
+            # ENXIO: no data up to the end.
+            if error.errno != errno.ENXIO and at < length:
+                yield at, length - at
 
     def preadv(self, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill *buffers* from *offset* on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vmonty.base.errors import BlockError
 from vmonty.vmm.block.buffers import cut, total
@@ -50,6 +50,9 @@ class RawDevice(BlockDevice):
                 " give format=raw to allow it",
             )
         return [memoryview(new), *cut(buffers, size, length - size)]
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        return self._file.extents()
 
     def flush(self) -> None:
         if not self.read_only:

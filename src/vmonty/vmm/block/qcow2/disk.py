@@ -138,6 +138,13 @@ class Qcow2Disk(BlockDevice):
                 done += step.length
         self._relieve()
 
+    def extents(self) -> Iterator[tuple[int, int]]:
+        reach = self._cluster << self._l2_bits
+        for offset in range(0, self.size, reach):
+            with self.lock:
+                runs = self.map(offset, min(reach, self.size - offset))
+            yield from ((run.offset, run.length) for run in runs if run.kind is not Kind.ZERO)
+
     def flush(self) -> None:
         if not self.read_only:
             with self._flushing:
