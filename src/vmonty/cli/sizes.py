@@ -1,12 +1,11 @@
-"""Sizes on the command line: 512M, 2G, 65536."""
+"""Sizes on the command line."""
 
 from __future__ import annotations
 
-import re
-
 import click
 
-_SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+from vmonty.base.errors import UsageError
+from vmonty.base.sizes import parse_size
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
@@ -18,7 +17,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only from clic
         """Bytes; refuses what is no size."""
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+)([KMGT]?)(i?B)?", str(value).strip(), re.IGNORECASE)
-        if match is None:
-            self.fail(f"{value!r} is no size; write bytes, or a number with K, M, G or T, such as 512M", param, ctx)
-        return int(match[1]) * _SUFFIXES[match[2].upper()]
+        try:
+            return parse_size(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from vmonty.base.errors import HandleClosed, KvmError
@@ -26,15 +27,50 @@ class VcpuThread:
         self._mmio = mmio
         self._ended = ended
         self._stop = threading.Event()
+        self._pausing = False
+        self._parked = threading.Event()
+        self._go_on = threading.Event()
+        # Sees each exit before it is handled, on this thread.
+        self.hook: Callable[[Vcpu, Exit | int], None] | None = None
         self._thread = threading.Thread(target=self._main, name=f"CPU {vcpu.id}/KVM", daemon=True)
 
     def start(self) -> None:
         """Start the thread; call it once."""
         self._thread.start()
 
+    def pause(self) -> None:
+        """Ask the thread to wait outside of the guest, no instruction half done. From any thread."""
+        self._go_on.clear()
+        self._pausing = True
+        if not self.vcpu.closed:
+            self.vcpu.kick()
+
+    def wait_paused(self, timeout: float) -> bool:
+        """Whether the thread waits, or has ended, within *timeout* seconds. On the thread itself: it does not run."""
+        if self._thread is threading.current_thread():
+            return True
+        deadline = time.monotonic() + timeout
+        while not self._parked.wait(0.01):
+            if self._thread.ident is not None and not self._thread.is_alive():
+                return True
+            if time.monotonic() > deadline:
+                return False
+        return True
+
+    def resume(self) -> None:
+        """Let the thread go on. From any thread."""
+        self._pausing = False
+        self._parked.clear()
+        self._go_on.set()
+
+    def _park(self) -> None:
+        self._parked.set()
+        self._go_on.wait()
+
     def stop(self) -> None:
         """Ask the thread to leave; returns at once. From any thread."""
         self._stop.set()
+        self._go_on.set()
         if not self.vcpu.closed:
             self.vcpu.kick()
 
@@ -46,7 +82,14 @@ class VcpuThread:
     def _main(self) -> None:
         try:
             while not self._stop.is_set():
-                outcome = self._handle(self.vcpu.run())
+                reason = self.vcpu.run()
+                if self.hook is not None:
+                    self.hook(self.vcpu, reason)
+                if self._pausing and reason is Exit.INTR:
+                    # The kick that came with the wish has completed the last access.
+                    self._park()
+                    continue
+                outcome = self._handle(reason)
                 if outcome is not None:
                     self._ended(outcome)
                     return

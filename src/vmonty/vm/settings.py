@@ -1,0 +1,213 @@
+"""What a virtual machine is to be: typed, checked, and the same from Python, a file or the command line."""
+
+from __future__ import annotations
+
+import tomllib
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vmonty.base.errors import UsageError
+from vmonty.base.sizes import parse_size
+from vmonty.vmm.machine import MOST_VCPUS
+from vmonty.vmm.memory import check_size
+from vmonty.vmm.net.user.config import Forward, UserConfig
+
+MOST_SECONDS = 10**9  # Python's timers end somewhat above
+
+
+def _size(value: object) -> object:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _options(text: str, first: str, lists: tuple[str, ...] = ()) -> dict[str, object]:
+    """``VALUE,name=value,…`` as a dict; the *first* word is the value of the field of that name."""
+    head, *rest = text.split(",")
+    name, equals, value = head.partition("=")
+    made: dict[str, Any] = {name: value} if equals and name == first else {first: head}
+    for option in rest:
+        name, equals, value = option.partition("=")
+        if name in lists:
+            made.setdefault(name, []).append(value)
+        else:
+            made[name] = value if equals else "on"
+    return made
+
+
+class Disk(_Model):
+    """A virtio disk; as text ``FILE,format=qcow2,readonly=on,snapshot=on``."""
+
+    file: Path
+    format: Literal["auto", "raw", "qcow2"] = "auto"
+    readonly: bool = False
+    snapshot: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        return _options(str(value), "file") if isinstance(value, str | Path) else value
+
+
+class UserNetwork(_Model):
+    """A card on a network of its own, as ``user,hostfwd=tcp::2222-:22``; the options are QEMU's.
+
+    *mac* is the card's address, *dump* a capture file of what passes.
+    """
+
+    type: Literal["user"] = "user"
+    net: IPv4Network | None = None
+    host: IPv4Address | None = None
+    dns: IPv4Address | None = None
+    dhcpstart: IPv4Address | None = None
+    hostname: str = ""
+    domainname: str = ""
+    restrict: bool = False
+    tftp: Path | None = None
+    bootfile: str = ""
+    hostfwd: tuple[str, ...] = ()
+    mac: Annotated[str | None, Field(pattern=r"^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$")] = None
+    dump: Path | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> UserNetwork:
+        _as_value_error(self.config)
+        return self
+
+    def config(self) -> UserConfig:
+        """For the backend. Raises UsageError."""
+        given = self.model_dump(exclude={"type", "hostfwd", "mac", "dump"}, exclude_none=True)
+        return UserConfig(**given, forwards=tuple(map(Forward.parse, self.hostfwd)))
+
+
+class TapNetwork(_Model):
+    """A card on the host's tap interface *ifname*; as text ``tap,ifname=tap0``."""
+
+    type: Literal["tap"] = "tap"
+    ifname: str = "tap%d"
+    mac: Annotated[str | None, Field(pattern=r"^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$")] = None
+    dump: Path | None = None
+
+
+def _network(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    found = _options(value, "type", ("hostfwd",))
+    if found["type"] not in ("user", "tap"):
+        raise ValueError(f"{found['type']!r} is no kind of network; there are: user, tap")
+    return found
+
+
+Network = Annotated[Annotated[UserNetwork | TapNetwork, Field(discriminator="type")], BeforeValidator(_network)]
+
+
+class Settings(_Model):
+    """A virtual machine. Sizes in bytes, or as text such as 512M.
+
+    Without *kernel* it is the *guest* that vmonty builds itself. *disks* and *net* take one or several,
+    as text or as tables.
+    """
+
+    guest: Literal["busybox"] | None = None
+    kernel: Path | None = None
+    initrd: Path | None = None
+    append: str | None = None
+    memory: Annotated[int, BeforeValidator(_size)] = 512 << 20
+    cpus: Annotated[int, Field(ge=1, le=MOST_VCPUS)] = 1
+    machine: Literal["pc", "q35", "microvm"] = "pc"
+    accel: str = "auto"
+    disks: tuple[Disk, ...] = ()
+    net: tuple[Network, ...] = ()
+    reboot: bool = True
+    timeout: Annotated[float | None, Field(gt=0, le=MOST_SECONDS)] = None
+    console_log: Path | None = None
+
+    @field_validator("disks", "net", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        if value is None or value == "none":
+            return ()
+        return (value,) if isinstance(value, str | Path | dict | _Model) else value
+
+    @field_validator("memory")
+    @classmethod
+    def _enough(cls, value: int) -> int:
+        _as_value_error(lambda: check_size(value))
+        return value
+
+    @model_validator(mode="after")
+    def _one_thing_to_boot(self) -> Settings:
+        if self.initrd is not None and self.kernel is None:
+            raise ValueError("initrd needs kernel")
+        if self.kernel is not None and self.guest is not None:
+            raise ValueError("give either guest or kernel")
+        return self
+
+
+def _as_value_error(check: Any) -> None:
+    try:
+        check()
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+def settings(fields: dict[str, Any]) -> Settings:
+    """Settings from *fields*. Raises UsageError, which names the field that is wrong."""
+    try:
+        return Settings(**fields)
+    except ValidationError as error:
+        raise UsageError("; ".join(map(_one_line, error.errors()))) from error
+
+
+def _one_line(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"] if part not in ("user", "tap"))
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = "there is no such setting"
+    return f"{place}: {message}" if place else message
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The fields in a TOML or YAML file, by its suffix; relative paths in it are relative to it. Raises UsageError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the configuration {path} cannot be read: {error}") from error
+    match path.suffix.lower():
+        case ".toml":
+            try:
+                fields: object = tomllib.loads(text)
+            except tomllib.TOMLDecodeError as error:
+                raise UsageError(f"{path} is no TOML: {error}") from error
+        case ".yaml" | ".yml":
+            import yaml
+
+            try:
+                fields = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        case _:
+            raise UsageError(f"{path}: the name must end in .toml, .yaml or .yml")
+    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
+        raise UsageError(f'{path} holds no settings: write lines such as memory = "512M"')
+    return {name: _beside(path.parent, name, value) for name, value in fields.items()}
+
+
+_PATHS = ("kernel", "initrd", "console_log", "file", "tftp", "dump")
+
+
+def _beside(folder: Path, name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {inner: _beside(folder, inner, item) for inner, item in value.items()}
+    if isinstance(value, list):
+        return [_beside(folder, name, item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if name == "disks":
+        return {**_options(value, "file"), "file": str(folder / str(_options(value, "file")["file"]))}
+    return str(folder / value) if name in _PATHS else value
