@@ -28,11 +28,11 @@ KERNELS = ("linux-image-cloud-amd64", "linux-image-kvm", "linux-image-virtual", 
 BUSYBOX = "busybox-static"
 
 # Raise it with each change of the initrd's contents: cached ones of another recipe are built again.
-_RECIPE = "2"
+_RECIPE = "3"
 
 # Drivers of virtio devices and what they need, in an order in which they can be loaded.
 MODULES = (
-    "virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_mmio",
+    "virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_mmio",
     "virtio_blk", "failover", "net_failover", "virtio_net", "virtio_console", "virtio-rng", "virtio_balloon",
     "af_packet",
 )  # fmt: skip
