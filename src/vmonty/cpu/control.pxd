@@ -49,7 +49,8 @@ cdef int apply_cr0(CpuState *s, uint64_t value) noexcept nogil
 cdef int apply_cr4(CpuState *s, uint64_t value) noexcept nogil
 
 cdef extern from *:
-    # Compiler built-in.
+    # Compiler built-ins.
+    ctypedef unsigned long long uint128_t "unsigned __int128"
     uint64_t host_tsc "__builtin_ia32_rdtsc" () noexcept nogil
 
 

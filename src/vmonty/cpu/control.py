@@ -138,8 +138,11 @@ _XGETBV1 = cython.declare(cython.int, opcodes.FEATURES.index("xgetbv1"))
 
 
 def tsc(s):
-    """The time-stamp counter as software on this processor reads it."""
-    return host_tsc() + s.tsc_offset
+    """The time-stamp counter as software on this processor reads it. SDM, "Time-Stamp Counter Multiplier"."""
+    now: uint64_t = host_tsc()
+    if s.tsc_multiplier:
+        now = cython.cast(uint64_t, cython.cast(uint128_t, now) * s.tsc_multiplier >> 48)
+    return now + s.tsc_offset
 
 
 def _privileged(s):

@@ -335,7 +335,8 @@ cdef struct CpuState:
     uint64_t mtrr_mask[8]
     uint64_t mtrr_fixed[11]
     uint64_t mcg_status
-    uint64_t tsc_offset      # guest TSC = host TSC + tsc_offset
+    uint64_t tsc_offset      # guest TSC = host TSC * tsc_multiplier / 2^48 + tsc_offset; a multiplier of 0 is 1
+    uint64_t tsc_multiplier
     # ---- events ------------------------------------------------------------------------------------
     Event event              # to deliver now (exceptions raised by helpers; injected by VM entry)
     uint32_t interruptibility    # SHADOW_*, BLOCKED_*

@@ -80,6 +80,7 @@ from cython.cimports.vmonty.cpu.vmcs import (
     PIN_BASED_VM_EXEC_CONTROL,
     SECONDARY_VM_EXEC_CONTROL,
     TPR_THRESHOLD,
+    TSC_MULTIPLIER,
     TSC_OFFSET,
     VIRTUAL_APIC_PAGE_ADDR,
     VIRTUAL_PROCESSOR_ID,
@@ -127,6 +128,7 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     SECOND_PAUSE_LOOP,
     SECOND_RDRAND,
     SECOND_RDSEED,
+    SECOND_TSC_SCALING,
     SECOND_VPID,
     vmx_of,
 )
@@ -387,6 +389,8 @@ def enter_guest(s, launch):
             return _fail(s, REASON_MSR_LOADING, error)
     if v.processor & PROC_TSC_OFFSETTING:
         s.tsc_offset += get(m, TSC_OFFSET)
+        if v.secondary & SECOND_TSC_SCALING:
+            s.tsc_multiplier = get(m, TSC_MULTIPLIER)
     if v.pin & PIN_PREEMPTION_TIMER:
         v.timer_deadline = host_tsc() + (get(m, VMX_PREEMPTION_TIMER_VALUE) << 5)
         if get(m, VMX_PREEMPTION_TIMER_VALUE):
@@ -453,6 +457,7 @@ def leave_guest(s):
         now = host_tsc()
         put(m, VMX_PREEMPTION_TIMER_VALUE, (v.timer_deadline - now) >> 5 if now < v.timer_deadline else 0)
     s.tsc_offset = v.root_tsc_offset
+    s.tsc_multiplier = 0
     count = cython.cast(uint32_t, get(m, VM_EXIT_MSR_STORE_COUNT))
     if count:
         _store_msrs(s, get(m, VM_EXIT_MSR_STORE_ADDR), count)

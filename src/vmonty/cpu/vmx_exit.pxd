@@ -57,6 +57,7 @@ cdef enum:
     SECOND_INVPCID = 0x1000
     SECOND_RDSEED = 0x10000
     SECOND_XSAVES = 0x100000
+    SECOND_TSC_SCALING = 0x2000000
 
 # VM-exit and VM-entry controls.
 cdef enum:

@@ -6,7 +6,7 @@ import errno
 import time
 
 from vmonty.kvm.soft.files import KvmFile, answers
-from vmonty.kvm.soft.tsc import read_tsc
+from vmonty.kvm.soft.tsc import HOST_TSC_KHZ, check_tsc_khz, read_tsc
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.uapi import Requests
 from vmonty.kvm.uapi.flags import KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE
@@ -16,8 +16,23 @@ from vmonty.kvm.uapi.vm import kvm_clock_data
 class ClockIoctls(KvmFile):
     """The VM's clock: nanoseconds since its creation, unless user space sets it."""
 
+    created_vcpus: int
+
     def __init__(self) -> None:
         self._kvmclock_offset = -time.monotonic_ns()
+        self.default_tsc_khz = HOST_TSC_KHZ
+
+    @answers(Requests.KVM_SET_TSC_KHZ)
+    def set_tsc_khz(self, argument: Argument) -> None:
+        """For vCPUs that are created from now on; 0 means the host's frequency."""
+        khz = check_tsc_khz(argument.number & 0xFFFF_FFFF)
+        if self.created_vcpus:
+            raise OSError(errno.EINVAL, "there are vCPUs already")
+        self.default_tsc_khz = khz or HOST_TSC_KHZ
+
+    @answers(Requests.KVM_GET_TSC_KHZ)
+    def get_tsc_khz(self, argument: Argument) -> int:
+        return self.default_tsc_khz
 
     def kvmclock_ns(self) -> int:
         """The clock now."""

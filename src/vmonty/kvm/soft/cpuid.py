@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache, partial
 
 from vmonty.cpu import models
+from vmonty.kvm.soft import pv
 from vmonty.kvm.uapi.flags import (
     KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
     KVM_FEATURE_CLOCKSOURCE2,
@@ -19,8 +20,13 @@ BASIC_FEATURES, EXTENDED_FEATURES = 1, 0x8000_0001
 KVM_CPUID_SIGNATURE = 0x4000_0000
 KVM_SIGNATURE = b"KVMKVMKVM\0\0\0"
 
-# kvmclock by the new MSRs, with a stable TSC; port 0x80 needs no delay.
-FEATURES = 1 << KVM_FEATURE_CLOCKSOURCE2 | 1 << KVM_FEATURE_CLOCKSOURCE_STABLE_BIT | 1 << KVM_FEATURE_NOP_IO_DELAY
+# kvmclock by the new MSRs, with a stable TSC; port 0x80 needs no delay; and what pv.py has.
+FEATURES = (
+    pv.FEATURES
+    | 1 << KVM_FEATURE_CLOCKSOURCE2
+    | 1 << KVM_FEATURE_CLOCKSOURCE_STABLE_BIT
+    | 1 << KVM_FEATURE_NOP_IO_DELAY
+)
 
 # Nested virtualization is not offered yet, nor XSAVES, which has controls and an MSR of its own; MONITOR and MWAIT
 # would exit all the time.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vmonty.kvm.soft.mmu.guest_walk import walk
 from vmonty.kvm.soft.msr_filter import reason
+from vmonty.kvm.soft.pv import KVM_EINVAL, KVM_ENOSYS, KVM_EPERM
 from vmonty.kvm.soft.stats import HYPERCALLS, INSN_EMULATION_FAIL, IO_EXITS, IRQ_EXITS
 from vmonty.kvm.uapi import Exit, flags
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
@@ -22,8 +23,6 @@ RAX, RCX, RDX, RBX, RSI, RDI = 0, 1, 2, 3, 6, 7
 UD_VECTOR, GP_VECTOR = 6, 13
 MASK32 = 0xFFFF_FFFF
 MAX_INSTRUCTION = 15
-# What hypercalls answer, negated. asm/kvm_para.h.
-KVM_EPERM, KVM_EINVAL, KVM_ENOSYS = 1, 22, 1000
 CR4_OSXSAVE, FEATURE_OSXSAVE = 1 << 18, 1 << 27
 
 
@@ -128,7 +127,10 @@ class Intercepts:
         if vcpu.vendor.get_cpl():
             return answer(-KVM_EPERM)
         number, gpa, npages, attributes = (vcpu.vendor.get_gpr(register) & mask for register in (RAX, RBX, RCX, RDX))
-        if number != flags.KVM_HC_MAP_GPA_RANGE or not vcpu.kvm.hypercall_exit_enabled >> number & 1:
+        if number != flags.KVM_HC_MAP_GPA_RANGE:
+            arguments = [gpa, npages, attributes, vcpu.vendor.get_gpr(RSI) & mask]
+            return answer(vcpu.pv.hypercall(number, arguments, is_long))
+        if not vcpu.kvm.hypercall_exit_enabled >> number & 1:
             return answer(-KVM_ENOSYS)
         if gpa & 0xFFF or not npages or (gpa >> 12) + npages >> 64:
             return answer(-KVM_EINVAL)

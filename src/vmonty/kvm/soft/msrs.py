@@ -7,6 +7,7 @@ import errno
 
 from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.msr_filter import READ, WRITE, FilteredMsrError, UnknownMsrError
+from vmonty.kvm.soft.pv import MSRS as PV_MSRS
 from vmonty.kvm.soft.pvclock import MSR_SYSTEM_TIME_NEW, MSR_WALL_CLOCK_NEW, SYSTEM_TIME_MSRS, WALL_CLOCK_MSRS
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.soft.vcpu_state import VcpuState
@@ -30,7 +31,7 @@ MAX_IO_MSRS = 256
 MSRS_TO_SAVE: tuple[int, ...] = (
     MSR_SYSENTER_CS, MSR_SYSENTER_ESP, MSR_SYSENTER_EIP, MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_FMASK,
     MSR_KERNEL_GS_BASE, MSR_IA32_TSC, MSR_IA32_TSC_ADJUST, MSR_IA32_TSC_DEADLINE, MSR_MISC_ENABLE, MSR_PAT,
-    MSR_TSC_AUX, MSR_MCG_STATUS, MSR_WALL_CLOCK_NEW, MSR_SYSTEM_TIME_NEW,
+    MSR_TSC_AUX, MSR_MCG_STATUS, MSR_WALL_CLOCK_NEW, MSR_SYSTEM_TIME_NEW, *PV_MSRS,
 )  # fmt: skip
 
 # Registers that are only kept: what they start with.
@@ -81,6 +82,8 @@ class MsrIoctls(VcpuState):
                 return self.apic.get_tsc_deadline()
         if (held := self.vendor.get_msr(index)) is not None:
             return held
+        if (held := self.pv.read(index)) is not None:
+            return held
         if index in WALL_CLOCK_MSRS:
             return self.stored_msrs.get(MSR_WALL_CLOCK_NEW, 0)
         if index in self.stored_msrs:
@@ -108,6 +111,9 @@ class MsrIoctls(VcpuState):
             self.apic.set_tsc_deadline(value)
         elif self.vendor.set_msr(index, value):
             return
+        elif index in PV_MSRS:
+            if not self.pv.write(index, value):
+                raise OSError(errno.EPERM, "#GP")
         elif index == MSR_UCODE_REV and not host:
             pass  # what the guest does before it asks for the revision
         elif index in self.stored_msrs:

@@ -15,8 +15,6 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from vmonty.kvm.soft.tsc import HOST_TSC_KHZ
-
 if TYPE_CHECKING:
     from vmonty.kvm.soft.x86 import VcpuX86
 
@@ -71,7 +69,7 @@ class PvClock:
         """kvm_guest_time_update(): write the page anew; a page that is not there is not written."""
         if not self.enabled:
             return
-        mul, shift = time_scale(HOST_TSC_KHZ)
+        mul, shift = time_scale(self._vcpu.tsc_khz)
         flags = TSC_STABLE | (GUEST_STOPPED if self._stopped else 0)
         self._stopped = False
         now, tsc = self._vcpu.kvm.kvmclock_ns(), self._vcpu.guest_tsc()

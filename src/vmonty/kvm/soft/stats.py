@@ -95,6 +95,10 @@ EXITS, IO_EXITS, MMIO_EXITS, SIGNAL_EXITS, HALT_EXITS, IRQ_EXITS = (
 IRQ_WINDOW_EXITS, NMI_WINDOW_EXITS, REQUEST_IRQ_EXITS = (
     _index(VCPU_STATISTICS, f"{name}_exits") for name in ("irq_window", "nmi_window", "request_irq")
 )
+PREEMPTION_REPORTED, DIRECTED_YIELD_ATTEMPTED, DIRECTED_YIELD_SUCCESSFUL = (
+    _index(VCPU_STATISTICS, name)
+    for name in ("preemption_reported", "directed_yield_attempted", "directed_yield_successful")
+)
 INSN_EMULATION, INSN_EMULATION_FAIL, HYPERCALLS, IRQ_INJECTIONS, NMI_INJECTIONS = (
     _index(VCPU_STATISTICS, name)
     for name in ("insn_emulation", "insn_emulation_fail", "hypercalls", "irq_injections", "nmi_injections")

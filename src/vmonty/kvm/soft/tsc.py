@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import time
 
 from vmonty.base.hostcall import read_tsc
 
-__all__ = ["HOST_TSC_KHZ", "read_tsc"]
+__all__ = ["HOST_TSC_KHZ", "check_tsc_khz", "read_tsc"]
+# As a signed number of 32 bits.
+MAX_GUEST_TSC_KHZ = 0x7FFF_FFFF
 
 
 def _measure() -> int:
@@ -19,3 +22,10 @@ def _measure() -> int:
 
 
 HOST_TSC_KHZ = _measure()
+
+
+def check_tsc_khz(wanted: int) -> int:
+    """*wanted*, if a guest's TSC can run at it. Raises OSError with EINVAL."""
+    if wanted >= MAX_GUEST_TSC_KHZ:
+        raise OSError(errno.EINVAL, "a TSC cannot be that fast")
+    return wanted

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from vmonty.kvm.soft.files import KvmFile
+from vmonty.kvm.soft.pv import Paravirt
 from vmonty.kvm.soft.stats import VCPU_STATISTICS, Statistics
 from vmonty.kvm.uapi import flags
 from vmonty.kvm.uapi.run import kvm_run
@@ -75,6 +76,7 @@ class KvmX86Ops(Protocol):
     def get_msr(self, index: int) -> int | None: ...
     def set_msr(self, index: int, value: int) -> bool: ...
     def set_tsc_offset(self, offset: int) -> None: ...
+    def set_tsc_multiplier(self, ratio: int) -> None: ...
     def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None: ...
     def interrupt_allowed(self) -> bool: ...
     def nmi_allowed(self) -> bool: ...
@@ -128,6 +130,10 @@ class VcpuState(KvmFile):
         self.triple_fault_pending = False
         self.wake = threading.Event()
         self.pvclock: PvClock
+        self.pv = Paravirt(self)
+        # KVM_HC_KICK_CPU has come: the next halt, or the present one, ends.
+        self.pv_unhalted = False
+        self.in_guest = False
 
     def store_events(self) -> kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS' struct."""
@@ -156,6 +162,10 @@ class VcpuState(KvmFile):
     def queue_exception(self, vector: int, error_code: int | None = None, payload: int | None = None) -> None:
         """kvm_queue_exception(): before the next instruction."""
         self.exception = QueuedException(vector, error_code, payload)
+
+    def scale_tsc(self, host_tsc: int) -> int:
+        """The guest's time-stamp counter when the host's is *host_tsc*."""
+        raise AssertionError("VcpuX86 has it")
 
     def guest_tsc(self) -> int:
         """The guest's time-stamp counter now."""

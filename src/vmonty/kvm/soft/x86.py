@@ -35,9 +35,9 @@ from vmonty.kvm.soft.stats import (
     TLB_FLUSH,
 )
 from vmonty.kvm.soft.timer import Timer
-from vmonty.kvm.soft.tsc import HOST_TSC_KHZ, read_tsc
+from vmonty.kvm.soft.tsc import HOST_TSC_KHZ, check_tsc_khz, read_tsc
 from vmonty.kvm.soft.user import Argument
-from vmonty.kvm.uapi import Exit, Requests, flags
+from vmonty.kvm.uapi import Cap, Exit, Requests, flags
 from vmonty.kvm.uapi.exits import KVM_EXIT_HYPERCALL_LONG_MODE, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
 from vmonty.kvm.uapi.irq import kvm_vapic_addr
 from vmonty.kvm.uapi.vcpu import (
@@ -62,7 +62,9 @@ SYNC_FIELDS = flags.KVM_SYNC_X86_VALID_FIELDS
 APIC_BASE_DEFAULT, APIC_BASE_BSP = 0xFEE0_0900 & ~0x100, 0x100
 PIO_DATA_OFFSET = flags.KVM_PIO_PAGE_OFFSET * 4096
 GP_VECTOR = 13
-TSC_TOLERANCE_PPM = 250
+# The TSC multiplier's fixed point. SDM, "Time-Stamp Counter Multiplier".
+TSC_FRACTION_BITS = 48
+TSC_UNITY = 1 << TSC_FRACTION_BITS
 DR6_ACTIVE_LOW, DR6_BS = 0xFFFF_0FF0, 1 << 14
 
 
@@ -73,11 +75,12 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         super().__init__(kvm, vcpu_id)
         self.stored_msrs = dict(STORED)
         self.need_resched = False
-        self.in_guest = False
         self.dirty_ring: DirtyRing | None = None
         self.vendor = kvm.module.ops.vcpu_create(self)
         self._completion: Callable[[], bool] | None = None
         self._tsc_offset = 0
+        self._tsc_ratio = TSC_UNITY
+        self.tsc_khz = HOST_TSC_KHZ
         self._cr8 = 0
         self.pending_ioapic_eoi: list[int] = []
         # KVM_TPR_ACCESS_REPORTING: rip and whether a write, of an access that user space must see.
@@ -101,6 +104,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             self.mp_state = flags.KVM_MP_STATE_RUNNABLE if is_bsp else flags.KVM_MP_STATE_UNINITIALIZED
         self.vcpu_load(brief=True)
         try:
+            self.set_tsc_frequency(kvm.default_tsc_khz)
             self.set_guest_tsc(0)
         finally:
             self.vcpu_put()
@@ -123,6 +127,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
     def _resched(self) -> None:
         """The preempt notifiers kvm_sched_out() and kvm_sched_in()."""
         self.need_resched = False
+        self.pv.set_preempted()
         self.vcpu_put()
         self.vcpu_load()
 
@@ -155,11 +160,16 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def guest_tsc(self) -> int:
         """The guest's time-stamp counter now."""
-        return read_tsc() + self._tsc_offset & 0xFFFF_FFFF_FFFF_FFFF
+        return self.scale_tsc(read_tsc())
+
+    def scale_tsc(self, host_tsc: int) -> int:
+        """The guest's time-stamp counter when the host's is *host_tsc*."""
+        return (host_tsc * self._tsc_ratio >> TSC_FRACTION_BITS) + self._tsc_offset & 0xFFFF_FFFF_FFFF_FFFF
 
     def set_guest_tsc(self, value: int) -> None:
         """Set the guest's time-stamp counter by its offset to the host's."""
-        self._set_tsc_offset(value - read_tsc() & 0xFFFF_FFFF_FFFF_FFFF)
+        now = read_tsc() * self._tsc_ratio >> TSC_FRACTION_BITS
+        self._set_tsc_offset(value - now & 0xFFFF_FFFF_FFFF_FFFF)
 
     def _set_tsc_offset(self, offset: int) -> None:
         self._tsc_offset = offset
@@ -168,7 +178,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def tsc_deadline_to_ns(self, deadline: int) -> int:
         """When, in the host's monotonic nanoseconds, the guest's TSC reaches *deadline*."""
-        return time.monotonic_ns() + (deadline - self.guest_tsc()) * 1_000_000 // HOST_TSC_KHZ
+        return time.monotonic_ns() + (deadline - self.guest_tsc()) * 1_000_000 // self.tsc_khz
 
     # ---- APIC base and task priority ------------------------------------------------------------------
 
@@ -239,14 +249,22 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     @answers(Requests.KVM_GET_TSC_KHZ)
     def get_tsc_khz(self, argument: Argument) -> int:
-        return HOST_TSC_KHZ
+        return self.tsc_khz
 
     @answers(Requests.KVM_SET_TSC_KHZ)
     def set_tsc_khz(self, argument: Argument) -> None:
-        """kvm_set_tsc_khz(): without scaling only the host's frequency, within a tolerance of 250 ppm; 0 means it."""
-        wanted = argument.number & 0xFFFF_FFFF
-        if wanted and abs(wanted - HOST_TSC_KHZ) * 1_000_000 > HOST_TSC_KHZ * TSC_TOLERANCE_PPM:
-            raise OSError(errno.EINVAL, "the guest's TSC runs at the host's frequency")
+        """kvm_set_tsc_khz(): the guest's TSC runs at that frequency from now on; 0 means the host's."""
+        self.set_tsc_frequency(check_tsc_khz(argument.number & 0xFFFF_FFFF))
+
+    def set_tsc_frequency(self, khz: int) -> None:
+        """Scale, unless it is the host's within the module's tolerance."""
+        self.tsc_khz = khz or HOST_TSC_KHZ
+        tolerance = HOST_TSC_KHZ * self.kvm.module.kvm.tsc_tolerance_ppm
+        self._tsc_ratio = TSC_UNITY
+        if abs(self.tsc_khz - HOST_TSC_KHZ) * 1_000_000 > tolerance:
+            self._tsc_ratio = (self.tsc_khz << TSC_FRACTION_BITS) // HOST_TSC_KHZ
+        self.vendor.set_tsc_multiplier(self._tsc_ratio)
+        self.pvclock.update()
 
     @answers(Requests.KVM_SET_GUEST_DEBUG)
     def set_guest_debug(self, argument: Argument) -> None:
@@ -354,9 +372,11 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     @answers(Requests.KVM_ENABLE_CAP)
     def enable_cap(self, argument: Argument) -> None:
-        """kvm_vcpu_ioctl_enable_cap(): there is nothing to enable on a vCPU yet."""
-        argument.get(kvm_enable_cap)
-        raise OSError(errno.EINVAL, "no capability that can be enabled")
+        """kvm_vcpu_ioctl_enable_cap()."""
+        request = argument.get(kvm_enable_cap)
+        if request.flags or request.cap != Cap.ENFORCE_PV_FEATURE_CPUID:
+            raise OSError(errno.EINVAL, "flags, or no capability that can be enabled")
+        self.pv.enforced = bool(request.args[0])
 
     # ---- the run loop ------------------------------------------------------------------------------------
 
@@ -463,6 +483,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         if self._has_apic_events():
             self._accept_apic_events()
         elif self.mp_state == flags.KVM_MP_STATE_HALTED:
+            self.pv_unhalted = False
             self.mp_state = flags.KVM_MP_STATE_RUNNABLE
 
     def _has_apic_events(self) -> bool:
@@ -492,9 +513,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         self.mp_state = flags.KVM_MP_STATE_RUNNABLE
 
     def pv_unhalt(self) -> None:
-        """Another vCPU ends this one's halt."""
-        if self.mp_state == flags.KVM_MP_STATE_HALTED:
-            self.mp_state = flags.KVM_MP_STATE_RUNNABLE
+        """Another vCPU ends this one's halt, or its next one."""
+        self.pv_unhalted = True
 
     def ioapic_eoi(self, vector: int) -> None:
         """Split irqchip: the next exit tells user space of this EOI."""
@@ -506,7 +526,11 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             return True
         if self.mp_state != flags.KVM_MP_STATE_HALTED:
             return False
-        return bool(self.nmi_pending) or (bool(self.vendor.get_rflags() & RFLAGS_IF) and self._has_interrupt())
+        return (
+            self.pv_unhalted
+            or bool(self.nmi_pending)
+            or (bool(self.vendor.get_rflags() & RFLAGS_IF) and self._has_interrupt())
+        )
 
     def _has_interrupt(self) -> bool:
         if self.apic is None:
@@ -572,12 +596,15 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             self.clock_update_requested = False
             self.pvclock.update()
         self._inject_pending_event()
+        self.pv.record_steal_time()
+        self.pv.eoi_to_guest()
         if self._vapic_addr:
             self._sync_to_vapic()
             self._run_guest()
             self._sync_from_vapic()
         else:
             self._run_guest()
+        self.pv.eoi_from_guest()
         self.stats.values[EXITS] += 1
         return self.vendor.handle_exit()
 
@@ -644,6 +671,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
     def halt(self) -> bool:
         """kvm_emulate_halt(): wait here with an in-kernel local APIC, else tell user space."""
         self.stats.values[HALT_EXITS] += 1
+        if self.apic is not None and self.pv_unhalted:
+            self.pv_unhalted = False
+            return True
         if self.apic is not None:
             self.mp_state = flags.KVM_MP_STATE_HALTED
             return True

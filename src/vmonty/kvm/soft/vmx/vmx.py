@@ -312,6 +312,12 @@ class Vmx(VmxExits):
     def set_tsc_offset(self, offset: int) -> None:
         self.cpu.vmwrite(Field.TSC_OFFSET, offset)
 
+    def set_tsc_multiplier(self, ratio: int) -> None:
+        self.cpu.vmwrite(Field.TSC_MULTIPLIER, ratio)
+        old = self.cpu.vmread(Field.SECONDARY_VM_EXEC_CONTROL) & ~c.SECOND_TSC_SCALING
+        scaled = c.SECOND_TSC_SCALING if ratio != 1 << 48 else 0
+        self.cpu.vmwrite(Field.SECONDARY_VM_EXEC_CONTROL, old | scaled)
+
     def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
         self.leaves = {(entry.function, entry.index if entry.flags & 1 else None): entry for entry in entries}
         self.cpu.set_cpuid(entries)
