@@ -2,7 +2,8 @@
 
 Steal time, PV EOI, polling control; PV IPI, PV unhalt, yield, clock pairing. Async page faults: their MSRs can be set,
 so that a guest can be moved here, but nothing is ever raised, because guest memory is never known to be paged out; so
-neither CPUID nor KVM_CHECK_EXTENSION offers them. Source: Documentation/virt/kvm/x86/msr.rst, hypercalls.rst, cpuid.rst.
+neither CPUID nor KVM_CHECK_EXTENSION offers them. Source: Documentation/virt/kvm/x86: msr.rst, hypercalls.rst,
+cpuid.rst.
 
     struct kvm_steal_time, 64 bytes, aligned:  0 steal, ns   8 version, odd while it changes   12 flags   16 preempted
 """
@@ -147,7 +148,7 @@ class Paravirt:
     # ---- PV EOI ----------------------------------------------------------------------------------------------
 
     def eoi_to_guest(self) -> None:
-        """apic_sync_pv_eoi_to_guest(): the guest may end the interrupt in service by clearing a bit, without an exit."""
+        """apic_sync_pv_eoi_to_guest(): the guest may end the interrupt in service by clearing a bit."""
         control = self._msrs[flags.MSR_KVM_PV_EOI_EN]
         apic = self._vcpu.apic
         if control & ENABLED and apic is not None and apic.pv_eoi_vector() is not None:
