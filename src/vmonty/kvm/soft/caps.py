@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from vmonty.cpu.models import PHYSICAL_BITS
 from vmonty.kvm.soft.dirty_ring import MAX_BYTES
-from vmonty.kvm.soft.memslots import KVM_USER_MEM_SLOTS
+from vmonty.kvm.soft.memslots import ADDRESS_SPACES, KVM_USER_MEM_SLOTS
 from vmonty.kvm.uapi import Cap, flags
 
 KVM_MAX_VCPUS = 1024
@@ -62,6 +63,11 @@ CAPABILITIES: dict[Cap, int] = {
     Cap.TSC_CONTROL: 1,
     Cap.VM_TSC_CONTROL: 1,
     Cap.STEAL_TIME: 1,
+    Cap.PRE_FAULT_MEMORY: 1,
+    Cap.VM_GPA_BITS: PHYSICAL_BITS,
+    Cap.VM_TYPES: 1 << flags.KVM_X86_DEFAULT_VM,
+    Cap.EXT_EMUL_CPUID: 1,
+    Cap.MULTI_ADDRESS_SPACE: ADDRESS_SPACES,
     Cap.ENFORCE_PV_FEATURE_CPUID: 1,
     Cap.TSC_DEADLINE_TIMER: 1,
     Cap.SET_BOOT_CPU_ID: 1,

@@ -143,7 +143,7 @@ class CapIoctls(KvmFile):
         self.disabled_exits |= argument
 
     def _halt_poll(self, argument: int) -> None:
-        """The longest time that a halt polls: here it always sleeps at once, which is within any limit."""
+        """The longest time in nanoseconds that a halt polls before it sleeps."""
         self._check(argument, 0xFFFF_FFFF)
         self.max_halt_poll_ns = argument
 

@@ -95,6 +95,10 @@ EXITS, IO_EXITS, MMIO_EXITS, SIGNAL_EXITS, HALT_EXITS, IRQ_EXITS = (
 IRQ_WINDOW_EXITS, NMI_WINDOW_EXITS, REQUEST_IRQ_EXITS = (
     _index(VCPU_STATISTICS, f"{name}_exits") for name in ("irq_window", "nmi_window", "request_irq")
 )
+HALT_ATTEMPTED_POLL, HALT_SUCCESSFUL_POLL, HALT_POLL_SUCCESS_NS, HALT_POLL_FAIL_NS = (
+    _index(VCPU_STATISTICS, name)
+    for name in ("halt_attempted_poll", "halt_successful_poll", "halt_poll_success_ns", "halt_poll_fail_ns")
+)
 PREEMPTION_REPORTED, DIRECTED_YIELD_ATTEMPTED, DIRECTED_YIELD_SUCCESSFUL = (
     _index(VCPU_STATISTICS, name)
     for name in ("preemption_reported", "directed_yield_attempted", "directed_yield_successful")

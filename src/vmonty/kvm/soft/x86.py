@@ -26,7 +26,11 @@ from vmonty.kvm.soft.signals import MASK_POLL_NS, pending_through
 from vmonty.kvm.soft.stats import (
     BLOCKING,
     EXITS,
+    HALT_ATTEMPTED_POLL,
     HALT_EXITS,
+    HALT_POLL_FAIL_NS,
+    HALT_POLL_SUCCESS_NS,
+    HALT_SUCCESSFUL_POLL,
     IRQ_INJECTIONS,
     MMIO_EXITS,
     NMI_INJECTIONS,
@@ -50,7 +54,7 @@ from vmonty.kvm.uapi.vcpu import (
     kvm_tpr_access_ctl,
     kvm_translation,
 )
-from vmonty.kvm.uapi.vm import kvm_device_attr, kvm_enable_cap
+from vmonty.kvm.uapi.vm import kvm_device_attr, kvm_enable_cap, kvm_pre_fault_memory
 
 if TYPE_CHECKING:
     from vmonty.kvm.soft.kvm_main import Kvm
@@ -370,6 +374,27 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         request.valid, request.writeable, request.usermode = int(found is not None), 1, 0
         argument.put(request)
 
+    @answers(Requests.KVM_PRE_FAULT_MEMORY)
+    def pre_fault_memory(self, argument: Argument) -> None:
+        """kvm_vcpu_pre_fault_memory(): map a range for reading, as far as it goes; the rest is told in the argument."""
+        request = argument.get(kvm_pre_fault_memory)
+        gpa, size = request.gpa, request.size
+        if request.flags or any(request.padding) or (gpa | size) & 0xFFF or not size or gpa + size > 1 << 64:
+            raise OSError(errno.EINVAL, "flags, or no whole pages")
+        try:
+            while size:
+                if self.signal_pending:
+                    raise OSError(errno.EINTR, "a signal is pending")
+                if not self.kvm.mmu.page_fault(gpa, False):
+                    raise OSError(errno.ENOENT, "there is no memory slot")
+                gpa, size = gpa + 4096, size - 4096
+        except OSError:
+            if gpa == request.gpa:
+                raise
+        finally:
+            request.gpa, request.size = gpa, size
+            argument.put(request)
+
     @answers(Requests.KVM_ENABLE_CAP)
     def enable_cap(self, argument: Argument) -> None:
         """kvm_vcpu_ioctl_enable_cap()."""
@@ -472,6 +497,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
     def _block(self) -> None:
         """vcpu_block(): wait for an event that makes the vCPU runnable."""
         since = time.monotonic_ns()
+        if self._poll(since):
+            self._unblocked()
+            return
         self.stats.values[BLOCKING] = 1
         try:
             while not self._has_wakeup():
@@ -480,6 +508,28 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         finally:
             self.stats.values[BLOCKING] = 0
             self.stats.waited(time.monotonic_ns() - since)
+        self._unblocked()
+
+    def _poll(self, since: int) -> bool:
+        """kvm_vcpu_halt(): look for a wake-up without sleeping, for as long as halt_poll_ns allows."""
+        limit = self.kvm.max_halt_poll_ns
+        until = since + (self.kvm.module.kvm.halt_poll_ns if limit is None else limit)
+        counters = self.stats.values
+        if until == since or not self.pv.may_poll or self.mp_state != flags.KVM_MP_STATE_HALTED:
+            return False
+        counters[HALT_ATTEMPTED_POLL] += 1
+        while (now := time.monotonic_ns()) < until:
+            if self._has_wakeup():
+                counters[HALT_SUCCESSFUL_POLL] += 1
+                counters[HALT_POLL_SUCCESS_NS] += now - since
+                return True
+            if self.signal_pending or self.need_resched:
+                break
+            time.sleep(0)  # others may need the interpreter to wake this one
+        counters[HALT_POLL_FAIL_NS] += now - since
+        return False
+
+    def _unblocked(self) -> None:
         if self._has_apic_events():
             self._accept_apic_events()
         elif self.mp_state == flags.KVM_MP_STATE_HALTED:
