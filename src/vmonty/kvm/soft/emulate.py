@@ -7,6 +7,7 @@ can be emulated, and it is the same in both places.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from vmonty.kvm.soft.stats import INSN_EMULATION
@@ -38,7 +39,7 @@ class Emulator:
         return self._run(resume=False)
 
     def _run(self, resume: bool) -> bool:
-        while (ended := self._cpu.emulate(resume)) == "mmio":
+        while (ended := self._vcpu.guest_mode(partial(self._cpu.emulate, resume))) == "mmio":
             gpa, size, is_write, data = self._cpu.mmio()
             resume = True
             if self._vcpu.kvm.mmu.page_fault(gpa, is_write):

@@ -167,6 +167,7 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
         self.created_vcpus = 0
         self.boot_vcpu_id = 0
         self.nr_mmu_pages = 0
+        self.mmu_notifier_seq = 0
         self.msr_filter: MsrFilter | None = None
         self.pmu_filter: PmuFilter | None = None
         self.users_count = 1
@@ -265,6 +266,31 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
     def _forget_code(slot: Memslot) -> None:
         """The memory may be anything next time: processors, which outlive the VM, must not know code in it."""
         memory_written(slot.userspace_addr, slot.npages << PAGE_SHIFT)
+
+    def zap_all(self) -> int:
+        """Free all page tables but the roots, which guests fill anew; how many pages."""
+        with self.lock:
+            pages = self.mmu.zap_all()
+            self.flush_remote_tlbs()
+            self.mmu.free(pages)
+        return len(pages)
+
+    def invalidate_range(self, start: int, end: int) -> None:
+        """The MMU notifier: user space takes the memory from *start* to *end* away, or puts something else there.
+
+        A process is not told of what it does to its own mappings, so whoever does it must call this first (unlike the
+        kernel, which knows); an access of the guest then finds what is there by then.
+        """
+        with self.lock:
+            self.mmu_notifier_seq += 1
+            for slot in self.memslots:
+                first = max(start, slot.userspace_addr)
+                last = min(end, slot.userspace_addr + (slot.npages << PAGE_SHIFT))
+                if first < last:
+                    base = slot.base_gfn - (slot.userspace_addr >> PAGE_SHIFT)
+                    self.mmu.zap_range(base + (first >> PAGE_SHIFT), base + (last - 1 >> PAGE_SHIFT) + 1)
+            self.flush_remote_tlbs()
+            memory_written(start, end - start)
 
     def push_dirty(self, slot: int, offset: int) -> None:
         """mark_page_dirty_in_slot() with rings: in that of the vCPU at work, else of any."""

@@ -132,6 +132,18 @@ class Module:
         with self._lock:
             self.references -= 1
 
+    def shrink(self, pages: int) -> int:
+        """mmu_shrink_scan(): free page-table pages until it is *pages*, VM by VM; how many were freed."""
+        freed = 0
+        for vm in list(self.vm_list):
+            if freed >= pages:
+                break
+            freed += vm.zap_all()
+            # It is the last to be asked next time.
+            self.vm_list.remove(vm)
+            self.vm_list.append(vm)
+        return freed
+
     def init(self) -> None:
         """kvm_init(). Raises OSError, with everything as it was before."""
         with ExitStack() as done:

@@ -80,6 +80,12 @@ class SoftKvm:
         """Have all processors forget their translations of what lies there."""
         core.memory_written(address, size)
 
+    def memory_unmapped(self, address: int, size: int) -> None:
+        """The MMU notifiers of all VMs: call it before the memory goes away or becomes something else."""
+        if (module := modules.loaded()) is not None:
+            for vm in list(module.vm_list):
+                vm.invalidate_range(address, address + size)
+
     def remedy(self, error: int, call: str) -> str:
         """Name the cure for errors that have one."""
         if error == errno.ENOTTY:

@@ -10,7 +10,7 @@ import errno
 import signal
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vmonty.kvm.soft import cpuid, pcpu
 from vmonty.kvm.soft.caps import GUEST_DEBUG_VALID
@@ -59,6 +59,7 @@ from vmonty.kvm.uapi.vm import kvm_device_attr, kvm_enable_cap, kvm_pre_fault_me
 if TYPE_CHECKING:
     from vmonty.kvm.soft.kvm_main import Kvm
 
+T = TypeVar("T")
 SUPPORTED_CPUID = cpuid.supported
 RFLAGS_IF = 0x200
 SIGSET_SIZE = 8
@@ -650,23 +651,23 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         self.pv.eoi_to_guest()
         if self._vapic_addr:
             self._sync_to_vapic()
-            self._run_guest()
+            self.guest_mode(self.vendor.run)
             self._sync_from_vapic()
         else:
-            self._run_guest()
+            self.guest_mode(self.vendor.run)
         self.pv.eoi_from_guest()
         self.stats.values[EXITS] += 1
         return self.vendor.handle_exit()
 
-    def _run_guest(self) -> None:
-        """In guest mode, after a flush that was asked for; see flush_remote_tlbs() for the order."""
+    def guest_mode(self, enter: Callable[[], T]) -> T:
+        """Do *enter* in guest mode, after a flush that was asked for; see flush_remote_tlbs() for the order."""
         self.in_guest = True
         try:
             if self.tlb_flush_requested:
                 self.tlb_flush_requested = False
                 self.stats.values[TLB_FLUSH] += 1
                 self.vendor.flush_tlb()
-            self.vendor.run()
+            return enter()
         finally:
             self.in_guest = False
 

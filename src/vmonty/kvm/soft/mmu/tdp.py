@@ -32,6 +32,7 @@ class Tables:
         self._arenas: list[Ram] = []
         self._free: list[int] = []
         self._arena_of: dict[int, Ram] = {}
+        self._free_in: dict[int, int] = {}
 
     def allocate(self) -> int:
         """The address of a zeroed page."""
@@ -42,14 +43,25 @@ class Tables:
                 address = arena.address + (page << PAGE_SHIFT)
                 self._arena_of[address] = arena
                 self._free.append(address)
+            self._free_in[arena.address] = ARENA_PAGES
         address = self._free.pop()
+        self._free_in[self._arena_of[address].address] -= 1
         arena = self._arena_of[address]
         arena.fill(address - arena.address, 4096)
         return address
 
     def free(self, address: int) -> None:
-        """Give a page back. No processor may still walk it."""
+        """Give a page back. No processor may still walk it. An arena that is all free goes back to the host."""
         self._free.append(address)
+        arena = self._arena_of[address]
+        pages = range(arena.address, arena.address + (ARENA_PAGES << PAGE_SHIFT), 1 << PAGE_SHIFT)
+        self._free_in[arena.address] = self._free_in.get(arena.address, 0) + 1
+        if self._free_in[arena.address] == ARENA_PAGES:
+            del self._free_in[arena.address]
+            self._arenas.remove(arena)
+            self._free = [page for page in self._free if self._arena_of[page] is not arena]
+            for page in pages:
+                del self._arena_of[page]
 
     def read(self, table: int, index: int) -> int:
         """Entry *index* of the page at *table*."""
@@ -136,6 +148,36 @@ class TdpMmu:
     def zap(self, slot: Memslot) -> None:
         """kvm_zap_gfn_range(): unmap *slot*. The caller makes every vCPU flush its TLB."""
         self._change(slot.base_gfn, slot.end_gfn, 0)
+
+    def zap_all(self) -> list[int]:
+        """kvm_mmu_zap_all(): unmap everything. The page-table pages now out of use; ``free`` them after a flush."""
+        gone: list[int] = []
+        with self.lock:
+            for index in range(ENTRIES):
+                entry = self._tables.read(self.root, index)
+                if entry & 7:
+                    self._tables.write(self.root, index, 0)
+                    self._collect(entry & ADDRESS, LEVELS - 1, gone)
+            self.pages -= len(gone)
+            self._stats.values[PAGES_4K] = 0
+        return gone
+
+    def _collect(self, table: int, level: int, gone: list[int]) -> None:
+        gone.append(table)
+        if level > 1:
+            for index in range(ENTRIES):
+                if (entry := self._tables.read(table, index)) & 7:
+                    self._collect(entry & ADDRESS, level - 1, gone)
+
+    def free(self, pages: list[int]) -> None:
+        """No processor walks these any more."""
+        with self.lock:
+            for page in pages:
+                self._tables.free(page)
+
+    def zap_range(self, first_gfn: int, end_gfn: int) -> None:
+        """kvm_unmap_gfn_range(): the memory behind it goes away. The caller flushes."""
+        self._change(first_gfn, end_gfn, 0)
 
     def write_protect(self, first_gfn: int, end_gfn: int) -> None:
         """Take the write permission from a range, for dirty logging. The caller flushes."""
