@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := $(shell find src -name '*.py' -o -name '*.pxd') setup.py pyproject.toml
 
-.PHONY: run test check rig packages clean
+.PHONY: run test check rig stress packages clean
 
 run: $(VENV)/built
 	@$(PY) -m vmonty run
@@ -26,6 +26,9 @@ rig: packages $(VENV)/built
 
 packages:
 	@sh tools/packages.sh
+
+stress: packages $(VENV)/built
+	@VMONTY_STRESS_S=120 $(PY) -m pytest -q tests/kvm_soft/test_stress.py tests/kvm_soft/test_ioctl_fuzz.py
 
 $(VENV)/dependencies: pyproject.toml tools/venv.sh
 	@PYTHON="$(PYTHON)" sh tools/venv.sh $(VENV)

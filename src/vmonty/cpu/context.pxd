@@ -4,6 +4,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from vmonty.cpu.core cimport Cpu
 from vmonty.cpu.state cimport CpuState, Exit, MmioSlot
+from vmonty.cpu.vmx_exit cimport vmx_of
 
 cdef enum:
     XSAVE_SIZE = 832         # x87, SSE and AVX in the standard format
@@ -21,9 +22,13 @@ cdef struct GuestContext:
     uint64_t tsc_aux
     uint64_t spec_ctrl
     Exit exit
-    MmioSlot mmio[4]
+    MmioSlot mmio[128]       # as in CpuState
+    MmioSlot mmio_writes[128]
     uint32_t mmio_count
     uint32_t mmio_at
+    uint32_t mmio_writes_count
+    uint32_t mmio_writes_at
+    uint32_t emulated        # as in VmxState
     uint8_t xsave[832]
 
 

@@ -34,9 +34,17 @@ class Context:
         memcpy(cython.address(c.gpr[0]), cython.address(s.gpr[0]), cython.sizeof(c.gpr))
         memcpy(cython.address(c.dr[0]), cython.address(s.dr[0]), cython.sizeof(c.dr))
         memcpy(cython.address(c.xsave[0]), cython.address(s.xsave[0]), XSAVE_SIZE)
-        memcpy(cython.address(c.mmio[0]), cython.address(s.mmio[0]), cython.sizeof(c.mmio))
         c.mmio_count = s.mmio_count
         c.mmio_at = s.mmio_at
+        c.mmio_writes_count = s.mmio_writes_count
+        c.mmio_writes_at = s.mmio_writes_at
+        memcpy(cython.address(c.mmio[0]), cython.address(s.mmio[0]), s.mmio_count * cython.sizeof(MmioSlot))
+        memcpy(
+            cython.address(c.mmio_writes[0]), cython.address(s.mmio_writes[0]),
+            s.mmio_writes_count * cython.sizeof(MmioSlot),
+        )  # fmt: skip
+        if s.vmx != cython.NULL:
+            c.emulated = vmx_of(s).emulated
         c.exit = s.exit
         c.cr2 = s.cr2
         c.xcr0 = s.xcr0
@@ -55,9 +63,17 @@ class Context:
         memcpy(cython.address(s.gpr[0]), cython.address(c.gpr[0]), cython.sizeof(c.gpr))
         memcpy(cython.address(s.dr[0]), cython.address(c.dr[0]), cython.sizeof(c.dr))
         memcpy(cython.address(s.xsave[0]), cython.address(c.xsave[0]), XSAVE_SIZE)
-        memcpy(cython.address(s.mmio[0]), cython.address(c.mmio[0]), cython.sizeof(c.mmio))
         s.mmio_count = c.mmio_count
         s.mmio_at = c.mmio_at
+        s.mmio_writes_count = c.mmio_writes_count
+        s.mmio_writes_at = c.mmio_writes_at
+        memcpy(cython.address(s.mmio[0]), cython.address(c.mmio[0]), c.mmio_count * cython.sizeof(MmioSlot))
+        memcpy(
+            cython.address(s.mmio_writes[0]), cython.address(c.mmio_writes[0]),
+            c.mmio_writes_count * cython.sizeof(MmioSlot),
+        )  # fmt: skip
+        if s.vmx != cython.NULL:
+            vmx_of(s).emulated = c.emulated
         s.exit = c.exit
         s.cr2 = c.cr2
         s.xcr0 = c.xcr0

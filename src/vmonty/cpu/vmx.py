@@ -98,6 +98,14 @@ def vmx_run(s, launch):
     return cython.cast(int64_t, get(v.vmcs, VM_EXIT_REASON))
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _is_clear(region: cython.pointer(uint8_t)) -> cython.uint:
+    """Whether the launch state wants VMLAUNCH."""
+    return cython.cast(cython.pointer(uint32_t), region + HEADER_LAUNCHED)[0] == 0
+
+
 def vmx_emulate(s, resume):
     """Execute one instruction of the guest with missing memory as MMIO; EXIT_* or, for VMfail, a negative number."""
     v: cython.pointer(VmxState) = cython.cast(cython.pointer(VmxState), s.vmx)
@@ -112,7 +120,8 @@ def vmx_emulate(s, resume):
         return EXIT_MMIO
     elif v.emulated:
         return EXIT_BUDGET
-    error = enter_guest(s, 0)
+    # A VMCS that has come from another processor was cleared on the way.
+    error = enter_guest(s, v.vmcs != cython.NULL and _is_clear(v.vmcs))
     if error == ENTRY_FAILED:
         return EXIT_VM
     if error:
@@ -252,7 +261,7 @@ class Vmx:
         result: cython.longlong
         self._check("vmlaunch")
         if self.v.vmcs != cython.NULL:
-            launch = cython.cast(cython.pointer(uint32_t), self.v.vmcs + HEADER_LAUNCHED)[0] == 0
+            launch = _is_clear(self.v.vmcs)
         with cython.nogil:
             result = vmx_run(self.s, launch)
         return self._outcome(result)

@@ -27,6 +27,7 @@ from vmonty.kvm.soft.cpuid import OFFERED
 
 # How long a vCPU keeps its processor when others wait for one: the tick of a kernel with HZ=250.
 TICK_S = 0.004
+TICK_NS = 4_000_000
 # What the silicon has, of which guests see less.
 MODEL = "max"
 
@@ -263,10 +264,9 @@ class PhysicalCpus:
             while True:
                 if self._queue[0] is context and not self._frozen and (chosen := self._choose(context)) is not None:
                     return chosen
-                if brief:
-                    self._tick()
-                if not self._free.wait(TICK_S):
-                    self._tick()
+                if self._queue[0] is context:
+                    self._tick(0 if brief else TICK_NS)
+                self._free.wait(TICK_S)
         finally:
             self._queue.remove(context)
             if self._queue:
@@ -285,13 +285,15 @@ class PhysicalCpus:
             return self.online(next(number for number in range(self.limit) if number not in self._cpus))
         return min(idle, key=lambda pcpu: pcpu.since_ns, default=None)
 
-    def _tick(self) -> None:
-        """The vCPU that runs longest makes room."""
+    def _tick(self, share_ns: int) -> None:
+        """The vCPU that runs longest makes room, if it has had its share."""
         if self._frozen:
             return
         busy = [pcpu for pcpu in self._cpus.values() if pcpu.running and pcpu.holder is not None]
-        if busy and (holder := min(busy, key=lambda pcpu: pcpu.since_ns).holder) is not None:
-            holder.preempt()
+        longest = min(busy, key=lambda pcpu: pcpu.since_ns, default=None)
+        if longest is None or longest.holder is None or time.monotonic_ns() - longest.since_ns < share_ns:
+            return
+        longest.holder.preempt()
 
     @staticmethod
     def _switch(pcpu: PhysicalCpu, context: Context) -> None:
