@@ -316,7 +316,7 @@ def cpuid_rows(configuration: Configuration, apic_id: int = 0, threads: int = 1)
         (0x80000008, None, LINEAR_BITS << 8 | PHYSICAL_BITS, 0, threads - 1 if amd else 0, 0),
     ]
     if "svm" in features:  # NPT, nRIP save, decode assists, flush by ASID, 16 ASIDs
-        rows.append((0x8000000A, None, 1, 16, 0, 1 | 1 << 3 | 1 << 6 | 1 << 7))
+        rows.append((0x8000000A, None, 1, 16, 0, 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7))
     return rows
 
 

@@ -123,6 +123,8 @@ def read_msr(s, index, value):
         value[0] = svm_of(s).vm_cr
     elif index == cython.cast(uint64_t, 0xC0010117) and s.svm != cython.NULL:
         value[0] = svm_of(s).hsave
+    elif index == cython.cast(uint64_t, 0xC0000104) and s.svm != cython.NULL:
+        value[0] = svm_of(s).tsc_ratio or cython.cast(uint64_t, 1) << 32
     elif index == cython.cast(uint64_t, 0xC0000080):
         value[0] = s.efer
     elif index == cython.cast(uint64_t, 0xC0000081):
@@ -226,6 +228,10 @@ def write_msr(s, index, value):
         if value & 0xFFF or value >> s.physical_bits:
             return False
         svm_of(s).hsave = value
+    elif index == cython.cast(uint64_t, 0xC0000104) and s.svm != cython.NULL:
+        if value >> 40:
+            return False
+        svm_of(s).tsc_ratio = value
     elif index == cython.cast(uint64_t, 0xC0000081):
         s.star = value
     elif index == cython.cast(uint64_t, 0xC0000082):

@@ -376,6 +376,8 @@ def enter_svm_guest(s):
     s.pending_debug = 0
     v.root_tsc_offset = s.tsc_offset
     s.tsc_offset += get64(m, VMCB_TSC_OFFSET)
+    # APM, "TSC Ratio MSR": 32 bits of fraction; ours has 48.
+    s.tsc_multiplier = v.tsc_ratio << 16
     v.entries += 1
     mode_changed(s)
     _inject(s)
@@ -429,6 +431,7 @@ def leave_svm_guest(s):
     put32(m, VMCB_INT_CTL, v.int_ctl)
     put64(m, VMCB_EVENTINJ, get64(m, VMCB_EVENTINJ) & ~cython.cast(uint64_t, 0x80000000))
     s.tsc_offset = v.root_tsc_offset
+    s.tsc_multiplier = 0
     s.guest_mode = GUEST_NONE
     s.nested = 0
     s.direct = 0

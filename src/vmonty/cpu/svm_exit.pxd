@@ -28,6 +28,7 @@ cdef struct SvmState:
     uint64_t vmcb_pointer    # what the host's rAX had
     uint64_t hsave           # VM_HSAVE_PA
     uint64_t vm_cr
+    uint64_t tsc_ratio       # MSR_TSC_RATIO: 8 bits, then 32 of fraction; 0 stands for 1
     uint32_t gif             # global interrupt flag; matters to code that is a host itself
     uint32_t guest_code      # the host is code of this processor: exits load its state
     uint32_t intercept[6]    # copied at VMRUN: a bit of word n is exit code 32 n + bit

@@ -9,8 +9,12 @@ import errno
 from typing import TYPE_CHECKING
 
 from vmonty.base.ram import Ram
+from vmonty.cpu import models
 from vmonty.cpu.context import Context
+from vmonty.cpu.cpuid import set_features
 from vmonty.cpu.vmcb import IOPM_SIZE, MSRPM_SIZE, PAGE_SIZE, Vmcb, msrpm_bit
+from vmonty.kvm.soft.cpuid import instructions
+from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
 
 if TYPE_CHECKING:
     from vmonty.cpu.core import Cpu
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     from vmonty.kvm.soft.pcpu import PhysicalCpu
 
 XSAVE_SIZE = 832
+MSR_TSC_RATIO = 0xC000_0104
 # MSRs that the guest may read and write without an exit: they are the processor's own.
 PASSED_THROUGH = (
     0x174, 0x175, 0x176, 0x48,
@@ -46,6 +51,8 @@ class Processor:
         for index in PASSED_THROUGH:
             self.pass_msr_through(index, read=True, write=True)
         self._registers = Context()
+        self._features = models.feature_words(instructions(()))
+        self._tsc_ratio = 1 << 32
         self.pcpu: PhysicalCpu | None = None
 
     def load(self, pcpu: PhysicalCpu) -> None:
@@ -54,6 +61,8 @@ class Processor:
             raise OSError(errno.EIO, "virtualization is off: the host restarts")
         self._cpu, self._svm = pcpu.cpu, pcpu.virtualization.svm
         self._registers.load(self._cpu)
+        set_features(self._cpu.state_address, self._features)
+        self._svm.wrmsr(MSR_TSC_RATIO, self._tsc_ratio)
         self.pcpu = pcpu
         self.host_had_control = self._cpu.host_had_control
         self.get_gpr = self._svm.gpr
@@ -116,6 +125,16 @@ class Processor:
         except ValueError:
             return False
         return True
+
+    def set_tsc_ratio(self, ratio: int) -> None:
+        """How many ticks the guest's counter makes for one of the processor's, with 32 bits of fraction."""
+        self._tsc_ratio = ratio
+        self._svm.wrmsr(MSR_TSC_RATIO, ratio)
+
+    def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
+        """CPUID exits, so the processor's own table stays as it is; its instructions follow the guest's."""
+        self._features = models.feature_words(instructions(entries))
+        set_features(self._cpu.state_address, self._features)
 
     def get_xsave(self) -> bytes:
         """The x87, SSE and AVX state, standard format."""

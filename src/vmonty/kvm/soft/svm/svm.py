@@ -283,8 +283,12 @@ class Svm(SvmExits):
     def set_tsc_offset(self, offset: int) -> None:
         self.vmcb[Field.TSC_OFFSET] = offset
 
+    def set_tsc_multiplier(self, ratio: int) -> None:
+        self.cpu.set_tsc_ratio(ratio >> 16)
+
     def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
         self.leaves = {(entry.function, entry.index if entry.flags & 1 else None): entry for entry in entries}
+        self.cpu.set_cpuid(entries)
 
     # ---- events ----------------------------------------------------------------------------------------
 
