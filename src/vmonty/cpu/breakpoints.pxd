@@ -6,6 +6,7 @@ from vmonty.cpu.state cimport CpuState
 
 # To be called after DR0 to DR3 or DR7 changed.
 cdef void debug_changed(CpuState *s) noexcept nogil
+cdef void load_dr7(CpuState *s, uint64_t value) noexcept nogil
 # Note in watch_hits the data breakpoints that an access meets; only worth calling while s.watch is not 0.
 cdef bint watch_access(CpuState *s, uint64_t va, uint32_t size, bint write) noexcept nogil
 cdef bint watched_page(CpuState *s, uint64_t page) noexcept nogil

@@ -36,6 +36,13 @@ def _forget(s, va):
         s.page_slots[n].negated_tag = cython.cast(uint64_t, 1) << 62
 
 
+def load_dr7(s, value):
+    """Give DR7 a value, as entries to and exits from guests do."""
+    if s.dr[7] != value:
+        s.dr[7] = value
+        debug_changed(s)
+
+
 def debug_changed(s):
     """Recompute what is armed. SDM, "Debug Control Register (DR7)"."""
     k: uint32_t

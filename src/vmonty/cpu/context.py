@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import cython
 from cython.cimports.libc.string import memcpy, memset
+from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.tlb import flush_all
 
 
@@ -63,6 +64,7 @@ class Context:
         memcpy(cython.address(s.gpr[0]), cython.address(c.gpr[0]), cython.sizeof(c.gpr))
         memcpy(cython.address(s.dr[0]), cython.address(c.dr[0]), cython.sizeof(c.dr))
         memcpy(cython.address(s.xsave[0]), cython.address(c.xsave[0]), XSAVE_SIZE)
+        debug_changed(s)
         s.mmio_count = c.mmio_count
         s.mmio_at = c.mmio_at
         s.mmio_writes_count = c.mmio_writes_count

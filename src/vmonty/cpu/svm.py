@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import cython
 from cython.cimports.libc.stdlib import calloc
+from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.dispatch import run_cpu
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
 from cython.cimports.vmonty.cpu.state import EXIT_BUDGET, EXIT_MMIO, EXIT_NONE, EXIT_RUN_FLAG, EXIT_VM
@@ -216,6 +217,7 @@ class Svm:
         if index > 7:
             raise IndexError(f"no debug register {index}")
         self.s.dr[index] = value
+        debug_changed(self.s)
 
     def rdmsr(self, index: cython.uint) -> int:
         """Read an MSR of the processor. KeyError when unknown."""

@@ -6,6 +6,7 @@ and are.
 """
 
 import cython
+from cython.cimports.vmonty.cpu.breakpoints import load_dr7
 from cython.cimports.vmonty.cpu.control import load_pdptes
 from cython.cimports.vmonty.cpu.cpuid import cr4_allowed, efer_allowed
 from cython.cimports.vmonty.cpu.paging import physical_to_host
@@ -46,10 +47,11 @@ from cython.cimports.vmonty.cpu.state import (
     FetchEntry,
     paging_enabled,
 )
-from cython.cimports.vmonty.cpu.svm_exit import SvmState, svm_of
+from cython.cimports.vmonty.cpu.svm_exit import SvmState, svm_of, svm_wants
 from cython.cimports.vmonty.cpu.tlb import flush_all, flush_non_global, mode_changed
 from cython.cimports.vmonty.cpu.vmcb import (
     SVM_NPF,
+    SVM_PAUSE,
     SVM_VMRUN,
     VMCB_ASID,
     VMCB_CPL,
@@ -113,7 +115,7 @@ from cython.cimports.vmonty.cpu.vmcb import (
     put32,
     put64,
 )
-from cython.cimports.vmonty.cpu.vmx_exit import GUEST_NONE, GUEST_SVM
+from cython.cimports.vmonty.cpu.vmx_exit import GUEST_NONE, GUEST_SVM, INTERCEPT_PAUSE
 
 
 def _load_segment(s, vmcb, segment, offset):
@@ -226,7 +228,7 @@ def _load_common(s, vmcb):
     s.cr0 = get64(vmcb, VMCB_CR0)
     s.cr3 = get64(vmcb, VMCB_CR3)
     s.cr4 = get64(vmcb, VMCB_CR4)
-    s.dr[7] = get64(vmcb, VMCB_DR7)
+    load_dr7(s, get64(vmcb, VMCB_DR7))
     s.rflags = get64(vmcb, VMCB_RFLAGS) | 2
     s.rip = get64(vmcb, VMCB_RIP)
     s.gpr[RSP] = get64(vmcb, VMCB_RSP)
@@ -263,7 +265,7 @@ def load_host(s, area):
     _load_common(s, area)
     s.rflags &= ~cython.cast(uint64_t, FLAG_VM)
     s.cr0 |= CR0_PE
-    s.dr[7] = 0x400
+    load_dr7(s, 0x400)
     s.cpl = 0
     s.activity = 0
     s.pending_debug = 0
@@ -379,6 +381,7 @@ def enter_svm_guest(s):
     # APM, "TSC Ratio MSR": 32 bits of fraction; ours has 48.
     s.tsc_multiplier = v.tsc_ratio << 16
     v.entries += 1
+    s.intercepts = INTERCEPT_PAUSE if svm_wants(s, SVM_PAUSE) else 0
     mode_changed(s)
     _inject(s)
     if load_pdptes(s, s.cr0, s.cr3, s.cr4) != GO_ON:
@@ -432,6 +435,7 @@ def leave_svm_guest(s):
     put64(m, VMCB_EVENTINJ, get64(m, VMCB_EVENTINJ) & ~cython.cast(uint64_t, 0x80000000))
     s.tsc_offset = v.root_tsc_offset
     s.tsc_multiplier = 0
+    s.intercepts = 0
     s.guest_mode = GUEST_NONE
     s.nested = 0
     s.direct = 0

@@ -5,6 +5,7 @@ lies in the guest-physical memory of the bare processor, in the format of our ow
 """
 
 import cython
+from cython.cimports.vmonty.cpu.breakpoints import load_dr7
 from cython.cimports.vmonty.cpu.cpuid import cr4_allowed, efer_allowed
 from cython.cimports.vmonty.cpu.paging import physical_to_host
 from cython.cimports.vmonty.cpu.segments import canonical
@@ -340,7 +341,7 @@ def _load_host(s):
     s.cr0 = get(m, HOST_CR0)
     s.cr3 = get(m, HOST_CR3)
     s.cr4 = get(m, HOST_CR4)
-    s.dr[7] = 0x400
+    load_dr7(s, 0x400)
     s.sysenter_cs = get(m, HOST_IA32_SYSENTER_CS)
     s.sysenter_esp = get(m, HOST_IA32_SYSENTER_ESP)
     s.sysenter_eip = get(m, HOST_IA32_SYSENTER_EIP)

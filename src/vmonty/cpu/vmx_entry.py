@@ -6,7 +6,7 @@ runs, physical addresses in EPT entries, bitmaps and MSR areas are addresses of 
 """
 
 import cython
-from cython.cimports.vmonty.cpu.breakpoints import debug_changed
+from cython.cimports.vmonty.cpu.breakpoints import load_dr7
 from cython.cimports.vmonty.cpu.control import host_tsc, load_pdptes
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
 from cython.cimports.vmonty.cpu.paging import physical_to_host
@@ -238,9 +238,8 @@ def _load_guest(s):
         elif load_pdptes(s, cr0, cr3, cr4) != GO_ON:
             s.event.pending = 0
             return 2
-    if v.entry_controls & ENTRY_LOAD_DEBUG and s.dr[7] != get(m, GUEST_DR7):
-        s.dr[7] = get(m, GUEST_DR7)
-        debug_changed(s)
+    if v.entry_controls & ENTRY_LOAD_DEBUG:
+        load_dr7(s, get(m, GUEST_DR7))
     if v.entry_controls & ENTRY_LOAD_PAT:
         s.pat = get(m, GUEST_IA32_PAT)
     for i in range(6):
