@@ -260,7 +260,7 @@ class Maker:
         """Choose where a memory operand lies, and what has to be there."""
         rng = self.rng
         # What touches a part of its operand, or in an order of its own, is kept away from faults.
-        if row.name == "FBSTP":
+        if row.name == "FBSTP" or (row.name == "FSTP" and row.operands[0].size == "t"):
             return DATA + rng.randrange(0, DATA_SIZE, 64)
         if row.cls == "gather":
             return DATA + rng.randrange(0x800, 0x1800)
@@ -472,6 +472,8 @@ class Maker:
             result |= {0, 1, 6, 7}
         if row.name in ("PUSHA", "POPA", "ENTER") or row.cls in TRANSFERS:
             result |= set(range(8))
+        if row.name in ("INC", "DEC") and row.opcode & 0xF0 == 0x40:
+            result.add(row.opcode & 7)
         for o in row.operands:
             if o.access & 2:
                 number = {"G": "reg", "Z": "reg", "E": "rm", "R": "rm", "B": "vvvv"}.get(o.letter)

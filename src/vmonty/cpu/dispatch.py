@@ -32,7 +32,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     unregister_processor,
     vector_function,
 )
-from cython.cimports.vmonty.cpu.decode import Insn, decode
+from cython.cimports.vmonty.cpu.decode import Insn
 from cython.cimports.vmonty.cpu.events import attention, data_trap, deliver, instruction_done, poll, stepping
 from cython.cimports.vmonty.cpu.hosttraps import SIGFPE, SIGILL, SIGSEGV, prepare_thread, unwatch, watch
 from cython.cimports.vmonty.cpu.mmio import mmio_answer, mmio_done, mmio_report
@@ -136,7 +136,7 @@ def _trap(s: cython.pointer(CpuState)) -> cython.int:
     if s.trap_signal == SIGFPE:
         if s.trap_code == 1 or s.trap_code == 2:
             raise_exception(s, 0)
-        elif _is_x87(s, b.linear + (s.rip - b.rip)):
+        elif s.trap_vector == 16:
             raise_exception(s, 16)
         else:
             raise_exception(s, 19)
@@ -148,24 +148,6 @@ def _trap(s: cython.pointer(CpuState)) -> cython.int:
         raise_exception(s, 6)
         return 0
     return -1
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _is_x87(s: cython.pointer(CpuState), rip: uint64_t) -> cython.int:
-    """Tell whether the instruction there is one that reports #MF rather than #XM."""
-    why: cython.int = 0
-    page: cython.pointer(FetchEntry) = fetch_page(s, rip, cython.address(why))
-    i: Insn
-    if page == cython.NULL or page.host == 0:
-        return 0
-    at: cython.int = rip & 0xFFF
-    if decode(cython.cast(cython.p_uchar, page.host) + at, 4096 - at, rip, 8, cython.address(i)) <= 0:
-        return 0
-    if i.map == 0:
-        return 1
-    return i.map == 1 and not i.vex and i.pp == 0 and (i.opcode >= 0x60 or i.opcode == 0x2A or i.opcode >> 1 == 0x16)
 
 
 @cython.cfunc

@@ -50,7 +50,7 @@ def _handler(number: cython.int, info: cython.pointer(siginfo_t), context: cytho
         s.trap_signal = number
         s.trap_code = cython.cast(uint64_t, info.si_code)
         s.trap_address = address
-        s.event.vector = cython.cast(uint32_t, u.uc_mcontext.gregs[20])
+        s.trap_vector = cython.cast(uint64_t, u.uc_mcontext.gregs[20])
         if s.translator == cython.NULL:
             u.uc_mcontext.gregs[18] = cython.cast(
                 cython.longlong, (selectors & cython.cast(uint64_t, 0xFFFFFFFF0000) & ~cython.cast(uint64_t, 0xFFFF))
@@ -166,4 +166,4 @@ class NativeTraps:
     @property
     def vector(self) -> int:
         """The exception behind the signal, or -1 when there was none."""
-        return self.s.event.vector if self.s.trap_signal else -1
+        return self.s.trap_vector if self.s.trap_signal else -1

@@ -2,7 +2,7 @@
 """Instructions that 64-bit mode dropped. SDM, "DAA—Decimal Adjust AL After Addition" and their like."""
 
 import cython
-from cython.cimports.vmonty.cpu.segmentation import linear_address, operand_address
+from cython.cimports.vmonty.cpu.segmentation import effective_address, linear_address, operand_address
 from cython.cimports.vmonty.cpu.segments import stack_mask
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_WRITE,
@@ -135,7 +135,7 @@ def _bound(s, i):
     high: uint64_t
     size: uint32_t = i.operand_size
     value: int64_t
-    r: cython.int = operand_address(s, i, 2 * size, 0, cython.address(linear))
+    r: cython.int = operand_address(s, i, size, 0, cython.address(linear))
     if r == GO_ON:
         r = read_value(s, linear, size, 0, cython.address(low))
     if r != GO_ON:
@@ -143,7 +143,9 @@ def _bound(s, i):
     value = cython.cast(int16_t, s.gpr[i.reg]) if size == 2 else cython.cast(int32_t, s.gpr[i.reg])
     if value < (cython.cast(int16_t, low) if size == 2 else cython.cast(int32_t, low)):
         return raise_exception(s, 5)  # before the upper limit is read
-    r = read_value(s, linear + size, size, 0, cython.address(high))
+    r = linear_address(s, i.segment, effective_address(s, i) + size, size, 0, cython.address(linear))
+    if r == GO_ON:
+        r = read_value(s, linear, size, 0, cython.address(high))
     if r != GO_ON:
         return r
     if value > (cython.cast(int16_t, high) if size == 2 else cython.cast(int32_t, high)):

@@ -39,6 +39,7 @@ from cython.cimports.vmonty.cpu.decode import (
     A_ALIGN,
     A_CL,
     A_WCX,
+    A_X87,
     C_BTM,
     C_MASKED,
     RIP_BASE,
@@ -559,6 +560,10 @@ def emit_copy(w, i):
             ea.special = EA_BIT
             ea.bit_register = i.reg
             ea.operand_size = i.operand_size
+        if r.attributes & A_X87 and ((i.opcode != 0xD9 and i.opcode != 0xDD) or (i.modrm >> 3 & 7) != 7):
+            put8(
+                a, 0x9B
+            )  # fwait: an exception that is pending comes before those of the operand; not in FNSTCW, FNSTSW
         emit_access(w, i, cython.address(ea), i.memory_size, i.memory_access, 0)
         if r.attributes & (A_CL | A_WCX):
             to_one_register(w, S1)

@@ -409,6 +409,7 @@ cdef struct CpuState:
     uint64_t trap_signal
     uint64_t trap_code
     uint64_t trap_address
+    uint64_t trap_vector     # the exception behind the signal
     uint32_t host_mxcsr
     uint32_t host_fcw
     uint32_t in_vectors      # 1 while the guest's vector state is in the host's registers

@@ -218,6 +218,12 @@ def string_instruction(s, i):
         kind = 4
     if not i.rep:
         return _one(s, i, kind, size)
+    if i.address_size == 4:  # processors cut these before the first iteration, even when there is none
+        _set(s, RCX, s.gpr[RCX], 4)
+        if kind == 0 or kind == 2:
+            _set(s, RDI, s.gpr[RDI], 4)
+        if kind == 0:
+            _set(s, RSI, s.gpr[RSI], 4)
     while True:
         count = _masked(s.gpr[RCX], i.address_size)
         if count == 0:
