@@ -31,3 +31,6 @@ cdef int _transfer(unsigned long address, char *data, Py_ssize_t size, bint to_m
 
 cdef extern from *:
     unsigned long long rdtsc "__builtin_ia32_rdtsc" () noexcept nogil
+    bint swap8 "__sync_bool_compare_and_swap" (unsigned long long *at, unsigned long long old,
+                                               unsigned long long new) noexcept nogil
+    bint swap4 "__sync_bool_compare_and_swap" (unsigned int *at, unsigned int old, unsigned int new) noexcept nogil

@@ -121,6 +121,17 @@ def _transfer(address, data, size, to_memory):  # type: ignore[no-untyped-def]  
         raise OSError(EFAULT, "no memory at this address")
 
 
+def compare_exchange(address: int, width: int, old: int, new: int) -> bool:
+    """Store *new* at *address* if *old* is there, in one step, as other processors see it: 4 or 8 bytes, aligned.
+
+    False when something else is there. The caller has just read from the address, and the memory stays.
+    """
+    at: cython.ulong = address
+    if width == 8:
+        return bool(swap8(cython.cast(cython.pointer(cython.ulonglong), at), old, new))
+    return bool(swap4(cython.cast(cython.pointer(cython.uint), at), old, new))
+
+
 def read_tsc() -> int:
     """The host's time-stamp counter."""
     return rdtsc()

@@ -220,6 +220,8 @@ def _deliver_one(s):
                     return _exception_exit(s)
     if s.event.kind >= EVENT_SOFT_INTERRUPT and not injected:
         s.retired += 1
+    if s.event.kind == EVENT_EXCEPTION and s.event.vector == 14:
+        s.cr2 = s.event.payload  # before the delivery: who injects it again after an exit on the way relies on it
     s.vectoring = s.event.vector | (s.event.kind << 8) | (s.event.has_error << 11) | cython.cast(uint64_t, 0x80000000)
     s.vectoring_error = s.event.error_code
     s.vectoring_length = s.event.instruction_length
@@ -253,9 +255,7 @@ def _through_idt(s, external):
         r = _protected(s, external, flags, rip)
     if r != GO_ON:
         return r
-    if kind == EVENT_EXCEPTION and vector == 14:
-        s.cr2 = payload
-    elif vector == 1 and (kind in (EVENT_EXCEPTION, EVENT_PRIVILEGED)):
+    if vector == 1 and (kind in (EVENT_EXCEPTION, EVENT_PRIVILEGED)):
         s.dr[6] = (s.dr[6] & ~cython.cast(uint64_t, 0xF)) | payload
         s.dr[7] &= ~cython.cast(uint64_t, 0x2000)
     elif kind == EVENT_NMI:

@@ -46,8 +46,8 @@ def svm_run(s, vmcb):
     return reason
 
 
-def svm_emulate(s, vmcb, resume):
-    """Execute one instruction of the guest with missing memory as MMIO."""
+def svm_emulate(s, vmcb, resume, instructions, mmio):
+    """Execute instructions of the guest one by one, with missing memory as MMIO."""
     v: cython.pointer(SvmState) = cython.cast(cython.pointer(SvmState), s.svm)
     reason: cython.int
     v.vmcb = cython.cast(cython.pointer(uint8_t), vmcb)
@@ -59,8 +59,8 @@ def svm_emulate(s, vmcb, resume):
         return EXIT_VM
     if resume:
         s.exit.reason = EXIT_MMIO
-    v.emulating = 1
-    s.budget = 1
+    v.emulating = 1 if mmio else 0
+    s.budget = instructions
     reason = run_cpu(s)
     if reason == EXIT_RUN_FLAG:
         svm_exit(s, SVM_INTR, 0, 0, 0)
@@ -132,17 +132,21 @@ class Svm:
         self._page("VMSAVE", vmcb)
         save_state(self.s, cython.cast(cython.pointer(uint8_t), vmcb))
 
-    def emulate(self, vmcb: cython.ulonglong, resume: bool = False) -> str:
-        """Execute the guest's next instruction here, with accesses to where no memory is mapped as MMIO.
+    def emulate(
+        self, vmcb: cython.ulonglong, resume: bool = False, instructions: cython.ulonglong = 1, devices: bool = True
+    ) -> str:  # fmt: skip
+        """Execute the guest's next instruction (or several) here, with accesses to where no memory is mapped as MMIO.
 
-        As ``vmx.Vmx.emulate``: "mmio", "budget" or "vm". State is loaded and saved as ``enter`` does.
+        As ``vmx.Vmx.emulate``: "mmio", "budget" or "vm"; without *devices* missing memory is an exit as usual.
+        State is loaded and saved as ``enter`` does.
         """
         reason: cython.int
         again: cython.bint = resume
+        mmio: cython.bint = devices
         self._page("VMRUN", vmcb)
         with cython.nogil:
             load_state(self.s, cython.cast(cython.pointer(uint8_t), vmcb))
-            reason = svm_emulate(self.s, vmcb, again)
+            reason = svm_emulate(self.s, vmcb, again, instructions, mmio)
             save_state(self.s, cython.cast(cython.pointer(uint8_t), vmcb))
         if reason != EXIT_MMIO and reason != EXIT_BUDGET and reason != EXIT_VM:
             raise RuntimeError(f"the processor stopped without a #VMEXIT: reason {reason}, rip {self.s.rip:#x}")

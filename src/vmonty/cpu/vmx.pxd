@@ -12,7 +12,7 @@ cdef enum:
     RUN_STOPPED = -0x1000
 
 cdef int64_t vmx_run(CpuState *s, uint32_t launch) noexcept nogil
-cdef int64_t vmx_emulate(CpuState *s, bint resume) noexcept nogil
+cdef int64_t vmx_emulate(CpuState *s, bint resume, uint64_t instructions, bint mmio) noexcept nogil
 cdef VmxState *vmx_new(CpuState *s) noexcept nogil
 cdef void vmx_free(CpuState *s) noexcept nogil
 

@@ -106,8 +106,10 @@ def _is_clear(region: cython.pointer(uint8_t)) -> cython.uint:
     return cython.cast(cython.pointer(uint32_t), region + HEADER_LAUNCHED)[0] == 0
 
 
-def vmx_emulate(s, resume):
-    """Execute one instruction of the guest with missing memory as MMIO; EXIT_* or, for VMfail, a negative number."""
+def vmx_emulate(s, resume, instructions, mmio):
+    """Execute instructions of the guest one by one with missing memory as MMIO; EXIT_*, or a negative number for
+    VMfail.
+    """
     v: cython.pointer(VmxState) = cython.cast(cython.pointer(VmxState), s.vmx)
     error: uint32_t
     reason: cython.int
@@ -128,8 +130,8 @@ def vmx_emulate(s, resume):
         return -cython.cast(int64_t, error)
     if resume:
         s.exit.reason = EXIT_MMIO
-    v.emulating = 1
-    s.budget = 1
+    v.emulating = 1 if mmio else 0
+    s.budget = instructions
     reason = run_cpu(s)
     if reason == EXIT_RUN_FLAG:
         vm_exit(s, REASON_EXTERNAL_INTERRUPT, 0, 0)
@@ -266,19 +268,20 @@ class Vmx:
             result = vmx_run(self.s, launch)
         return self._outcome(result)
 
-    def emulate(self, resume: bool = False) -> str:
-        """Execute the guest's next instruction here, with accesses to where no memory is mapped as MMIO.
+    def emulate(self, resume: bool = False, instructions: cython.ulonglong = 1, devices: bool = True) -> str:
+        """Execute the guest's next instruction (or several) here, with accesses to where no memory is mapped as MMIO.
 
         "mmio": an access of up to eight bytes is in ``mmio``; to a read give the data with ``answer_mmio``. Call again
         with *resume* until it is "budget": the instruction, or one iteration of a repeated one, is done. "vm": a VM
-        exit happened instead. The GIL is released. Raises VmxError for VMfail, RuntimeError when the processor itself
+        exit happened instead, which without *devices* missing memory is too. The GIL is released. Raises VmxError for VMfail, RuntimeError when the processor itself
         stopped.
         """
         result: cython.longlong
         again: cython.bint = resume
+        mmio: cython.bint = devices
         self._check("vmresume")
         with cython.nogil:
-            result = vmx_emulate(self.s, again)
+            result = vmx_emulate(self.s, again, instructions, mmio)
         if result < 0:
             raise VmxError("vmresume", -result)
         if result != EXIT_MMIO and result != EXIT_BUDGET and result != EXIT_VM:

@@ -18,6 +18,7 @@ from vmonty.kvm.uapi import Requests
 from vmonty.kvm.uapi.vm import kvm_clear_dirty_log, kvm_dirty_log
 
 if TYPE_CHECKING:
+    from vmonty.kvm.soft.mmu.shadow import ShadowMmu
     from vmonty.kvm.soft.mmu.tdp import TdpMmu
     from vmonty.kvm.soft.x86 import VcpuX86
 
@@ -27,7 +28,7 @@ class DirtyLogIoctls(KvmFile):
 
     lock: threading.RLock
     memslots: Memslots
-    mmu: TdpMmu
+    mmu: TdpMmu | ShadowMmu
     vcpus: Mapping[int, VcpuX86]
     manual_dirty_log_protect: int
     dirty_ring_size: int

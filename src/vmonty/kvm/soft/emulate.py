@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Processor(Protocol):
     """What executes the instruction: see cpu.vmx.Vmx.emulate()."""
 
-    def emulate(self, resume: bool) -> str: ...
+    def emulate(self, resume: bool, instructions: int) -> str: ...
     def mmio(self) -> tuple[int, int, bool, int]: ...
     def answer_mmio(self, data: int) -> None: ...
     def forget_mmio(self) -> None: ...
@@ -31,15 +31,20 @@ class Emulator:
     def __init__(self, vcpu: VcpuX86, cpu: Processor) -> None:
         self._vcpu = vcpu
         self._cpu = cpu
+        self._instructions = 1
 
-    def emulate(self) -> bool:
-        """x86_emulate_instruction(): execute the instruction at rip; True to go on, False for an exit to user space."""
+    def emulate(self, instructions: int = 1) -> bool:
+        """x86_emulate_instruction(): execute the instruction at rip; True to go on, False for an exit to user space.
+
+        *instructions*: how many are worth while, when it is the guest's memory that cannot be used otherwise.
+        """
+        self._instructions = 1 if self._vcpu.guest_debug else instructions
         self._vcpu.stats.values[INSN_EMULATION] += 1
         self._vcpu.note_step()
         return self._run(resume=False)
 
     def _run(self, resume: bool) -> bool:
-        while (ended := self._vcpu.guest_mode(partial(self._cpu.emulate, resume))) == "mmio":
+        while (ended := self._cpu.emulate(resume, self._instructions)) == "mmio":
             gpa, size, is_write, data = self._cpu.mmio()
             resume = True
             if self._vcpu.kvm.mmu.page_fault(gpa, is_write):

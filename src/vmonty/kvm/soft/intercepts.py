@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vmonty.kvm.soft.cpuid import CR0_VALID
+from vmonty.kvm.soft.emulate import Emulator
+from vmonty.kvm.soft.mmu.context import MmuContext
 from vmonty.kvm.soft.mmu.guest_walk import walk
+from vmonty.kvm.soft.mmu.shadow import Outcome
 from vmonty.kvm.soft.msr_filter import reason
 from vmonty.kvm.soft.pv import KVM_EINVAL, KVM_ENOSYS, KVM_EPERM
 from vmonty.kvm.soft.stats import HYPERCALLS, INSN_EMULATION_FAIL, IO_EXITS, IRQ_EXITS
@@ -19,18 +23,30 @@ from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
 if TYPE_CHECKING:
     from vmonty.kvm.soft.x86 import VcpuX86
 
-RAX, RCX, RDX, RBX, RSI, RDI = 0, 1, 2, 3, 6, 7
+RAX, RCX, RDX, RBX, RSP, RSI, RDI = 0, 1, 2, 3, 4, 6, 7
 UD_VECTOR, GP_VECTOR = 6, 13
 MASK32 = 0xFFFF_FFFF
 MAX_INSTRUCTION = 15
 CR4_OSXSAVE, FEATURE_OSXSAVE = 1 << 18, 1 << 27
+CR0_PE, CR0_ET, CR0_NW, CR0_CD, CR0_PG = 1, 1 << 4, 1 << 29, 1 << 30, 1 << 31
+CR4_PAE, CR4_PCIDE, EFER_LME, EFER_LMA = 1 << 5, 1 << 17, 1 << 8, 1 << 10
+CR3_NO_FLUSH, CR3_LONG_RESERVED = 1 << 63, ~((1 << 46) - 1)
+# Instructions to execute over two-dimensional tables where the guest writes its own root.
+WHILE_TABLES_CHANGE = 512
+CONTROLS = ("cr0", "cr3", "cr4", "efer")
 
 
 class Intercepts:
     """The handlers that need nothing of the VMCS or VMCB."""
 
+    emulator: Emulator
+
     def __init__(self, vcpu: VcpuX86) -> None:
         self.vcpu = vcpu
+        # Without two-dimensional paging: the shadow MMU, and the guest's view of the registers that paging needs.
+        self.shadow: MmuContext | None = None
+        self.two_dimensional = False  # while the emulator steps
+        self.guest_controls = dict.fromkeys(CONTROLS, 0)
         self.leaves: dict[tuple[int, int | None], kvm_cpuid_entry2] = {}
 
     def _skip(self) -> None:
@@ -282,6 +298,127 @@ class Intercepts:
 
     def _set32(self, number: int, value: int) -> None:
         self.vcpu.vendor.set_gpr(number, value & MASK32)
+
+    # ---- control registers --------------------------------------------------------------------------------
+
+    def mmu_load(self) -> None:
+        """kvm_mmu_reload(): with shadow paging, the roots that the processor's CR3 names."""
+        if self.shadow is not None and not self.two_dimensional:
+            self.hardware_root(self.shadow.root())
+
+    def mmu_ready(self) -> bool:
+        """Whether they are still there. In guest mode."""
+        return self.shadow is None or self.two_dimensional or self.shadow.ready()
+
+    def hardware_root(self, root: int) -> None:
+        """Put it into the processor's CR3."""
+        raise AssertionError("the vendor has it")
+
+    def hardware_invlpg(self, gva: int) -> None:
+        """The processor forgets one page."""
+        raise AssertionError("the vendor has it")
+
+    def _controls(self) -> list[int]:
+        return [self.vcpu.vendor.get_control(name) for name in CONTROLS]
+
+    def _mov_to_cr(self, number: int, value: int) -> bool:
+        """MOV to CR0, CR3 or CR4 that exits."""
+        done = {0: self.set_cr0, 3: self.set_cr3, 4: self.set_cr4}[number](value)
+        if not done:
+            return self._gp()
+        self._skip()
+        return True
+
+    def set_cr0(self, value: int) -> bool:
+        """kvm_set_cr0(): False for what is a #GP."""
+        vendor = self.vcpu.vendor
+        old, cr3, cr4, efer = self._controls()
+        if value >> 32 or (value & CR0_PG and not value & CR0_PE) or (value & CR0_NW and not value & CR0_CD):
+            return False
+        value = value & CR0_VALID | CR0_ET
+        if (old ^ value) & CR0_PG:
+            if value & CR0_PG and efer & EFER_LME:
+                if not cr4 & CR4_PAE or vendor.get_segment("cs").l:
+                    return False
+                efer |= EFER_LMA
+            elif not value & CR0_PG:
+                if cr4 & CR4_PCIDE or (efer & EFER_LMA and vendor.get_segment("cs").l):
+                    return False
+                efer &= ~EFER_LMA
+        if self.shadow is not None and not self.shadow.load_pdptrs(value, cr3, cr4, efer):
+            return False
+        vendor.set_control("efer", efer)
+        vendor.set_control("cr0", value)
+        vendor.flush_tlb()
+        return True
+
+    def set_cr3(self, value: int) -> bool:
+        """kvm_set_cr3()."""
+        vendor = self.vcpu.vendor
+        cr0, _, cr4, efer = self._controls()
+        keep = bool(cr4 & CR4_PCIDE and value & CR3_NO_FLUSH)
+        if cr4 & CR4_PCIDE:
+            value &= ~CR3_NO_FLUSH
+        if efer & EFER_LMA and value & CR3_LONG_RESERVED:
+            return False
+        if self.shadow is None:
+            raise AssertionError("CR3 is the guest's own")
+        before = self.shadow.root()
+        if not self.shadow.load_pdptrs(cr0, value, cr4, efer):
+            return False
+        vendor.set_control("cr3", value)
+        if not keep:
+            self.shadow.flush()
+        if self.shadow.root() == before:  # else the processor flushes for its own CR3
+            vendor.flush_tlb()
+        return True
+
+    def set_cr4(self, value: int) -> bool:
+        """kvm_set_cr4()."""
+        vendor = self.vcpu.vendor
+        cr0, cr3, old, efer = self._controls()
+        if not vendor.valid_controls(cr0, value, efer) or (efer & EFER_LMA and not value & CR4_PAE):
+            return False
+        if value & ~old & CR4_PCIDE and (not efer & EFER_LMA or cr3 & 0xFFF):
+            return False
+        if self.shadow is not None:
+            if not self.shadow.load_pdptrs(cr0, cr3, value, efer):
+                return False
+            self.shadow.flush()
+        vendor.set_control("cr4", value)
+        vendor.flush_tlb()
+        return True
+
+    def _invlpg(self, gva: int) -> bool:
+        if self.shadow is not None:
+            self.shadow.invlpg(gva)
+        self.hardware_invlpg(gva)
+        self._skip()
+        return True
+
+    def _map_operands(self, gva: int) -> None:
+        """Other memory that the instruction may write, for the emulator: a crossing operand, MOVS, PUSH."""
+        vendor = self.vcpu.vendor
+        stack = vendor.get_segment("ss").base + vendor.get_gpr(RSP)
+        for linear in (gva - 0x1000, gva + 0x1000, vendor.get_segment("es").base + vendor.get_gpr(RDI), stack - 8):
+            gpa = self.gva_to_gpa(linear & (1 << 64) - 1)
+            if gpa is not None:
+                self.vcpu.kvm.mmu.page_fault(gpa, write=True)
+
+    def _shadow_fault(self, gva: int, error: int) -> bool:
+        """#PF of the processor, which walks shadow tables."""
+        if self.shadow is None:
+            raise AssertionError("#PF exits without shadow paging")
+        match self.shadow.page_fault(gva, error):
+            case Outcome.FIXED:
+                return True
+            case Outcome.EMULATE:
+                self._map_operands(gva)
+                return self.emulator.emulate()
+            case Outcome.WRITES_ROOT:
+                return self.emulator.emulate(WHILE_TABLES_CHANGE)
+            case _:
+                return self._emulation_failure()
 
     def _port_io(self, port: int, size: int, is_in: bool) -> bool:
         """kvm_fast_pio()."""

@@ -27,6 +27,7 @@ from vmonty.kvm.soft.stats import VCPU_STATISTICS, VM_STATISTICS, Statistics
 
 if TYPE_CHECKING:
     from vmonty.kvm.soft.kvm_main import Kvm
+    from vmonty.kvm.soft.mmu.shadow import ShadowMmu
     from vmonty.kvm.soft.mmu.tdp import TdpMmu
     from vmonty.kvm.soft.vcpu_state import KvmX86Ops
     from vmonty.kvm.soft.x86 import VcpuX86
@@ -65,7 +66,7 @@ class KvmX86InitOps(Protocol):
     def hardware_disable(self, pcpu: PhysicalCpu) -> None:
         """Turn it off. The processor holds no vCPU."""
 
-    def mmu_create(self, kvm: Kvm) -> TdpMmu:
+    def mmu_create(self, kvm: Kvm) -> TdpMmu | ShadowMmu:
         """kvm_mmu_init_vm(): the VM's MMU, two-dimensional or shadow as the parameters say."""
 
     def vcpu_create(self, vcpu: VcpuX86) -> KvmX86Ops:

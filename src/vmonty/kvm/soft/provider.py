@@ -100,6 +100,20 @@ class SoftSvm(SoftKvm):
     module = "kvm_amd"
 
 
+class SoftSvmShadow(SoftKvm):
+    """SVM with shadow page tables."""
+
+    name = "soft-svm-shadow"
+    module = "kvm_amd npt=0"
+
+
+class SoftVmxShadow(SoftKvm):
+    """VMX with shadow page tables."""
+
+    name = "soft-vmx-shadow"
+    module = "kvm_intel ept=0"
+
+
 def _is_open(fd: int) -> bool:
     try:
         os.fstat(fd)

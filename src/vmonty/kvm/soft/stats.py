@@ -86,8 +86,8 @@ REMOTE_TLB_FLUSH, REMOTE_TLB_FLUSH_REQUESTS, PAGES_4K = (
 HALT_WAKEUP, HALT_WAIT_NS, HALT_WAIT_HIST, BLOCKING = (
     _index(VCPU_STATISTICS, name) for name in ("halt_wakeup", "halt_wait_ns", "halt_wait_hist", "blocking")
 )
-PF_TAKEN, PF_FIXED, PF_EMULATE, TLB_FLUSH = (
-    _index(VCPU_STATISTICS, name) for name in ("pf_taken", "pf_fixed", "pf_emulate", "tlb_flush")
+PF_TAKEN, PF_FIXED, PF_EMULATE, PF_GUEST, TLB_FLUSH = (
+    _index(VCPU_STATISTICS, name) for name in ("pf_taken", "pf_fixed", "pf_emulate", "pf_guest", "tlb_flush")
 )
 EXITS, IO_EXITS, MMIO_EXITS, SIGNAL_EXITS, HALT_EXITS, IRQ_EXITS = (
     _index(VCPU_STATISTICS, f"{name}_exits".lstrip("_")) for name in ("", "io", "mmio", "signal", "halt", "irq")

@@ -409,7 +409,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
     def request_tlb_flush(self) -> None:
         """KVM_REQ_TLB_FLUSH: before the next instruction of the guest."""
         self.tlb_flush_requested = True
-        self.vendor.kick()
+        if self.in_guest:  # else it looks for requests when it enters
+            self.vendor.kick()
 
     def vcpu_run(self) -> int:
         """kvm_arch_vcpu_ioctl_run(): 0 when user space must act. Raises OSError: EINTR, EAGAIN."""
@@ -661,21 +662,28 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def guest_mode(self, enter: Callable[[], T]) -> T:
         """Do *enter* in guest mode, after a flush that was asked for; see flush_remote_tlbs() for the order."""
-        self.in_guest = True
-        try:
-            if self.tlb_flush_requested:
-                self.tlb_flush_requested = False
-                self.stats.values[TLB_FLUSH] += 1
-                self.vendor.flush_tlb()
-            return enter()
-        finally:
-            self.in_guest = False
+        while True:
+            self.vendor.mmu_load()
+            self.in_guest = True
+            try:
+                if self.tlb_flush_requested:
+                    self.tlb_flush_requested = False
+                    self.stats.values[TLB_FLUSH] += 1
+                    self.vendor.flush_tlb()
+                if self.vendor.mmu_ready():  # another vCPU may have dropped the tables meanwhile
+                    return enter()
+            finally:
+                self.in_guest = False
 
     def _inject_pending_event(self) -> None:
         """kvm_check_and_inject_events(): one event a time, what was interrupted first."""
         vendor = self.vendor
         injected = True
-        if self.interrupt_injected is not None:
+        if self.exception is not None:
+            # Also one that the delivery of an interrupt met: the interrupt comes behind it.
+            exception, self.exception = self.exception, None
+            vendor.inject_exception(exception)
+        elif self.interrupt_injected is not None:
             vector, self.interrupt_injected = self.interrupt_injected, None
             self.stats.values[IRQ_INJECTIONS] += 1
             vendor.inject_irq(vector)
@@ -683,9 +691,6 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             self.nmi_injected = False
             self.stats.values[NMI_INJECTIONS] += 1
             vendor.inject_nmi()
-        elif self.exception is not None:
-            exception, self.exception = self.exception, None
-            vendor.inject_exception(exception)
         else:
             injected = False
         if self.nmi_pending:

@@ -79,6 +79,11 @@ class Tables:
         entries = arena.read(table - arena.address + 8 * index, 8 * number)
         return sum(map(bool, memoryview(entries).cast("Q")))
 
+    def clear(self, table: int) -> None:
+        """Empty the page at *table*."""
+        arena = self._arena_of[table]
+        arena.fill(table - arena.address, 4096)
+
     def fill(self, table: int, index: int, values: list[int]) -> None:
         """Store several entries from *index* on."""
         arena = self._arena_of[table]
@@ -101,9 +106,10 @@ class TdpMmu:
     def _index(gpa: int, level: int) -> int:
         return gpa >> PAGE_SHIFT + 9 * (level - 1) & ENTRIES - 1
 
-    def page_fault(self, gpa: int, write: bool) -> bool:
+    def page_fault(self, gpa: int, write: bool, walk: bool = False) -> bool:
         """kvm_tdp_page_fault(): map what lies around *gpa*; False where no slot allows the access (MMIO).
 
+        *walk*: for the processor's walk of the guest's tables.
         A whole level-1 table is filled at once, as far as the slot reaches: the pages are there anyway.
         """
         slot = self._memslots.find(gpa)
@@ -137,6 +143,10 @@ class TdpMmu:
         begin, end = max(first, slot.base_gfn), min(first + ENTRIES, slot.end_gfn)
         self._stats.values[PAGES_4K] += end - begin - self._tables.count(table, begin - first, end - begin)
         self._tables.fill(table, begin - first, [self._leaf(slot, gfn, True) for gfn in range(begin, end)])
+
+    def map_page(self, gpa: int, slot: Memslot, write: bool) -> None:
+        """Map one page, writable if *write*. The caller has the lock."""
+        self._map_logged(self._descend(gpa, 1), gpa, slot, write)
 
     def _map_logged(self, table: int, gpa: int, slot: Memslot, write: bool) -> None:
         gfn = gpa >> PAGE_SHIFT

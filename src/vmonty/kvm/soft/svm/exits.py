@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from vmonty.cpu.vmcb import INVALID, ExitCode, Field
 from vmonty.kvm.soft.emulate import Emulator
 from vmonty.kvm.soft.intercepts import MASK32, RDI, RSI, UD_VECTOR, Intercepts
+from vmonty.kvm.soft.mmu.two_dimensional import NestedFault, TwoDimensional
 from vmonty.kvm.soft.stats import IO_EXITS, IRQ_WINDOW_EXITS, NMI_WINDOW_EXITS, PF_EMULATE, PF_FIXED, PF_TAKEN
 from vmonty.kvm.soft.svm.processor import Processor
 from vmonty.kvm.soft.vcpu_state import QueuedException
@@ -42,7 +43,7 @@ class SvmExits(Intercepts):
         super().__init__(vcpu)
         self.cpu = cpu
         self.vmcb = cpu.vmcb
-        self.emulator = Emulator(vcpu, cpu)
+        self.emulator = Emulator(vcpu, TwoDimensional(self, cpu))
         # The VMCB has no place for it: NMIs are masked until the guest's IRET, which is intercepted meanwhile.
         self.nmi_masked = False
         self.stepping_to_nmi = False
@@ -137,11 +138,49 @@ class SvmExits(Intercepts):
         return self._hypercall(self.vmcb[Field.NRIP] - self.vmcb[Field.RIP])
 
     def cr_interception(self) -> bool:
-        """CR8. APM, "MOV CRx/DRx Intercepts"."""
-        register = self.vmcb[Field.EXITINFO1] & 15
-        if self.vmcb[Field.EXITCODE] == ExitCode.READ_CR0 + 8:
-            return self._read_cr8(register)
-        return self._write_cr8(register)
+        """CR8; and with shadow paging CR0, CR3, CR4. APM, "MOV CRx/DRx Intercepts"."""
+        info, code = self.vmcb[Field.EXITINFO1], self.vmcb[Field.EXITCODE]
+        register, number = info & 15, code & 15
+        if number == 8:
+            return self._read_cr8(register) if code < ExitCode.WRITE_CR0 else self._write_cr8(register)
+        if not info >> 63:  # CLTS, LMSW, SMSW
+            return self.emulator.emulate()
+        vendor = self.vcpu.vendor
+        if code < ExitCode.WRITE_CR0:
+            vendor.set_gpr(register, vendor.get_control(f"cr{number}"))
+            self._skip()
+            return True
+        value = vendor.get_gpr(register)
+        return self._mov_to_cr(number, value if vendor.get_segment("cs").l else value & MASK32)
+
+    def pf_interception(self) -> bool:
+        return self._shadow_fault(self.vmcb[Field.EXITINFO2], self.vmcb[Field.EXITINFO1])
+
+    def invlpg_interception(self) -> bool:
+        return self._invlpg(self.vmcb[Field.EXITINFO1])
+
+    def invpcid_interception(self) -> bool:
+        """Everything is synchronized; the instruction itself, with its faults, executes over nested tables."""
+        if self.shadow is not None:
+            self.shadow.flush()
+        return self.emulator.emulate()
+
+    def nested_fault(self) -> NestedFault | None:
+        """What the nested tables refused, if that is the exit; an event that was on its way is injected again."""
+        vmcb = self.vmcb
+        if vmcb[Field.EXITCODE] != ExitCode.NPF:
+            return None
+        vmcb[Field.EVENTINJ] = vmcb[Field.EXITINTINFO]
+        access = vmcb[Field.EXITINFO1]
+        return NestedFault(
+            vmcb[Field.EXITINFO2], bool(access & NPF_WRITE), bool(access & NPF_FETCH), not access & NPF_FINAL
+        )
+
+    def enter_two_dimensional(self, step: bool) -> None:
+        raise AssertionError("Svm has it")
+
+    def leave_two_dimensional(self) -> None:
+        raise AssertionError("Svm has it")
 
     def dr_interception(self) -> bool:
         code = self.vmcb[Field.EXITCODE]
@@ -170,7 +209,8 @@ class SvmExits(Intercepts):
         gpa, access = self.vmcb[Field.EXITINFO2], self.vmcb[Field.EXITINFO1]
         counters = self.vcpu.stats.values
         counters[PF_TAKEN] += 1
-        if self.vcpu.kvm.mmu.page_fault(gpa, bool(access & NPF_WRITE)):
+        mmu, write = self.vcpu.kvm.mmu, bool(access & NPF_WRITE)
+        if mmu.page_fault(gpa, write, walk=not access & NPF_FINAL):
             counters[PF_FIXED] += 1
             return True
         counters[PF_EMULATE] += 1
@@ -184,8 +224,10 @@ class SvmExits(Intercepts):
         return self._internal_error(flags.KVM_INTERNAL_ERROR_EMULATION, [])
 
     HANDLERS: ClassVar[dict[int, Handler]] = {
-        ExitCode.READ_CR0 + 8: cr_interception,
-        ExitCode.WRITE_CR0 + 8: cr_interception,
+        **dict.fromkeys(range(ExitCode.READ_CR0, ExitCode.WRITE_CR0 + 16), cr_interception),
+        ExitCode.EXCEPTION_DE + flags.PF_VECTOR: pf_interception,
+        ExitCode.INVLPG: invlpg_interception,
+        ExitCode.INVPCID: invpcid_interception,
         **dict.fromkeys(range(ExitCode.READ_DR0, ExitCode.WRITE_DR0 + 16), dr_interception),
         ExitCode.EXCEPTION_DE + flags.DB_VECTOR: db_interception,
         ExitCode.EXCEPTION_DE + flags.BP_VECTOR: bp_interception,

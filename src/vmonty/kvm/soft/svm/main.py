@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vmonty.base.ram import Ram
 from vmonty.cpu.svm import Svm as SvmInstructions
+from vmonty.kvm.soft.mmu.shadow import ShadowMmu
 from vmonty.kvm.soft.mmu.spte import NPT
 from vmonty.kvm.soft.mmu.tdp import TdpMmu
 from vmonty.kvm.soft.svm.svm import Svm
@@ -53,8 +54,6 @@ class KvmAmd:
         """Turn off what the processor cannot do."""
         if self.parameters.nested:
             raise OSError(errno.EOPNOTSUPP, "nested virtualization is not offered")
-        if not self.parameters.npt:
-            raise OSError(errno.EOPNOTSUPP, "paging by shadow tables, which guests without NPT need, is not there")
 
     def hardware_unsetup(self) -> None:
         """There is nothing to forget."""
@@ -72,9 +71,9 @@ class KvmAmd:
         """svm_hardware_disable()."""
         processor.virtualization = None
 
-    def mmu_create(self, kvm: Kvm) -> TdpMmu:
-        """The nested page table."""
-        return TdpMmu(kvm.memslots, kvm.stats, NPT)
+    def mmu_create(self, kvm: Kvm) -> TdpMmu | ShadowMmu:
+        """The nested page table, or shadow tables."""
+        return TdpMmu(kvm.memslots, kvm.stats, NPT) if self.parameters.npt else ShadowMmu(kvm, NPT)
 
     def vcpu_create(self, vcpu: VcpuX86) -> KvmX86Ops:
         """svm_vcpu_create()."""

@@ -72,6 +72,7 @@ class Processor:
         self.get_debug = self._svm.dr
         self.set_debug = self._svm.set_dr
         self.flush = self._svm.flush
+        self.invlpga = self._svm.invlpga
 
     def store(self) -> None:
         """The registers are here, and the processor is free."""
@@ -82,9 +83,9 @@ class Processor:
         """VMLOAD, VMRUN, VMSAVE: gives the exit code."""
         return self._svm.enter(self.vmcb.address)
 
-    def emulate(self, resume: bool) -> str:
-        """Execute one instruction with missing memory as MMIO; see cpu.svm.Svm.emulate()."""
-        return self._svm.emulate(self.vmcb.address, resume)
+    def emulate(self, resume: bool, instructions: int, devices: bool = True) -> str:
+        """Execute instructions with missing memory as MMIO; see cpu.svm.Svm.emulate()."""
+        return self._svm.emulate(self.vmcb.address, resume, instructions, devices)
 
     def mmio(self) -> tuple[int, int, bool, int]:
         """The access that emulate() reported: guest-physical address, size, whether a write, data."""

@@ -11,6 +11,8 @@ from vmonty.cpu.vmcb import ExitCode, Field
 from vmonty.kvm.soft import pcpu as pcpus
 from vmonty.kvm.soft.cpuid import CR0_VALID, CR4_VALID, EFER_VALID, PAT_RESET, PHYSICAL_BITS
 from vmonty.kvm.soft.intercepts import UD_VECTOR
+from vmonty.kvm.soft.mmu.context import CR0_PE, CR0_PG, MmuContext
+from vmonty.kvm.soft.mmu.shadow import ShadowMmu
 from vmonty.kvm.soft.msr_filter import READ, WRITE
 from vmonty.kvm.soft.svm import exits as e
 from vmonty.kvm.soft.svm.exits import SvmExits
@@ -39,7 +41,8 @@ MSR_FIELDS = {
     0xC000_0100: Field.FS_BASE, 0xC000_0101: Field.GS_BASE, 0xC000_0102: Field.KERNEL_GS_BASE,
 }  # fmt: skip
 CANONICAL_MSRS = frozenset((0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102))
-MSR_EFER, EFER_LMA, EFER_SVME = 0xC000_0080, 1 << 10, 1 << 12
+MSR_EFER, EFER_LME, EFER_LMA, EFER_NX, EFER_SVME = 0xC000_0080, 1 << 8, 1 << 10, 1 << 11, 1 << 12
+CR0_WP, CR4_PAE, CR4_PCIDE, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 5, 1 << 17, 1 << 20, 1 << 21
 DEBUG_REGISTERS = (0, 1, 2, 3, 7)
 RFLAGS_IF, RFLAGS_TF = 1 << 9, 1 << 8
 # init_vmcb()
@@ -47,6 +50,10 @@ INTERCEPTED = (
     X.READ_CR0 + 8, X.WRITE_CR0 + 8, X.EXCEPTION_DE + UD_VECTOR, X.INTR, X.NMI, X.SMI, X.RDPMC, X.CPUID, X.INVD, X.HLT,
     X.INVLPGA, X.IOIO, X.MSR, X.TASK_SWITCH, X.SHUTDOWN, X.VMRUN, X.VMMCALL, X.VMLOAD, X.VMSAVE, X.STGI, X.CLGI,
     X.SKINIT, X.WBINVD, X.MONITOR, X.MWAIT, X.XSETBV, X.RSM,
+)  # fmt: skip
+SHADOW_INTERCEPTED = (
+    *(first + number for first in (X.READ_CR0, X.WRITE_CR0) for number in (0, 3, 4)),
+    X.EXCEPTION_DE + 14, X.INVLPG, X.INVPCID,
 )  # fmt: skip
 SHADOW_BOTH = 3  # KVM_X86_SHADOW_INT_MOV_SS | _STI: the VMCB does not tell them apart
 
@@ -59,6 +66,8 @@ class Svm(SvmExits):
     def __init__(self, vcpu: VcpuX86) -> None:
         super().__init__(vcpu, Processor())
         self.preempt = vcpu.preempt
+        mmu = vcpu.kvm.mmu
+        self.shadow = MmuContext(vcpu, mmu) if isinstance(mmu, ShadowMmu) else None
         # The guest's DR0 to DR3 and DR7, while user space's debugger has the processor's.
         self._guest_debug_registers: dict[int, int] | None = None
         pcpus.POOL.sched_in(self, brief=True)
@@ -95,7 +104,11 @@ class Svm(SvmExits):
         vmcb[Field.IOPM_BASE_PA], vmcb[Field.MSRPM_BASE_PA] = self.cpu.iopm, self.cpu.msrpm
         vmcb[Field.INT_CTL] = e.V_INTR_MASKING
         vmcb[Field.ASID] = 1
-        vmcb[Field.NP_ENABLE], vmcb[Field.N_CR3] = 1, self.vcpu.kvm.mmu.root
+        vmcb[Field.N_CR3] = self.vcpu.kvm.mmu.root
+        vmcb[Field.NP_ENABLE] = int(self.shadow is None)
+        if self.shadow is not None:
+            for code in SHADOW_INTERCEPTED:
+                vmcb.intercept(code)
 
     def reset(self, init: bool) -> None:
         """svm_vcpu_reset(): real mode at the reset vector. APM, "Processor Initialization State"."""
@@ -187,6 +200,8 @@ class Svm(SvmExits):
             self.vmcb[field] = value
 
     def get_control(self, name: str) -> int:
+        if self.shadow is not None and name in self.guest_controls:
+            return self.guest_controls[name]
         if name == "efer":
             return self.vmcb[Field.EFER] & ~EFER_SVME
         if name == "xcr0":
@@ -194,12 +209,65 @@ class Svm(SvmExits):
         return self.vmcb[CONTROL_FIELDS[name]]
 
     def set_control(self, name: str, value: int) -> None:
-        if name == "efer":
+        if self.shadow is not None and name in self.guest_controls:
+            self.guest_controls[name] = value
+            self.shadow.set(**self.guest_controls)
+            self._set_hardware()
+        elif name == "efer":
             self.vmcb[Field.EFER] = value | EFER_SVME
         elif name == "xcr0":
             self.cpu.set_xcr0(value)
         else:
             self.vmcb[CONTROL_FIELDS[name]] = value
+
+    def _set_hardware(self) -> None:
+        """svm_set_cr0(), svm_set_cr4(), svm_set_efer() without npt: what the processor has while it walks our tables.
+
+        In real mode, which has no tables to shadow, the guest runs over nested ones.
+        """
+        vmcb, (cr0, _, cr4, efer) = self.vmcb, self.guest_controls.values()
+        if not cr0 & CR0_PE:
+            self.enter_two_dimensional(step=False)
+            return
+        vmcb[Field.NP_ENABLE] = 0
+        vmcb[Field.CR0] = cr0 | CR0_PG | CR0_WP
+        vmcb[Field.CR4] = (cr4 | CR4_PAE) & ~(CR4_PCIDE | (0 if cr0 & CR0_PG else CR4_SMEP | CR4_SMAP))
+        vmcb[Field.EFER] = (efer if efer & EFER_LMA else efer & ~EFER_LME) | EFER_NX | EFER_SVME
+        for code in SHADOW_INTERCEPTED:
+            vmcb.intercept(code)
+
+    def hardware_invlpg(self, gva: int) -> None:
+        self.cpu.invlpga(gva, 1)
+
+    def hardware_root(self, root: int) -> None:
+        if self.guest_controls["cr0"] & CR0_PE and self.vmcb[Field.CR3] != root:
+            self.vmcb[Field.CR3] = root
+
+    def enter_two_dimensional(self, step: bool) -> None:
+        """The guest's own registers, over nested page tables. One *step* may write them: they are read back."""
+        self.two_dimensional = step
+        vmcb = self.vmcb
+        for name, value in self.guest_controls.items():
+            if name != "efer":
+                vmcb[CONTROL_FIELDS[name]] = value
+        vmcb[Field.EFER] = self.guest_controls["efer"] | EFER_SVME
+        vmcb[Field.NP_ENABLE] = 1
+        for code in SHADOW_INTERCEPTED:
+            vmcb.intercept(code, not step and code != X.EXCEPTION_DE + 14)
+
+    def leave_two_dimensional(self) -> None:
+        """After a step: what the instruction changed, and back to the shadow tables."""
+        self.two_dimensional = False
+        now = {name: self.vmcb[CONTROL_FIELDS[name]] for name in ("cr0", "cr3", "cr4")}
+        now["efer"] = self.vmcb[Field.EFER] & ~EFER_SVME
+        if now != self.guest_controls and self.shadow is not None:
+            self.guest_controls.update(now)
+            self.shadow.load_pdptrs(**now)
+            self.shadow.set(**now)
+        if self.shadow is not None:
+            self.shadow.flush()  # it may have flushed the TLB, which does not exit there
+        self._set_hardware()
+        self.mmu_load()
 
     def valid_controls(self, cr0: int, cr4: int, efer: int) -> bool:
         return not (cr0 & ~CR0_VALID or cr4 & ~CR4_VALID or efer & ~EFER_VALID)
@@ -208,6 +276,9 @@ class Svm(SvmExits):
         return not cr3 >> PHYSICAL_BITS
 
     def state_loaded(self) -> None:
+        if self.shadow is not None:
+            self.shadow.load_pdptrs(**self.guest_controls)
+            self.shadow.reset()
         self.flush_tlb()
 
     def get_debug(self, number: int) -> int:

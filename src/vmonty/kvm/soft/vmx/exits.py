@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vmonty.cpu.vmcs import Field
 from vmonty.kvm.soft.emulate import Emulator
-from vmonty.kvm.soft.intercepts import UD_VECTOR, Intercepts
+from vmonty.kvm.soft.intercepts import MASK32, UD_VECTOR, Intercepts
+from vmonty.kvm.soft.mmu.two_dimensional import NestedFault, TwoDimensional
 from vmonty.kvm.soft.stats import (
     IO_EXITS,
     IRQ_WINDOW_EXITS,
@@ -27,12 +28,12 @@ from vmonty.kvm.uapi import Exit, flags
 if TYPE_CHECKING:
     from vmonty.kvm.soft.x86 import VcpuX86
 
-FAILED_ENTRY = 1 << 31
+FAILED_ENTRY, INVALID_GUEST_STATE = 1 << 31, 33
+WHILE_INVALID = 64  # instructions to emulate at once
 EPT_WRITE_ACCESS, EPT_FETCH, EPT_FINAL = 2, 4, 1 << 8
+EPT_REASONS = (48, 49)
 VMMCALL = b"\x0f\x01\xd9"
 DR6_ACTIVE_LOW = 0xFFFF_0FF0
-CR0_PE, CR0_ET, CR0_NW, CR0_CD, CR0_PG = 1, 1 << 4, 1 << 29, 1 << 30, 1 << 31
-CR4_PAE, EFER_LME = 1 << 5, 1 << 8
 
 Handler = Callable[["VmxExits"], bool]
 
@@ -45,7 +46,7 @@ class VmxExits(Intercepts):
     def __init__(self, vcpu: VcpuX86, cpu: Processor) -> None:
         super().__init__(vcpu)
         self.cpu = cpu
-        self.emulator = Emulator(vcpu, cpu)
+        self.emulator = Emulator(vcpu, TwoDimensional(self, cpu))
 
     # The registers are Vmx's; here are the three that nearly every handler uses.
     def _skip(self) -> None:
@@ -88,6 +89,9 @@ class VmxExits(Intercepts):
         """vmx_handle_exit()."""
         reason = self.cpu.vmread(Field.VM_EXIT_REASON)
         if reason & FAILED_ENTRY:
+            if self.shadow is not None and reason & 0xFFFF == INVALID_GUEST_STATE:
+                # handle_invalid_guest_state(): with unrestricted guest it is not.
+                return self.emulator.emulate(WHILE_INVALID)
             return self._fail_entry(reason)
         handler = self.HANDLERS.get(reason & 0xFFFF)
         if handler is None:
@@ -112,8 +116,12 @@ class VmxExits(Intercepts):
         return True
 
     def handle_exception_nmi(self) -> bool:
-        """Exceptions that are intercepted: #UD for AMD's VMMCALL, #DB and #BP for user space's debugger."""
+        """Exceptions that are intercepted: #UD for AMD's VMMCALL, #DB and #BP for user space's debugger; #PF."""
         vector = self.cpu.vmread(Field.VM_EXIT_INTR_INFO) & c.INFO_VECTOR
+        if vector == flags.PF_VECTOR:
+            return self._shadow_fault(
+                self.cpu.vmread(Field.EXIT_QUALIFICATION), self.cpu.vmread(Field.VM_EXIT_INTR_ERROR_CODE)
+            )
         if vector == UD_VECTOR:
             code = self._fetch(self.cpu.vmread(Field.GUEST_RIP) + self.cpu.vmread(Field.GUEST_CS_BASE))
             return self._hypercall(len(VMMCALL)) if code.startswith(VMMCALL) else self._ud()
@@ -135,42 +143,45 @@ class VmxExits(Intercepts):
         vendor = self.vcpu.vendor
         if number == 8:
             return self._read_cr8(register) if kind == 1 else self._write_cr8(register)
-        if number == 4 and kind == 0:
-            value = vendor.get_gpr(register)
-            if not vendor.valid_controls(vendor.get_control("cr0"), value, vendor.get_control("efer")):
-                return self._gp()
-            vendor.set_control("cr4", value)
-            vendor.flush_tlb()
+        if kind == 1:
+            vendor.set_gpr(register, vendor.get_control(f"cr{number}"))
             self._skip()
             return True
-        if number == 0:
-            return self._handle_cr0(qualification, kind, register)
-        return self._internal_error(flags.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, [28, qualification])
-
-    def _handle_cr0(self, qualification: int, kind: int, register: int) -> bool:
-        """handle_set_cr0(): MOV, CLTS and LMSW where NE, which VMX wants set, would change."""
-        vendor = self.vcpu.vendor
-        old = vendor.get_control("cr0")
         if kind == 0:
-            value = vendor.get_gpr(register) & 0xFFFF_FFFF_FFFF_FFFF
-        elif kind == 2:
-            value = old & ~8
-        else:
-            value = old & ~0xE | qualification >> 16 & 0xF
-        if value >> 32 or (value & CR0_PG and not value & CR0_PE) or (value & CR0_NW and not value & CR0_CD):
-            return self._gp()
-        if (old ^ value) & CR0_PG:
-            efer = vendor.get_control("efer")
-            if value & CR0_PG and efer & EFER_LME:
-                if not vendor.get_control("cr4") & CR4_PAE or vendor.get_segment("cs").l:
-                    return self._gp()
-                vendor.set_control("efer", efer | c.EFER_LMA)
-            elif not value & CR0_PG:
-                vendor.set_control("efer", efer & ~c.EFER_LMA)
-        vendor.set_control("cr0", value | CR0_ET)
-        vendor.flush_tlb()
-        self._skip()
-        return True
+            value = vendor.get_gpr(register)
+            return self._mov_to_cr(number, value if vendor.get_segment("cs").l else value & MASK32)
+        old = vendor.get_control("cr0")  # CLTS, LMSW
+        return self._mov_to_cr(0, old & ~8 if kind == 2 else old & ~0xE | qualification >> 16 & 0xF)
+
+    def handle_invlpg(self) -> bool:
+        return self._invlpg(self.cpu.vmread(Field.EXIT_QUALIFICATION))
+
+    def handle_invpcid(self) -> bool:
+        """Everything is synchronized; the instruction itself, with its faults, executes over the EPT."""
+        if self.shadow is not None:
+            self.shadow.flush()
+        return self.emulator.emulate()
+
+    def nested_fault(self) -> NestedFault | None:
+        """What the EPT refused, if that is the exit; an event that was on its way is injected again."""
+        read = self.cpu.vmread
+        if read(Field.VM_EXIT_REASON) not in EPT_REASONS:
+            return None
+        if (info := read(Field.IDT_VECTORING_INFO_FIELD)) & c.INFO_VALID:
+            self.cpu.vmwrite(Field.VM_ENTRY_INTR_INFO_FIELD, info)
+            self.cpu.vmwrite(Field.VM_ENTRY_EXCEPTION_ERROR_CODE, read(Field.IDT_VECTORING_ERROR_CODE))
+            self.cpu.vmwrite(Field.VM_ENTRY_INSTRUCTION_LEN, read(Field.VM_EXIT_INSTRUCTION_LEN))
+        access = read(Field.EXIT_QUALIFICATION)
+        return NestedFault(
+            read(Field.GUEST_PHYSICAL_ADDRESS), bool(access & EPT_WRITE_ACCESS), bool(access & EPT_FETCH),
+            not access & EPT_FINAL,
+        )  # fmt: skip
+
+    def enter_two_dimensional(self, step: bool) -> None:
+        raise AssertionError("Vmx has it")
+
+    def leave_two_dimensional(self) -> None:
+        raise AssertionError("Vmx has it")
 
     def handle_io(self) -> bool:
         """IN, OUT, INS, OUTS. SDM, "Exit Qualification for I/O Instructions"."""
@@ -189,7 +200,7 @@ class VmxExits(Intercepts):
         access = self.cpu.vmread(Field.EXIT_QUALIFICATION)
         counters = self.vcpu.stats.values
         counters[PF_TAKEN] += 1
-        if self.vcpu.kvm.mmu.page_fault(gpa, bool(access & EPT_WRITE_ACCESS)):
+        if self.vcpu.kvm.mmu.page_fault(gpa, bool(access & EPT_WRITE_ACCESS), walk=not access & EPT_FINAL):
             counters[PF_FIXED] += 1
             return True
         counters[PF_EMULATE] += 1
@@ -212,6 +223,7 @@ class VmxExits(Intercepts):
         10: Intercepts.handle_cpuid,
         12: Intercepts.handle_halt,
         13: Intercepts.handle_skip,
+        14: handle_invlpg,
         15: Intercepts.handle_rdpmc,
         18: handle_vmcall,
         **dict.fromkeys((*range(19, 28), 50, 53), Intercepts.handle_invalid_op),
@@ -227,4 +239,5 @@ class VmxExits(Intercepts):
         49: handle_ept_violation,
         54: Intercepts.handle_skip,
         55: Intercepts.handle_xsetbv,
+        58: handle_invpcid,
     }

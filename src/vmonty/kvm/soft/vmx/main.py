@@ -13,6 +13,7 @@ from vmonty.base.ram import Ram
 from vmonty.cpu.vmcs import REVISION
 from vmonty.cpu.vmx import Vmx as VmxInstructions
 from vmonty.kvm.soft import pcpu
+from vmonty.kvm.soft.mmu.shadow import ShadowMmu
 from vmonty.kvm.soft.mmu.spte import EPT
 from vmonty.kvm.soft.mmu.tdp import TdpMmu
 from vmonty.kvm.soft.vmx.vmx import Vmx
@@ -75,8 +76,8 @@ class KvmIntel:
         wanted.enable_apicv &= may & APICV == APICV
         if wanted.nested:
             raise OSError(errno.EOPNOTSUPP, "nested virtualization is not offered")
-        if not wanted.unrestricted_guest:
-            raise OSError(errno.EOPNOTSUPP, "paging by shadow tables, which guests without EPT need, is not there")
+        if wanted.ept and not wanted.unrestricted_guest:
+            raise OSError(errno.EOPNOTSUPP, "real mode by virtual-8086 mode is not there: EPT needs unrestricted_guest")
 
     def hardware_unsetup(self) -> None:
         """Forget it."""
@@ -97,9 +98,9 @@ class KvmIntel:
         operation.vmx.vmxoff()
         processor.virtualization = None
 
-    def mmu_create(self, kvm: Kvm) -> TdpMmu:
-        """The EPT."""
-        return TdpMmu(kvm.memslots, kvm.stats, EPT)
+    def mmu_create(self, kvm: Kvm) -> TdpMmu | ShadowMmu:
+        """The EPT, or shadow tables."""
+        return TdpMmu(kvm.memslots, kvm.stats, EPT) if self.parameters.ept else ShadowMmu(kvm, EPT)
 
     def vcpu_create(self, vcpu: VcpuX86) -> KvmX86Ops:
         """vmx_vcpu_create()."""

@@ -92,6 +92,7 @@ class Processor:
         self.emulate = self._vmx.emulate
         self.answer_mmio = self._vmx.answer_mmio
         self.forget_mmio = self._vmx.forget_mmio
+        self.invvpid = self._vmx.invvpid
         self.get_debug = self._vmx.dr
         self.set_debug = self._vmx.set_dr
 

@@ -11,6 +11,8 @@ from vmonty.cpu.vmcs import Field
 from vmonty.kvm.soft import pcpu as pcpus
 from vmonty.kvm.soft.cpuid import CR0_VALID, CR4_VALID, EFER_VALID, PAT_RESET, PHYSICAL_BITS
 from vmonty.kvm.soft.intercepts import UD_VECTOR
+from vmonty.kvm.soft.mmu.context import CR0_PE, CR0_PG, MmuContext
+from vmonty.kvm.soft.mmu.shadow import ShadowMmu
 from vmonty.kvm.soft.msr_filter import READ, WRITE
 from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.soft.vmx import controls as c
@@ -39,6 +41,11 @@ MSR_FIELDS = {
     0x277: Field.GUEST_IA32_PAT, 0xC000_0080: Field.GUEST_IA32_EFER, 0xC000_0100: Field.GUEST_FS_BASE,
     0xC000_0101: Field.GUEST_GS_BASE,
 }  # fmt: skip
+PDPTES = (Field.GUEST_PDPTR0, Field.GUEST_PDPTR1, Field.GUEST_PDPTR2, Field.GUEST_PDPTR3)
+SECOND_NESTED = c.SECOND_EPT | c.SECOND_UNRESTRICTED
+ALL = (1 << 64) - 1
+MSR_EFER, EFER_LME, EFER_NX = 0xC000_0080, 1 << 8, 1 << 11
+CR0_WP, CR4_PAE, CR4_PCIDE, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 5, 1 << 17, 1 << 20, 1 << 21
 DEBUG_REGISTERS = (0, 1, 2, 3, 7)
 RFLAGS_TF = 1 << 8
 
@@ -53,6 +60,8 @@ class Vmx(VmxExits):
         self._module = module
         self._vpid = module.allocate_vpid()
         self.preempt = vcpu.preempt
+        mmu = vcpu.kvm.mmu
+        self.shadow = MmuContext(vcpu, mmu) if isinstance(mmu, ShadowMmu) else None
         # The guest's DR0 to DR3 and DR7, while user space's debugger has the processor's.
         self._guest_debug_registers: dict[int, int] | None = None
         pcpus.POOL.sched_in(self, brief=True)
@@ -96,7 +105,7 @@ class Vmx(VmxExits):
         )  # fmt: skip
         write(
             Field.SECONDARY_VM_EXEC_CONTROL,
-            c.SECOND_EPT | (c.SECOND_VPID if self._vpid else 0) | c.SECOND_UNRESTRICTED | c.SECOND_RDTSCP
+            (SECOND_NESTED if self.shadow is None else 0) | (c.SECOND_VPID if self._vpid else 0) | c.SECOND_RDTSCP
             | c.SECOND_INVPCID,
         )  # fmt: skip
         write(
@@ -108,8 +117,8 @@ class Vmx(VmxExits):
         write(Field.EPT_POINTER, self.vcpu.kvm.mmu.root | c.EPTP_WRITE_BACK | c.EPTP_FOUR_LEVELS)
         write(Field.VIRTUAL_PROCESSOR_ID, self._vpid)
         write(Field.MSR_BITMAP, self.cpu.msr_bitmap.address)
-        write(Field.CR0_GUEST_HOST_MASK, c.CR0_NE)
-        write(Field.CR4_GUEST_HOST_MASK, c.CR4_VMXE)
+        write(Field.CR0_GUEST_HOST_MASK, c.CR0_NE if self.shadow is None else ALL)
+        write(Field.CR4_GUEST_HOST_MASK, c.CR4_VMXE if self.shadow is None else ALL)
         self.cpu.setup_host_state()
 
     def reset(self, init: bool) -> None:
@@ -205,6 +214,8 @@ class Vmx(VmxExits):
             self.cpu.vmwrite(field, value)
 
     def get_control(self, name: str) -> int:
+        if self.shadow is not None and name in self.guest_controls:
+            return self.guest_controls[name]
         match name:
             case "cr0":
                 own = self.cpu.vmread(Field.CR0_READ_SHADOW) & c.CR0_NE
@@ -219,6 +230,11 @@ class Vmx(VmxExits):
                 return self.cpu.get_control(name)
 
     def set_control(self, name: str, value: int) -> None:
+        if self.shadow is not None and name in self.guest_controls:
+            self.guest_controls[name] = value
+            self.shadow.set(**self.guest_controls)
+            self._set_hardware()
+            return
         match name:
             case "cr0":
                 self.cpu.vmwrite(Field.GUEST_CR0, value | c.CR0_NE)
@@ -235,6 +251,65 @@ class Vmx(VmxExits):
             case _:
                 self.cpu.set_control(name, value)
 
+    def _set_hardware(self) -> None:
+        """vmx_set_cr0(), vmx_set_cr4(), vmx_set_efer() without ept: what the processor has while it walks our tables.
+
+        In real mode, which VMX has only with EPT, the guest runs over that.
+        """
+        write, (cr0, _, cr4, efer) = self.cpu.vmwrite, self.guest_controls.values()
+        write(Field.CR0_READ_SHADOW, cr0)
+        write(Field.CR4_READ_SHADOW, cr4)
+        if not cr0 & CR0_PE:
+            self.enter_two_dimensional(step=False)
+            return
+        self._enable(Field.SECONDARY_VM_EXEC_CONTROL, SECOND_NESTED, False)
+        self._enable(Field.CPU_BASED_VM_EXEC_CONTROL, c.PROC_CR3_LOAD | c.PROC_CR3_STORE | c.PROC_INVLPG, True)
+        self._enable(Field.EXCEPTION_BITMAP, 1 << flags.PF_VECTOR, True)
+        write(Field.GUEST_CR0, cr0 | c.CR0_NE | CR0_PG | CR0_WP)
+        hidden = CR4_PCIDE | (0 if cr0 & CR0_PG else CR4_SMEP | CR4_SMAP)
+        write(Field.GUEST_CR4, (cr4 | CR4_PAE | c.CR4_VMXE) & ~hidden)
+        self._set_efer((efer if efer & c.EFER_LMA else efer & ~EFER_LME) | EFER_NX)
+
+    def _set_efer(self, value: int) -> None:
+        self.cpu.vmwrite(Field.GUEST_IA32_EFER, value)
+        self._enable(Field.VM_ENTRY_CONTROLS, c.ENTRY_IA32E, bool(value & c.EFER_LMA))
+
+    def _enable(self, field: Field, bits: int, on: bool) -> None:
+        old = self.cpu.vmread(field)
+        new = old | bits if on else old & ~bits
+        if new != old:
+            self.cpu.vmwrite(field, new)
+
+    def hardware_invlpg(self, gva: int) -> None:
+        self.cpu.invvpid(0, self._vpid, gva)
+
+    def hardware_root(self, root: int) -> None:
+        if self.guest_controls["cr0"] & CR0_PE and self.cpu.vmread(Field.GUEST_CR3) != root:
+            self.cpu.vmwrite(Field.GUEST_CR3, root)
+
+    def enter_two_dimensional(self, step: bool) -> None:
+        """The guest's own registers, over the EPT."""
+        self.two_dimensional = step
+        write, (cr0, cr3, cr4, efer) = self.cpu.vmwrite, self.guest_controls.values()
+        self._enable(Field.SECONDARY_VM_EXEC_CONTROL, SECOND_NESTED, True)
+        self._enable(Field.CPU_BASED_VM_EXEC_CONTROL, c.PROC_INVLPG, not step)
+        self._enable(Field.EXCEPTION_BITMAP, 1 << flags.PF_VECTOR, False)
+        write(Field.GUEST_CR0, cr0 | c.CR0_NE)
+        write(Field.GUEST_CR3, cr3)
+        write(Field.GUEST_CR4, cr4 | c.CR4_VMXE)
+        self._set_efer(efer)
+        if self.shadow is not None:
+            for number, pdpte in enumerate(self.shadow.registers.pdptrs):
+                write(PDPTES[number], pdpte)
+
+    def leave_two_dimensional(self) -> None:
+        """After some steps, in which control registers exit but INVLPG does not."""
+        self.two_dimensional = False
+        if self.shadow is not None:
+            self.shadow.flush()
+        self._set_hardware()
+        self.mmu_load()
+
     def valid_controls(self, cr0: int, cr4: int, efer: int) -> bool:
         return not (cr0 & ~CR0_VALID or cr4 & ~CR4_VALID or efer & ~EFER_VALID)
 
@@ -242,6 +317,9 @@ class Vmx(VmxExits):
         return not cr3 >> PHYSICAL_BITS
 
     def state_loaded(self) -> None:
+        if self.shadow is not None:
+            self.shadow.load_pdptrs(**self.guest_controls)
+            self.shadow.reset()
         self.flush_tlb()
 
     def get_debug(self, number: int) -> int:
@@ -272,7 +350,7 @@ class Vmx(VmxExits):
             self._guest_debug_registers = lent
         self._window(c.PROC_MOV_DR, registers is not None)
         wanted = self.vcpu.guest_debug
-        bitmap = 1 << UD_VECTOR
+        bitmap = 1 << UD_VECTOR | self.cpu.vmread(Field.EXCEPTION_BITMAP) & 1 << flags.PF_VECTOR
         if wanted & (flags.KVM_GUESTDBG_SINGLESTEP | flags.KVM_GUESTDBG_USE_HW_BP):
             bitmap |= 1 << flags.DB_VECTOR
         if wanted & flags.KVM_GUESTDBG_USE_SW_BP:
@@ -286,6 +364,8 @@ class Vmx(VmxExits):
         self.cpu.set_xsave(area)
 
     def get_msr(self, index: int) -> int | None:
+        if index == MSR_EFER:
+            return self.get_control("efer")
         if (field := MSR_FIELDS.get(index)) is not None:
             return self.cpu.vmread(field)
         return self.cpu.get_msr(index)

@@ -1,0 +1,546 @@
+"""Shadow paging: tables for the processor's one-dimensional walker, made from the guest's own.
+
+    guest's table (gfn, role) ──► shadow page ──► entries: host pages, with what the guest's entries allow
+
+A table of the guest is write-protected while it is shadowed. A write to one of the last level lets the page go out of
+step (unsync) until the guest flushes its TLB; one to a table above drops its shadow pages. So no write is emulated, and
+none is lost. rmap leads from a gfn to the entries that map it. The walker's own instructions for devices run over
+two-dimensional tables (``tdp``), which know of shadowed gfns too.
+
+Source: Documentation/virt/kvm/x86/mmu.rst; arch/x86/kvm/mmu/mmu.c, paging_tmpl.h.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from vmonty.base import hostcall
+from vmonty.kvm.soft.memslots import PAGE_SHIFT, Memslot
+from vmonty.kvm.soft.mmu.paging_tmpl import (
+    ACC_ALL,
+    ACC_EXEC,
+    ACC_USER,
+    ACC_WRITE,
+    ACCESSED,
+    CR0_WP,
+    CR4_SMEP,
+    DIRTY,
+    EFER_NX,
+    ERROR_FETCH,
+    ERROR_USER,
+    ERROR_WRITE,
+    NX,
+    PRESENT,
+    USER,
+    Absent,
+    GuestWalker,
+    Registers,
+    Translation,
+    gpte_access,
+    reserved,
+)
+from vmonty.kvm.soft.mmu.spte import ADDRESS, WRITE, Format
+from vmonty.kvm.soft.mmu.tdp import Tables, TdpMmu
+from vmonty.kvm.uapi.flags import KVM_MEM_READONLY
+
+if TYPE_CHECKING:
+    from vmonty.kvm.soft.kvm_main import Kvm
+
+ENTRIES = 512
+PAE_ROOT = -1  # an index: the four entries that CR3 names without long mode
+LINK = PRESENT | WRITE | USER | ACCESSED
+PREFETCH = 8
+# Beyond as many shadow pages the shrinker drops the oldest, or beyond KVM_SET_NR_MMU_PAGES.
+MOST_PAGES = 8192
+
+
+class Outcome(Enum):
+    """What became of a page fault (RET_PF_*)."""
+
+    FIXED = 1
+    EMULATE = 2
+    FAILED = 3
+    WRITES_ROOT = 4  # a table that the very access needs
+
+
+@dataclass(frozen=True)
+class Role:
+    """union kvm_mmu_page_role: what a shadow page depends on besides its gfn."""
+
+    level: int
+    access: int
+    direct: bool
+    quadrant: int
+    width: int
+    context: int  # CR0.WP, CR4.SMEP, EFER.NX
+
+
+class ShadowPage:
+    """struct kvm_mmu_page."""
+
+    __slots__ = ("children", "filled", "gfn", "invalid", "parents", "role", "snapshot", "table", "unsync")
+
+    def __init__(self, gfn: int, role: Role, table: int) -> None:
+        self.gfn, self.role, self.table = gfn, role, table
+        self.children: dict[int, ShadowPage] = {}
+        self.parents: set[tuple[ShadowPage, int]] = set()
+        # Leaf entries: index → the guest's entry that it was made from, and the gfn that it maps.
+        self.filled: dict[int, tuple[int, int]] = {}
+        self.unsync = self.invalid = False
+        self.snapshot = b""
+
+
+class ShadowMmu:
+    """The shadow pages of a VM."""
+
+    def __init__(self, kvm: Kvm, entries: Format) -> None:
+        self._kvm = kvm
+        self._memslots = kvm.memslots
+        self.tdp = TdpMmu(kvm.memslots, kvm.stats, entries)
+        self.lock = threading.RLock()
+        self.walker = GuestWalker(kvm.memslots)
+        self.tables = Tables()
+        self._pages: OrderedDict[tuple[int, Role], ShadowPage] = OrderedDict()
+        self._of_gfn: dict[int, list[ShadowPage]] = {}
+        self._rmap: dict[int, set[tuple[ShadowPage, int]]] = {}
+        self._direct: dict[int, set[ShadowPage]] = {}
+        self._unsync: set[ShadowPage] = set()
+        self._freed: list[int] = []
+        self._emulated_writable: set[int] = set()
+        # The last write for which tables were dropped: gfn and address.
+        self._dropped_for = (0, 0)
+
+    @property
+    def root(self) -> int:
+        """The two-dimensional tables, for emulation."""
+        return self.tdp.root
+
+    @property
+    def pages(self) -> int:
+        """Shadow pages."""
+        return len(self._pages)
+
+    # ---- two-dimensional tables for the emulator --------------------------------------------------------------
+
+    def page_fault(self, gpa: int, write: bool, walk: bool = False) -> bool:
+        """Map *gpa* for an instruction that is emulated; False where no slot allows the access.
+
+        *walk*: only for the processor's walk of the guest's tables, whose flags it sets.
+        """
+        slot = self._memslots.find(gpa)
+        if slot is None or (write and slot.flags & KVM_MEM_READONLY):
+            return False
+        with self.lock:
+            gfn = gpa >> PAGE_SHIFT
+            if write and not walk:
+                self._unprotect(gfn, emulated=True)
+                self._flush_and_free()
+            if write:
+                self._emulated_writable.add(gfn)
+            with self.tdp.lock:
+                self.tdp.map_page(gpa, slot, write)
+        return True
+
+    # ---- shadow pages ------------------------------------------------------------------------------------------
+
+    def get_page(self, gfn: int, role: Role) -> ShadowPage:
+        """kvm_mmu_get_shadow_page(): the page for *gfn* and *role*, in step with the guest's table."""
+        key = (gfn, role)
+        page = self._pages.get(key)
+        if page is not None:
+            self._pages.move_to_end(key)
+            if page.unsync:
+                self._sync(page)
+            return page
+        self._make_room()
+        page = self._pages[key] = ShadowPage(gfn, role, self.tables.allocate())
+        if role.direct:
+            if role.level == 1:
+                self._direct.setdefault(gfn >> 9, set()).add(page)
+                self._fill_direct(page)
+        else:
+            self._of_gfn.setdefault(gfn, []).append(page)
+            for other in self._of_gfn[gfn]:
+                if other.unsync:
+                    self._sync(other)
+                    self._set_sync(other)
+            if self._write_protect_gfn(gfn):
+                self._kvm.flush_remote_tlbs()
+        return page
+
+    def _limit(self) -> int:
+        return self._kvm.nr_mmu_pages or MOST_PAGES
+
+    def _make_room(self) -> None:
+        """kvm_mmu_zap_oldest_mmu_pages(), the shrinker: the oldest go, but for tables of the last level's parents."""
+        if len(self._pages) < self._limit():
+            return
+        count = max(1, len(self._pages) // 8)
+        for page in [page for page in self._pages.values() if page.role.level == 1][:count]:
+            self._zap_page(page)
+        self._flush_and_free()
+
+    def shrink(self, count: int) -> int:
+        """mmu_shrink_scan(): give up to *count* of the oldest pages back; how many there were."""
+        with self.lock:
+            oldest = list(self._pages.values())[:count]
+            for page in oldest:
+                self._zap_page(page)
+            self._flush_and_free()
+            return len(oldest)
+
+    def _zap_page(self, page: ShadowPage) -> None:
+        """kvm_mmu_prepare_zap_page()."""
+        if page.invalid:
+            return
+        page.invalid = True
+        for index in list(page.filled):
+            self._drop(page, index)
+        for index, child in page.children.items():
+            child.parents.discard((page, index))
+        page.children.clear()
+        for parent, index in page.parents:
+            parent.children.pop(index, None)
+            self.tables.write(parent.table, index, 0)
+        page.parents.clear()
+        self.tables.clear(page.table)
+        del self._pages[page.gfn, page.role]
+        self._unsync.discard(page)
+        if page.role.direct:
+            if page.role.level == 1:
+                self._direct[page.gfn >> 9].discard(page)
+        else:
+            self._of_gfn[page.gfn].remove(page)
+            if not self._of_gfn[page.gfn]:
+                del self._of_gfn[page.gfn]
+        self._freed.append(page.table)
+
+    def _flush_and_free(self) -> None:
+        """kvm_mmu_commit_zap_page(): no walker is in a table that is used anew."""
+        if self._freed:
+            self._kvm.flush_remote_tlbs()
+            for table in self._freed:
+                self.tables.free(table)
+            self._freed.clear()
+
+    def link(self, parent: ShadowPage, index: int, child: ShadowPage) -> None:
+        """link_shadow_page()."""
+        old = parent.children.get(index)
+        if old is child:
+            return
+        if old is not None:
+            old.parents.discard((parent, index))
+        parent.children[index] = child
+        child.parents.add((parent, index))
+        self.tables.write(parent.table, index, child.table | LINK)
+
+    # ---- leaf entries ------------------------------------------------------------------------------------------
+
+    def _spte(self, slot: Memslot, gfn: int, access: int, writable: bool) -> int:
+        value = slot.hva(gfn << PAGE_SHIFT) | PRESENT | ACCESSED | DIRTY
+        if access & ACC_USER:
+            value |= USER
+        if access & ACC_WRITE and writable and not slot.flags & KVM_MEM_READONLY:
+            value |= WRITE
+        return value if access & ACC_EXEC else value | NX
+
+    def _set(self, page: ShadowPage, index: int, gfn: int, gpte: int, spte: int) -> None:
+        if index in page.filled:
+            self._drop(page, index)
+        page.filled[index] = gpte, gfn
+        page.snapshot = b""  # the table as a whole has not been compared with this entry
+        self._rmap.setdefault(gfn, set()).add((page, index))
+        self.tables.write(page.table, index, spte)
+
+    def _drop(self, page: ShadowPage, index: int) -> None:
+        _, gfn = page.filled.pop(index)
+        entries = self._rmap[gfn]
+        entries.discard((page, index))
+        if not entries:
+            del self._rmap[gfn]
+        self.tables.write(page.table, index, 0)
+
+    def _protected(self, gfn: int) -> bool:
+        """Whether it holds a table of the guest that is shadowed in step."""
+        return any(not page.unsync for page in self._of_gfn.get(gfn, ()))
+
+    def _fill_direct(self, page: ShadowPage) -> None:
+        """All entries of a direct page of the last level: a large page of the guest, or a guest without paging."""
+        values = [0] * ENTRIES
+        gfn = page.gfn
+        slot = None
+        for index in range(ENTRIES):
+            if slot is None or not slot.base_gfn <= gfn + index < slot.end_gfn:
+                slot = self._memslots.find(gfn + index << PAGE_SHIFT)
+            if slot is not None:
+                writable = not slot.logged and gfn + index not in self._of_gfn
+                values[index] = self._spte(slot, gfn + index, page.role.access, writable)
+        self.tables.fill(page.table, 0, values)
+
+    def _write_protect_gfn(self, gfn: int) -> bool:
+        """rmap_write_protect(): no entry lets the guest write there; True when one did."""
+        changed = False
+        for page, index in self._entries(gfn):
+            spte = self.tables.read(page.table, index)
+            if spte & WRITE:
+                self.tables.write(page.table, index, spte & ~WRITE)
+                changed = True
+        if gfn in self._emulated_writable:
+            self._emulated_writable.discard(gfn)
+            self.tdp.write_protect(gfn, gfn + 1)
+            changed = True
+        return changed
+
+    def _entries(self, gfn: int) -> Iterator[tuple[ShadowPage, int]]:
+        yield from self._rmap.get(gfn, ())
+        for page in self._direct.get(gfn >> 9, ()):
+            yield page, gfn & ENTRIES - 1
+
+    # ---- out of step and back -----------------------------------------------------------------------------------
+
+    def _unprotect(self, gfn: int, emulated: bool = False) -> None:
+        """The guest writes to one of its tables: the last level goes out of step, what is above is dropped."""
+        for page in list(self._of_gfn.get(gfn, ())):
+            if page.role.level == 1 and not emulated:
+                page.unsync = True
+                self._unsync.add(page)
+            else:
+                self._zap_page(page)
+
+    def _guest_table(self, page: ShadowPage) -> memoryview | None:
+        slot = self._memslots.find(page.gfn << PAGE_SHIFT)
+        if slot is None:
+            return None
+        try:
+            data = hostcall.read_memory(slot.hva(page.gfn << PAGE_SHIFT), 4096)
+        except OSError:
+            return None
+        if page.role.width == 4:
+            data = data[2048 * page.role.quadrant : 2048 * (page.role.quadrant + 1)]
+        return memoryview(data)
+
+    def _sync(self, page: ShadowPage) -> bool:
+        """FNAME(sync_page)(): drop the entries whose origin has changed; whether there were any."""
+        table = self._guest_table(page)
+        if table is None:
+            for index in list(page.filled):
+                self._drop(page, index)
+            return True
+        data = bytes(table)
+        if data == page.snapshot:
+            return False
+        page.snapshot = data
+        values = table.cast("Q" if page.role.width == 8 else "I")
+        stale = [index for index, (gpte, _) in page.filled.items() if values[index] != gpte]
+        for index in stale:
+            self._drop(page, index)
+        return bool(stale)
+
+    def _set_sync(self, page: ShadowPage) -> None:
+        page.unsync = False
+        self._unsync.discard(page)
+
+    def sync_all(self) -> None:
+        """kvm_mmu_sync_roots(): the guest has flushed its TLB. Tables that have not changed are protected again."""
+        with self.lock:
+            calm: list[ShadowPage] = []
+            for page in list(self._unsync):
+                old = page.snapshot
+                if not self._sync(page) and page.snapshot == old:
+                    calm.append(page)
+            if not calm:
+                return
+            changed = False
+            for page in calm:
+                self._set_sync(page)
+                changed |= self._write_protect_gfn(page.gfn)
+            if changed:
+                self._kvm.flush_remote_tlbs()
+            for page in calm:
+                self._sync(page)  # a write may have come before the protection
+
+    def zap_all(self) -> None:
+        """Every shadow page: user space may have changed anything."""
+        with self.lock:
+            for page in list(self._pages.values()):
+                self._zap_page(page)
+            self._flush_and_free()
+
+    def sync_address(self, root: ShadowPage | None, gva: int) -> None:
+        """kvm_mmu_invlpg(): the entry for *gva* goes."""
+        with self.lock:
+            page = root
+            while page is not None:
+                index = gva >> PAGE_SHIFT + 9 * (page.role.level - 1) & ENTRIES - 1
+                if page.role.level == 1:
+                    if index in page.filled:
+                        self._drop(page, index)
+                    return
+                page = page.children.get(index)
+
+    # ---- page faults --------------------------------------------------------------------------------------------
+
+    def fault(
+        self, roots: dict[int, ShadowPage], registers: Registers, gva: int, error: int, cpl: int, rflags: int
+    ) -> Outcome:
+        """FNAME(page_fault)(). Raises GuestFault for what the guest's own tables refuse."""
+        with self.lock:
+            try:
+                found = (
+                    self.walker.walk(registers, gva, error, cpl, rflags)
+                    if registers.paging
+                    else Translation(gfn=gva >> PAGE_SHIFT & 0xF_FFFF, level=0)
+                )
+            except Absent:
+                return Outcome.FAILED
+            slot = self._memslots.find(found.gfn << PAGE_SHIFT)
+            write = bool(error & ERROR_WRITE)
+            if slot is None or (write and slot.flags & KVM_MEM_READONLY):
+                return Outcome.FAILED if error & ERROR_FETCH else Outcome.EMULATE
+            if write and found.gfn in self._of_gfn:
+                upper = any(page.role.level > 1 for page in self._of_gfn[found.gfn])
+                self._unprotect(found.gfn)
+                self._flush_and_free()
+                again, self._dropped_for = upper and (found.gfn, gva) == self._dropped_for, (found.gfn, gva)
+                if again or any(page.invalid for page in roots.values()):
+                    return Outcome.WRITES_ROOT  # the code that writes needs the table too
+            outcome = self._fetch(roots, registers, gva, error, found, slot)
+            self._flush_and_free()
+            return outcome
+
+    def _context(self, registers: Registers) -> int:
+        return (
+            (1 if registers.cr0 & CR0_WP else 0)
+            | (2 if registers.cr4 & CR4_SMEP else 0)
+            | (4 if registers.efer & EFER_NX else 0)
+        )
+
+    def _fetch(
+        self, roots: dict[int, ShadowPage], registers: Registers, gva: int, error: int, found: Translation,
+        slot: Memslot,
+    ) -> Outcome:  # fmt: skip
+        """FNAME(fetch)(): descend from the root, making what is missing, and set the last entry."""
+        index = PAE_ROOT if registers.long_mode else gva >> 30 & 3
+        page = roots.get(index)
+        if page is None or page.invalid:
+            return Outcome.FIXED  # the root is made anew before the next entry
+        context, width = self._context(registers), registers.width if registers.paging else 8
+        write = bool(error & ERROR_WRITE)
+        allowed = found.allowed
+        if not found.dirty:
+            allowed &= ~ACC_WRITE
+        if (
+            registers.paging and write and not found.allowed & ACC_WRITE
+            and not registers.cr0 & CR0_WP and not error & ERROR_USER
+        ):  # fmt: skip
+            # CR0.WP is clear: the supervisor writes, and the user must not see that entry.
+            allowed = (allowed | ACC_WRITE) & ~ACC_USER
+            if registers.cr4 & CR4_SMEP:
+                allowed &= ~ACC_EXEC
+        while page.role.level > 1:
+            level = page.role.level - 1
+            if level >= found.level and found.level:
+                role = Role(level, found.access[level], False, self._quadrant(gva, level, width), width, context)
+                child = self.get_page(found.tables[level], role)
+                if self._changed(registers, gva, found, level + 1):
+                    return Outcome.FIXED  # the guest was quicker than the protection: again
+            else:
+                base = found.gfn & ~((1 << 9 * level) - 1)
+                child = self.get_page(base, Role(level, allowed, True, 0, 8, context))
+            self.link(page, gva >> PAGE_SHIFT + 9 * level & ENTRIES - 1, child)
+            page = child
+        index = gva >> PAGE_SHIFT & ENTRIES - 1
+        protected = self._protected(found.gfn)
+        if write:
+            if protected:
+                return Outcome.WRITES_ROOT  # or another table that maps itself
+            slot.mark_dirty(found.gfn)
+        writable = not protected and (write or not slot.logged)
+        spte = self._spte(slot, found.gfn, allowed, writable)
+        if page.role.direct:
+            self.tables.write(page.table, index, spte)
+            return Outcome.FIXED
+        self._set(page, index, found.gfn, found.gptes[1], spte)
+        self._prefetch(page, registers, index)
+        return Outcome.FIXED
+
+    def _changed(self, registers: Registers, gva: int, found: Translation, level: int) -> bool:
+        """Whether the guest's entry that led to a table is another one by now."""
+        if level not in found.tables:
+            return False
+        bits = 9 if registers.width == 8 else 10
+        at = registers.width * (gva >> PAGE_SHIFT + bits * (level - 1) & (1 << bits) - 1)
+        now = self.walker.read((found.tables[level] << PAGE_SHIFT) + at, registers.width)
+        return now is None or (now ^ found.gptes[level]) & ~(ACCESSED | DIRTY) != 0
+
+    @staticmethod
+    def _quadrant(gva: int, level: int, width: int) -> int:
+        """Which part of a table of 1024 entries a shadow page has."""
+        return 0 if width == 8 else gva >> PAGE_SHIFT + 9 * level & (1 if level == 1 else 3)
+
+    def _prefetch(self, page: ShadowPage, registers: Registers, index: int) -> None:
+        """FNAME(pte_prefetch)(): the neighbours, as far as the guest has used them already."""
+        table = self._guest_table(page)
+        if table is None:
+            return
+        values = table.cast("Q" if page.role.width == 8 else "I")
+        nx = bool(registers.efer & EFER_NX)
+        first = index & ~(PREFETCH - 1)
+        for at in range(first, first + PREFETCH):
+            gpte = values[at]
+            if at in page.filled or gpte & (PRESENT | ACCESSED) != PRESENT | ACCESSED or reserved(gpte, 1, registers):
+                continue
+            gfn = (gpte & (ADDRESS if page.role.width == 8 else 0xFFFF_F000)) >> PAGE_SHIFT
+            slot = self._memslots.find(gfn << PAGE_SHIFT)
+            if slot is None:
+                continue
+            access = page.role.access & gpte_access(gpte, nx)
+            if not gpte & DIRTY:
+                access &= ~ACC_WRITE
+            writable = not slot.logged and not self._protected(gfn)
+            self._set(page, at, gfn, gpte, self._spte(slot, gfn, access, writable))
+
+    # ---- roots --------------------------------------------------------------------------------------------------
+
+    def make_roots(self, registers: Registers) -> dict[int, ShadowPage]:
+        """mmu_alloc_shadow_roots(), mmu_alloc_direct_roots(): PAE_ROOT → level 4, or 0 to 3 → level 2."""
+        context = self._context(registers)
+        with self.lock:
+            if not registers.paging:
+                return {n: self.get_page(n << 18, Role(2, ACC_ALL, True, 0, 8, context)) for n in range(4)}
+            if registers.long_mode:
+                role = Role(4, ACC_ALL, False, 0, 8, context)
+                return {PAE_ROOT: self.get_page((registers.cr3 & ADDRESS) >> PAGE_SHIFT, role)}
+            if registers.width == 4:
+                gfn = registers.cr3 >> PAGE_SHIFT & 0xF_FFFF
+                return {n: self.get_page(gfn, Role(2, ACC_ALL, False, n, 4, context)) for n in range(4)}
+            return {
+                n: self.get_page((pdpte & ADDRESS) >> PAGE_SHIFT, Role(2, ACC_ALL, False, 0, 8, context))
+                for n, pdpte in enumerate(registers.pdptrs)
+                if pdpte & PRESENT
+            }
+
+    # ---- slots and dirty logging --------------------------------------------------------------------------------
+
+    def zap(self, slot: Memslot) -> None:
+        """kvm_mmu_zap_all_fast(): a slot goes: every shadow page does. The caller makes every vCPU flush its TLB."""
+        with self.lock:
+            self.zap_all()
+            self._emulated_writable.clear()
+            self.tdp.zap(slot)
+
+    def write_protect(self, first_gfn: int, end_gfn: int) -> None:
+        """Take the write permission from a range, for dirty logging. The caller flushes."""
+        with self.lock:
+            gfns = set(range(first_gfn, end_gfn))
+            mapped = gfns & (self._rmap.keys() | self._emulated_writable)
+            for block in range(first_gfn >> 9, (end_gfn - 1 >> 9) + 1):
+                if self._direct.get(block):
+                    mapped |= gfns & set(range(block << 9, block + 1 << 9))
+            for gfn in mapped:
+                self._write_protect_gfn(gfn)
