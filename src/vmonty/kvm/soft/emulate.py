@@ -7,7 +7,6 @@ can be emulated, and it is the same in both places.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from vmonty.kvm.soft.stats import INSN_EMULATION

@@ -65,7 +65,7 @@ class MmuContext:
 
     def reset(self) -> None:
         """kvm_mmu_reset_context(), of a vCPU whose state user space has set: it may have written tables too."""
-        self._mmu.zap_all()
+        self._mmu.drop_all()
         self._roots = {}
 
     def flush(self) -> None:

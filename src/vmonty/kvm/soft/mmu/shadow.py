@@ -364,7 +364,21 @@ class ShadowMmu:
             for page in calm:
                 self._sync(page)  # a write may have come before the protection
 
-    def zap_all(self) -> None:
+    def zap_all(self) -> list[int]:
+        """Unmap everything; the pages to ``free`` when no processor walks them any more."""
+        self.drop_all()
+        return self.tdp.zap_all()
+
+    def free(self, pages: list[int]) -> None:
+        """Give back what zap_all() told."""
+        self.tdp.free(pages)
+
+    def zap_range(self, first_gfn: int, end_gfn: int) -> None:
+        """The host's mapping there goes: every shadow page does."""
+        self.drop_all()
+        self.tdp.zap_range(first_gfn, end_gfn)
+
+    def drop_all(self) -> None:
         """Every shadow page: user space may have changed anything."""
         with self.lock:
             for page in list(self._pages.values()):
@@ -530,7 +544,7 @@ class ShadowMmu:
     def zap(self, slot: Memslot) -> None:
         """kvm_mmu_zap_all_fast(): a slot goes: every shadow page does. The caller makes every vCPU flush its TLB."""
         with self.lock:
-            self.zap_all()
+            self.drop_all()
             self._emulated_writable.clear()
             self.tdp.zap(slot)
 

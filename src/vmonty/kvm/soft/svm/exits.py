@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vmonty.cpu.vmcb import INVALID, ExitCode, Field
 from vmonty.kvm.soft.emulate import Emulator
-from vmonty.kvm.soft.intercepts import MASK32, RDI, RSI, UD_VECTOR, Intercepts
+from vmonty.kvm.soft.intercepts import MASK32, RAX, RCX, RDI, RDX, RSI, UD_VECTOR, Intercepts
 from vmonty.kvm.soft.mmu.two_dimensional import NestedFault, TwoDimensional
 from vmonty.kvm.soft.stats import IO_EXITS, IRQ_WINDOW_EXITS, NMI_WINDOW_EXITS, PF_EMULATE, PF_FIXED, PF_TAKEN
 from vmonty.kvm.soft.svm.processor import Processor
@@ -20,6 +20,7 @@ from vmonty.kvm.uapi import Exit, flags
 if TYPE_CHECKING:
     from vmonty.kvm.soft.x86 import VcpuX86
 
+MSR_TSC_AUX = 0xC000_0103
 VMCALL = b"\x0f\x01\xc1"
 DR6_ACTIVE_LOW, DR6_CAUSES = 0xFFFF_0FF0, 0xE00F
 # EVENTINJ and EXITINTINFO. APM, "Event Injection".
@@ -137,6 +138,16 @@ class SvmExits(Intercepts):
     def vmmcall_interception(self) -> bool:
         return self._hypercall(self.vmcb[Field.NRIP] - self.vmcb[Field.RIP])
 
+    def rdtsc_interception(self) -> bool:
+        """RDTSC and RDTSCP of a guest whose TSC has a frequency of its own."""
+        vendor, value = self.vcpu.vendor, self.vcpu.guest_tsc()
+        vendor.set_gpr(RAX, value & MASK32)
+        vendor.set_gpr(RDX, value >> 32)
+        if self.vmcb[Field.EXITCODE] == ExitCode.RDTSCP:
+            vendor.set_gpr(RCX, (self.cpu.get_msr(MSR_TSC_AUX) or 0) & MASK32)
+        self._skip()
+        return True
+
     def cr_interception(self) -> bool:
         """CR8; and with shadow paging CR0, CR3, CR4. APM, "MOV CRx/DRx Intercepts"."""
         info, code = self.vmcb[Field.EXITINFO1], self.vmcb[Field.EXITCODE]
@@ -238,6 +249,8 @@ class SvmExits(Intercepts):
         ExitCode.RDPMC: Intercepts.handle_rdpmc,
         ExitCode.CPUID: Intercepts.handle_cpuid,
         ExitCode.IRET: iret_interception,
+        ExitCode.RDTSC: rdtsc_interception,
+        ExitCode.RDTSCP: rdtsc_interception,
         ExitCode.HLT: Intercepts.handle_halt,
         ExitCode.IOIO: io_interception,
         ExitCode.MSR: msr_interception,
