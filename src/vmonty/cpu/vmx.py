@@ -273,8 +273,8 @@ class Vmx:
 
         "mmio": an access of up to eight bytes is in ``mmio``; to a read give the data with ``answer_mmio``. Call again
         with *resume* until it is "budget": the instruction, or one iteration of a repeated one, is done. "vm": a VM
-        exit happened instead, which without *devices* missing memory is too. The GIL is released. Raises VmxError for VMfail, RuntimeError when the processor itself
-        stopped.
+        exit happened instead, which without *devices* missing memory is too. The GIL is released. Raises VmxError for
+        VMfail, RuntimeError when the processor itself stopped.
         """
         result: cython.longlong
         again: cython.bint = resume
