@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from vmonty.testing.nasm import assemble
 
 from . import fuzz
@@ -40,3 +42,22 @@ def test_fetch_from_where_nobody_answers() -> None:
     machine["rip"] = 0x10000000
     machine.cpu.stop_at_events()
     assert (machine.cpu.run(), machine.cpu.event["vector"]) == ("debug", 6)
+
+
+@pytest.mark.parametrize(
+    "source", ["lodsb", "mov al, [0x10]", "xlatb", "mov di, 0\n outsb", "maskmovq mm0, mm1", "movsb", "cmpsb"]
+)
+def test_operands_without_modrm_go_through_ds(source: str) -> None:
+    """SDM, "Segment Selection": DS is their default, with its base and its limit."""
+    for limit, faults in ((0xFFFF, False), (8, True)):
+        machine = Machine()
+        machine.set_segment("cs", 0, 0, 0xFFFF, 0x9B)
+        machine.set_segment("ds", 0x200, 0x2000, limit, 0x93)
+        machine["rsi"] = machine["rdi"] = machine["rbx"] = 0x10
+        machine["rax"], machine["cr4"] = 0, 0x600
+        machine.ram.write(0x2010, b"\x5a")
+        machine.cpu.stop_at_events()
+        reason = machine.run(assemble(f"{source}\n hlt", 16, CODE))
+        assert (reason == "debug" and machine.cpu.event["vector"] == 13) is faults
+        if source in ("lodsb", "mov al, [0x10]", "xlatb") and not faults:
+            assert machine["rax"] == 0x5A

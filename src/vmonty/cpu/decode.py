@@ -526,6 +526,8 @@ def decode(code, available, rip, code_size, i):
     if i.lock:
         if not attributes & A_LOCK or not i.has_memory:
             return DECODE_INVALID
+    if i.segment < 0:  # operands that no ModR/M names: strings, MOV of absolute addresses, XLAT, MASKMOV
+        i.segment = 3
     i.length = at
     return at
 

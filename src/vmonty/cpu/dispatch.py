@@ -506,6 +506,16 @@ def cpu_new(cache_size):
     for k in range(6):
         s.segs[k].limit = 0xFFFF
         s.segs[k].access_rights = 0x9B if k == CS else 0x93
+    # SDM, "Processor State After Reset"
+    s.gdtr.limit = 0xFFFF
+    s.idtr.limit = 0xFFFF
+    s.ldtr.limit = 0xFFFF
+    s.ldtr.access_rights = 0x82
+    s.tr.limit = 0xFFFF
+    s.tr.access_rights = 0x8B
+    s.gpr[2] = 0x600
+    s.dr[6] = cython.cast(uint64_t, 0xFFFF0FF0)
+    s.dr[7] = 0x400
     s.pat = 0x0007040600070406
     flush_all(s)
     mode_changed(s)

@@ -293,11 +293,12 @@ def _push_segment(s: cython.pointer(CpuState), i: cython.pointer(Insn), index: c
 @cython.exceptval(check=False)
 def _pop_segment(s: cython.pointer(CpuState), i: cython.pointer(Insn), index: cython.int) -> cython.int:
     value: uint64_t = 0
+    mask: uint64_t = segments.stack_mask(s)  # of the stack that is popped from, also for POP SS
     r: cython.int = _top(s, i.operand_size, cython.address(value))
     if not r:
         r = segments.load_segment(s, index, cython.cast(uint32_t, value & 0xFFFF))
     if not r:
-        _move_rsp(s, i.operand_size)
+        s.gpr[RSP] = (s.gpr[RSP] & ~mask) | ((s.gpr[RSP] + i.operand_size) & mask)
         if index == SS:
             s.interruptibility |= SHADOW_MOV_SS
     return r
