@@ -19,6 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run also the tests that the KVM under test is known to fail, to see whether it still does",
     )
     group.addoption(
+        "--rom", metavar="FILE,PORT", default=None, help="a BIOS ROM image to run, and the port of its POST codes"
+    )
+    group.addoption(
         "--kvm-headers",
         metavar="DIR",
         action="append",

@@ -545,6 +545,7 @@ class Machine:
             "guest_mode",
         ):
             state.pop(name, None)
+        state["rflags"] = inspection.get(self.cpu, "rflags") & ~0x10000  # RF stays behind iterations that run alone
         state["xsave"] = self.cpu.xsave
         state["memory"] = bytes(self.ram.bytes)
         return state
