@@ -272,7 +272,8 @@ def _code(rng: random.Random, size: int) -> bytes:
 def _number(rng: random.Random) -> int:
     return rng.choice(
         (rng.getrandbits(64), rng.randrange(SIZE), rng.randrange(SIZE), rng.randrange(SIZE), rng.randrange(256),
-         SIZE - rng.randrange(32), 0x8000 - rng.randrange(32), (1 << 64) - 1 - rng.randrange(4096), 1 << rng.randrange(64))
+         SIZE - rng.randrange(32), 0x8000 - rng.randrange(32), (1 << 64) - 1 - rng.randrange(4096),
+         1 << rng.randrange(64))
     )  # fmt: skip
 
 
@@ -428,13 +429,13 @@ class Machine:
             self._enter_vmx(skew)
         else:
             self.cpu.add_region(0, self.ram.bytes)
-            for name, value in case.segments.items():
-                inspection.put_segment(self.cpu, name, value)
+            for name, segment in case.segments.items():
+                inspection.put_segment(self.cpu, name, segment)
             for name, value in case.values.items():
                 inspection.put(self.cpu, name, value)
             inspection.put(self.cpu, "mode", 0)
         for number, register in enumerate(REGISTERS):
-            if self.vmx is None or number != 4:
+            if case.mode != "vmx" or number != 4:
                 self.cpu[register] = case.registers[number]
 
     def _enter_vmx(self, skew: int) -> None:
@@ -520,8 +521,8 @@ class Machine:
         except RuntimeError as error:
             return f"stopped: {error}" if "reason 8" not in str(error) else "debug"
         vmx = self.vmx
-        information = [vmx.vmread(name) for name in (
-            F.EXIT_QUALIFICATION, F.VM_EXIT_INTR_INFO, F.VM_EXIT_INTR_ERROR_CODE, F.IDT_VECTORING_INFO_FIELD)]  # fmt: skip
+        fields = (F.EXIT_QUALIFICATION, F.VM_EXIT_INTR_INFO, F.VM_EXIT_INTR_ERROR_CODE, F.IDT_VECTORING_INFO_FIELD)
+        information = [vmx.vmread(field) for field in fields]
         return f"exit {reason} {information}"
 
     def answer(self) -> None:
@@ -638,7 +639,7 @@ def run_case(seed: int, tell: bool = False) -> str:
 
 def _follow(machine: Machine, exits: int) -> list[str]:
     """Run up to that many exits, as the run by steps did."""
-    seen = []
+    seen: list[str] = []
     while len(seen) < exits:
         seen.append(machine.run())
         if seen[-1].startswith(ENDS):
