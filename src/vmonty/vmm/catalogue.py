@@ -49,16 +49,17 @@ def _board(name: str) -> Callable[..., Machine]:
     return make
 
 
+HPET = Property("hpet", "the high precision event timer", True, boolean)
 MACHINES = (
     TypeInfo("machine", abstract=True, help="a whole computer"),
     TypeInfo(
         "x86-machine", "machine", abstract=True,
         properties=(Property("uuid", "the machine's UUID, which DMI shows", NOT_SET, _uuid),),
     ),
-    TypeInfo("pc", "x86-machine", "i440FX and PIIX3, PCI", make=_board("pc")),
+    TypeInfo("pc", "x86-machine", "i440FX and PIIX3, PCI", properties=(HPET,), make=_board("pc")),
     TypeInfo(
         "q35", "x86-machine", "Q35 and ICH9, PCI Express", make=_board("q35"),
-        properties=(Property("root-ports", "PCI Express root ports", 0, _up_to(16)),),
+        properties=(HPET, Property("root-ports", "PCI Express root ports", 0, _up_to(16))),
     ),
     TypeInfo("microvm", "x86-machine", "virtio-mmio, no PCI, no legacy: boots fastest", make=_board("microvm")),
 )  # fmt: skip

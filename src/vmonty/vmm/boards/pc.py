@@ -10,7 +10,7 @@ from __future__ import annotations
 from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices, prepare_legacy_devices
 from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine, describe_fw_cfg
 from vmonty.vmm.boot import acpi, dsdt
-from vmonty.vmm.hw import piix4_pm
+from vmonty.vmm.hw import hpet, piix4_pm
 from vmonty.vmm.hw.i440fx import I440fx
 from vmonty.vmm.hw.piix3 import PIRQ_ROUTES, PIRQS, Piix3
 from vmonty.vmm.hw.piix4_pm import Piix4Pm
@@ -37,6 +37,7 @@ class Pc(PciMachine):
         bus.add(self.piix4_pm, slot=SOUTH_BRIDGE_SLOT, function=3)
         self.legacy = add_legacy_devices(self)
         self.serial = self.legacy.serial
+        self._add_hpet(self.legacy.cmos)
         self._add_fw_cfg()
 
     def _intx(self, slot: int, pin: int, level: int) -> None:
@@ -69,9 +70,10 @@ class Pc(PciMachine):
             describe_fw_cfg(),
         )  # fmt: skip
         return acpi.Platform(
-            cpus=self.config.cpus, pm_base=PM_BASE, sci=SCI_IRQ,
+            cpus=self.config.cpus, pm_base=PM_BASE, sci=SCI_IRQ, hpet=self.hpet, hpet_id=hpet.IDENTITY,
             dsdt=acpi.soft_off()
             + dsdt.system_bus(
                 dsdt.processors(self.config.cpus), dsdt.pci_root(self.windows, routing, bridge), *links,
+                self._describe_hpet(),
             ),
         )  # fmt: skip

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import struct
 
+from vmonty.kvm.uapi import flags
 from vmonty.vmm.boot import acpi, aml, dsdt, lowmem, pci_setup, smbios
 from vmonty.vmm.boot.dsdt import Window
 from vmonty.vmm.boot.smbios import NOT_SET, Identity
 from vmonty.vmm.bus import BusDevice
-from vmonty.vmm.hw import fw_cfg
+from vmonty.vmm.hw import fw_cfg, hpet
 from vmonty.vmm.hw.acpi_pm import AcpiPm
+from vmonty.vmm.hw.cmos import Cmos
 from vmonty.vmm.hw.fw_cfg import FwCfg
+from vmonty.vmm.hw.hpet import Hpet
 from vmonty.vmm.hw.pci import ConfigPorts, Decoder, PciBus, PciDevice
 from vmonty.vmm.machine import Machine
 
 CONFIG_PORTS = 0xCF8
 FW_CFG = 0x510
+HPET = 0xFED0_0000
 IRQ0_OVERRIDE = 0x8002  # fw_cfg's number: the PIT is on pin 2 of the I/O APIC
 # Where DMI is looked for: anywhere from 0xF0000 to 0xFFFFF.
 SMBIOS_ADDRESS, SMBIOS_ANCHOR_ROOM = 0xF_0000, 0x20
@@ -39,6 +43,32 @@ class PciMachine(Machine):
     def add_device(self, device: PciDevice, slot: int | None = None) -> int:
         """Plug *device* in; see Machine.add_device."""
         return self.pci.add(device, slot)
+
+    def _add_hpet(self, cmos: Cmos) -> None:
+        """Place the event timer, unless the machine was asked for without."""
+        if not self.properties.get("hpet", True):
+            return
+
+        def replace(on: bool) -> None:
+            # In place of the PIT and the clock: both are cut off their interrupt lines.
+            cmos.connected = not on
+            state = self.vm.get_pit2()
+            legacy = flags.KVM_PIT_FLAGS_HPET_LEGACY
+            state.flags = state.flags & ~legacy | (legacy if on else 0)
+            self.vm.set_pit2(state)
+
+        lines = [self.lines.source(gsi) for gsi in range(24)]
+        self.mmio.place(HPET, hpet.SIZE, Hpet(lines, self.loop.call_later, replace), "hpet")
+
+    @property
+    def hpet(self) -> int | None:
+        """Where the event timer stands, None when there is none."""
+        return HPET if self.properties.get("hpet", True) else None
+
+    def _describe_hpet(self) -> bytes:
+        if self.hpet is None:
+            return b""
+        return dsdt.plain_device("HPET", "PNP0103", aml.fixed_memory(self.hpet, hpet.SIZE))
 
     def _add_fw_cfg(self) -> FwCfg:
         self.fw_cfg = FwCfg(self.memory)

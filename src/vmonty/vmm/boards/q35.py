@@ -9,7 +9,7 @@ from __future__ import annotations
 from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices, prepare_legacy_devices
 from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine, describe_fw_cfg
 from vmonty.vmm.boot import acpi, aml, dsdt
-from vmonty.vmm.hw import ich9_lpc, q35_mch
+from vmonty.vmm.hw import hpet, ich9_lpc, q35_mch
 from vmonty.vmm.hw.ich9_lpc import FIRST_INTERNAL_SLOT, Ich9Lpc
 from vmonty.vmm.hw.pci import Ecam, PcieRootPort
 from vmonty.vmm.hw.q35_mch import Q35Mch
@@ -43,6 +43,7 @@ class Q35(PciMachine):
         bus.add(self.lpc, slot=LPC_SLOT)
         self.legacy = add_legacy_devices(self)
         self.serial = self.legacy.serial
+        self._add_hpet(self.legacy.cmos)
         self._add_fw_cfg()
         for number in range(self.properties.get("root_ports", 0)):
             bus.add(PcieRootPort(f"root-port.{number}", number + 1))
@@ -70,9 +71,10 @@ class Q35(PciMachine):
         # Linux believes in the window only when a motherboard device reserves it.
         reserved = dsdt.plain_device("MEMC", "PNP0C02", aml.fixed_memory(ECAM, ECAM_SIZE), uid=1)
         return acpi.Platform(
-            cpus=self.config.cpus, pm_base=PM_BASE, sci=SCI_IRQ, ecam=ECAM,
+            cpus=self.config.cpus, pm_base=PM_BASE, sci=SCI_IRQ, hpet=self.hpet, hpet_id=hpet.IDENTITY, ecam=ECAM,
             dsdt=acpi.soft_off()
             + dsdt.system_bus(
-                dsdt.processors(self.config.cpus), dsdt.pci_root(self.windows, routing, bridge, express=True), reserved
+                dsdt.processors(self.config.cpus), dsdt.pci_root(self.windows, routing, bridge, express=True), reserved,
+                self._describe_hpet(),
             ),
         )  # fmt: skip

@@ -68,6 +68,7 @@ class Cmos:
         self._call_later = call_later
         self._lock = threading.Lock()
         self._index = 0
+        self.connected = True  # the board's side: False cuts the clock off its interrupt line
         self._memory = bytearray(128)
         self._memory[REGISTER_A] = RATE_32KHZ_1024HZ
         self._memory[REGISTER_B] = MODE_24_HOURS
@@ -200,7 +201,7 @@ class Cmos:
         self._memory[REGISTER_C] |= cause
         if self._memory[REGISTER_B] & cause:
             self._memory[REGISTER_C] |= INTERRUPT_REQUEST
-            self._irq(1)
+            self._irq(int(self.connected))
 
     def _await_second(self) -> None:
         self._second = self._call_later(1 - self._time().microsecond / 1e6, self._on_second)
