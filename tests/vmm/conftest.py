@@ -31,9 +31,9 @@ class Screen:
             self.text += data
             self._more.notify_all()
 
-    def wait_for(self, text: bytes) -> None:
+    def wait_for(self, text: bytes, limit_s: float = LIMIT_S) -> None:
         with self._more:
-            assert self._more.wait_for(lambda: text in self.text, LIMIT_S), f"{text!r} never came: {bytes(self.text)!r}"
+            assert self._more.wait_for(lambda: text in self.text, limit_s), f"{text!r} never came: {bytes(self.text)!r}"
 
 
 @pytest.fixture
