@@ -154,3 +154,18 @@ def test_a_command_line_that_is_too_long(vmonty: Run, kernel: Path) -> None:
 )  # fmt: skip
 def test_sizes(text: object, size: int) -> None:
     assert Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--disk", "no-such-image"), "no-such-image"),
+        (("--disk", "x,format=vmdk"), "format=raw|qcow2|auto"),
+        (("--net", "bridge"), "there are: user, tap, none"),
+        (("--net", "user,hostfwd=nonsense"), "tcp:[addr]:port-[guestaddr]:port"),
+        (("--net", "user,mac=1"), "six bytes"),
+        (("--device", "virtio-floppy"), "virtio-rng"),
+    ],
+)
+def test_disks_networks_and_devices(vmonty: Run, kernel: Path, options: tuple[str, str], complaint: str) -> None:
+    assert complaint in vmonty("run", "--accel", "kvm", "--kernel", kernel, *options).refusal()

@@ -85,3 +85,12 @@ def test_a_full_microvm_says_so(image: bytes) -> None:
     with System(fake) as system, pytest.raises(UsageError, match="slots"):
         boards.create(system, config, lambda data: None)
     assert not fake.files
+
+
+def test_a_virtio_console_takes_the_terminal(image: bytes) -> None:
+    with System(FakeKvm()) as system:
+        config = Config(image, memory=kernels.MEMORY, devices=("virtio-console",))
+        with boards.create(system, config, lambda data: None) as machine:
+            machine.terminal.receive(b"typed")
+            assert machine.terminal.backlog() == 5
+            assert machine.serial.backlog() == 0

@@ -219,11 +219,11 @@ class Session:
 
     def _receive(self, data: bytes) -> None:
         if machine := self._machine:
-            machine.serial.receive(data)
+            machine.terminal.receive(data)
 
     def _backlog(self) -> int:
         # Between two machines input stays where it is.
-        return machine.serial.backlog() if (machine := self._machine) else MOST_BACKLOG
+        return machine.terminal.backlog() if (machine := self._machine) else MOST_BACKLOG
 
     def run(self, timeout: float | None) -> Outcome:
         """Boot and wait for the end."""

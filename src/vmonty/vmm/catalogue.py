@@ -14,6 +14,7 @@ from vmonty.vmm.accel import ACCELERATORS
 from vmonty.vmm.boards import BOARDS
 from vmonty.vmm.boards.legacy import COM_PORTS
 from vmonty.vmm.boot.smbios import NOT_SET
+from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.hw.debug_ports import DebugConsole, DebugExit
 from vmonty.vmm.hw.pci import PcieRootPort
 from vmonty.vmm.hw.serial import Serial
@@ -146,6 +147,15 @@ def _port(machine: Machine, name: str, file: str | None) -> VirtioDevice:
     return _add(machine, Console(machine.memory, machine.loop, [port]))
 
 
+def _terminal(machine: Machine) -> VirtioDevice:
+    # A loop of its own: a terminal that is stopped holds the guest's console up, and nothing else.
+    loop = EventLoop("virtio-console")
+    loop.start()
+    machine.resources.callback(loop.stop)
+    machine.terminal = port = Port(machine.console, console=True)
+    return _add(machine, Console(machine.memory, loop, [port]))
+
+
 def _add(machine: Machine, device: VirtioDevice) -> VirtioDevice:
     add_virtio(machine, device)
     return device
@@ -180,6 +190,7 @@ DEVICES = (
         "virtio-balloon", "virtio-device", "gives memory back to the host", make=_balloon,
         properties=(Property("deflate-on-oom", "the guest takes pages back when it needs them", True, boolean),),
     ),
+    TypeInfo("virtio-console", "virtio-device", "hvc0 on this terminal, which then types there", make=_terminal),
     TypeInfo(
         "virtio-serial", "virtio-device", "a named port of the guest's that writes to a file", make=_port,
         properties=(Property("name", "the port's name", "port"), Property("file", "where it writes")),

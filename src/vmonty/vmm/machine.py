@@ -56,6 +56,18 @@ def pc_routing() -> list[kvm_irq_routing_entry]:
     return pics + pins
 
 
+class Terminal(Protocol):
+    """What the user's terminal is connected to: a serial port, or a virtio console. From any thread."""
+
+    def receive(self, data: bytes) -> None:
+        """Queue *data* for the guest."""
+        ...
+
+    def backlog(self) -> int:
+        """How many bytes wait for the guest to take them."""
+        ...
+
+
 @dataclass(frozen=True)
 class MmioSlot:
     """A place for one virtio-mmio device: where its registers stand, and its interrupt line (level-triggered)."""
@@ -136,6 +148,7 @@ class Machine(ABC):
             self.mmio = Bus("the memory space", 1 << 52)
             self.lines = InterruptLines(self.vm)
             self.build()
+            self.terminal: Terminal = self.serial
             for index in range(config.cpus):
                 vcpu = self._create_vcpu(index, cpuid(index))
                 self.vcpus.append(VcpuThread(vcpu, self.ports, self.mmio, self._end))
