@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmonty.base.errors import GuestError
+from vmonty.base.errors import GuestError, UsageError
 from vmonty.cli.guest import pack
 from vmonty.cli.progress import terminal_progress
 from vmonty.guests import rootdisk
@@ -66,3 +67,16 @@ def _link(source: Path, target: Path) -> None:
         partial = target.with_name(f".{target.name}.partial")
         shutil.copyfile(source, partial)
         os.replace(partial, target)
+
+
+def free_port(first: int = 2222) -> int:
+    """A TCP port of this host's loopback that nobody listens on, from *first* upwards."""
+    for port in range(first, first + 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise UsageError(f"the ports {first} to {first + 99} of 127.0.0.1 are all taken; give --net user,hostfwd=…")
