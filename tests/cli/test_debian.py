@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from vmm.fake_kvm import FakeKvm
+from vmm.steps import Guest, Out
+from vmonty import kvm
 from vmonty.cli import debian
 from vmonty.guests import rootdisk
 from vmonty.vmm.block import open_image
@@ -51,6 +54,14 @@ def test_build(vmonty: Run, built: list[dict[str, object]]) -> None:
     ]
 
 
+def off(cpu: int) -> Guest:
+    yield Out(0x604, 5 << 10 | 1 << 13, 2)
+
+
+def fake() -> FakeKvm:
+    return FakeKvm(off)
+
+
 def test_the_overlay_is_the_users(built: list[dict[str, object]], tmp_path: Path) -> None:
     first = debian.prepare()
     assert built
@@ -62,6 +73,14 @@ def test_the_overlay_is_the_users(built: list[dict[str, object]], tmp_path: Path
     assert debian.prepare() == first
     with open_image(first.disk) as disk:
         assert disk.read(0, 8) == b"minebase"
+
+
+def test_run_says_how_to_reach_it(vmonty: Run, monkeypatch: pytest.MonkeyPatch, built: list[dict[str, object]]) -> None:
+    monkeypatch.setitem(kvm.PROVIDERS, "linux", (__name__, "fake"))
+    result = vmonty("run", "debian", "--accel", "kvm", "--memory", "16M")
+    assert (result.status, result.out) == (0, ""), result
+    assert "ssh -i " in result.err
+    assert built
 
 
 def test_a_port_that_is_taken_is_passed_over() -> None:

@@ -34,11 +34,11 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> FakeKvm:
 
 KERNELS = {
     "empty": (b"", "is empty"),
-    "text": (b"this is no kernel\n" * 200, "no Linux bzImage (no HdrS signature); give a distribution's vmlinuz file"),
-    "elf": (b"\x7fELF\x02\x01\x01" + bytes(8192), "no Linux bzImage"),
+    "text": (b"this is no kernel\n" * 200, "no Linux bzImage (no HdrS signature), ELF or multiboot image; give"),
+    "elf": (b"\x7fELF\x02\x01\x01" + bytes(8192), "no executable for x86"),
     "truncated setup": (GOOD[:0x270], "truncated"),
     "truncated body": (kernels.bzimage(bytes(4096))[:-100], "truncated"),
-    "32-bit": (kernels.bzimage(b"\xf4", xloadflags=0), "no 64-bit entry"),
+    "old": (kernels.bzimage(b"\xf4", version=0x201), "too old"),
     "too large for it": (kernels.bzimage(b"\xf4", init_size=64 << 20), "give it more memory"),
 }
 
@@ -125,7 +125,7 @@ def test_timeouts(vmonty: Run, kernel: Path, seconds: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["debian"], "unknown guest 'debian'; there is: busybox"),
+        (["windows"], "unknown guest 'windows'; there are: busybox, debian"),
         (["--initrd", "/etc/hostname"], "--initrd needs --kernel"),
         (["busybox", "--initrd", "/etc/hostname"], "--initrd needs --kernel"),
         (["busybox", "--kernel", "/etc/hostname"], "give either NAME or --kernel"),

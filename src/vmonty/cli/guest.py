@@ -12,8 +12,6 @@ from vmonty.cli.progress import terminal_progress
 from vmonty.cli.sizes import Size
 from vmonty.guests import busybox, rootdisk
 from vmonty.guests.progress import Progress
-from vmonty.vmm.block import open_image
-from vmonty.vmm.block.convert import copy, create_image
 
 
 @click.group()
@@ -79,6 +77,9 @@ def build_debian(size: int, compiler: bool, as_json: bool, force: bool) -> None:
 
 def pack(raw: Path, image: Path, progress: Progress) -> None:
     """Make a qcow2 image of a raw one, into a file that exists. Not compressed: reads go straight into guest RAM."""
+    from vmonty.vmm.block.convert import copy, create_image
+    from vmonty.vmm.block.image import open_image
+
     with open_image(raw, format="raw", read_only=True) as source:
         create_image(image, source.size)
         with open_image(image, format="qcow2") as target:

@@ -107,15 +107,16 @@ def run(
 ) -> int:
     """Boot a guest; its serial console is this terminal.
 
-    NAME is a guest that `vmonty guest build` knows (busybox, which is also the default); or give --kernel.
+    NAME is a guest that `vmonty guest build` knows (busybox, which is also the default, or debian); or give --kernel.
+    What debian writes is kept, and without --net its sshd is reached through a port of this host.
     Leave with Ctrl-A x. The status is 0 after a power-off, 1 when the guest or KVM failed, 2 for bad
     arguments, 124 after --timeout. SIGTERM presses the guest's power button.
     """
     if (listing := asked_for_help(board, cpu, devices)) is not None:
         click.echo(listing)
         return 0
-    if name not in (None, "busybox"):
-        raise UsageError(f"unknown guest {name!r}; there is: busybox")
+    if name not in (None, "busybox", "debian"):
+        raise UsageError(f"unknown guest {name!r}; there are: busybox, debian")
     if initrd is not None and kernel is None:
         raise UsageError("--initrd needs --kernel")
     if kernel is not None and name is not None:
@@ -139,6 +140,9 @@ def run(
         image, disk = read_image(kernel, "kernel"), read_image(initrd, "initrd") if initrd else None
         line = command_line if command_line is not None else "console=ttyS0"
         config = Config(image, disk, line, **parts)
+    elif name == "debian":
+        config, own = debian_guest(command_line, parts)
+        wanted.insert(0, own)
     with contextlib.ExitStack() as opened:
         # Once for all machines of the session: what a snapshot holds outlives a reboot.
         disks = [opened.enter_context(disk.open()) for disk in wanted]
@@ -175,6 +179,20 @@ def default_guest(command_line: str | None, parts: dict[str, Any]) -> Config:
         guest = busybox.build(progress=progress)
     line = command_line if command_line is not None else "console=ttyS0 quiet cryptomgr.notests=1"
     return Config(read_image(guest.kernel, "kernel"), read_image(guest.initrd, "initrd"), line, **parts)
+
+
+def debian_guest(command_line: str | None, parts: dict[str, Any]) -> tuple[Config, Disk]:
+    """The Debian guest and its disk, built when they are not there; says how ssh reaches it."""
+    from vmonty.cli import debian
+
+    guest = debian.prepare()
+    if not parts["networks"]:
+        port = debian.free_port()
+        parts = parts | {"networks": (f"user,hostfwd=tcp:127.0.0.1:{port}-:22",)}
+        click.echo(f"vmonty: ssh -i {guest.key} -p {port} root@127.0.0.1", err=True)
+    line = command_line if command_line is not None else guest.command_line
+    config = Config(read_image(guest.kernel, "kernel"), read_image(guest.initrd, "initrd"), line, **parts)
+    return config, Disk(guest.disk, "qcow2")
 
 
 class Session:
