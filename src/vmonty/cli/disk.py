@@ -8,21 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from vmonty.base.errors import DiskImageError
 from vmonty.cli.progress import terminal_progress
 from vmonty.cli.sizes import Size
-from vmonty.vmm.block import open_image
-from vmonty.vmm.block.convert import copy, create_image
-from vmonty.vmm.block.image import FORMATS
-from vmonty.vmm.block.qcow2 import snapshots
-from vmonty.vmm.block.qcow2.check import check as check_disk
-from vmonty.vmm.block.qcow2.disk import Qcow2Disk
+
+# The block layer is imported where it is used: other commands start without it.
+if TYPE_CHECKING:
+    from vmonty.vmm.block.qcow2.disk import Qcow2Disk
+    from vmonty.vmm.block.qcow2.snapshots import Snapshot
 
 _IMAGE = click.Path(path_type=Path)
-_FORMAT = click.Choice(FORMATS)
+_FORMAT = click.Choice(("auto", "raw", "qcow2"))
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 _format = click.option(
     "--format", "-f", "kind", type=_FORMAT, default="auto", show_default=True, help="Format of the image."
@@ -31,6 +31,9 @@ _format = click.option(
 
 @contextmanager
 def _qcow2(path: Path, kind: str, *, read_only: bool, repair: bool = True) -> Iterator[Qcow2Disk]:
+    from vmonty.vmm.block.image import open_image
+    from vmonty.vmm.block.qcow2.disk import Qcow2Disk
+
     with open_image(path, format=kind, read_only=read_only, repair=repair) as disk:
         if not isinstance(disk, Qcow2Disk):
             raise DiskImageError(f"{path} is a raw image: only qcow2 images have tables and snapshots")
@@ -71,6 +74,8 @@ def create_command(
 
     Example: vmonty disk create --backing debian.qcow2 mine.qcow2
     """
+    from vmonty.vmm.block.convert import create_image
+
     if not force and image.exists() and not image.is_block_device():
         raise DiskImageError(f"{image} exists; give --force to overwrite it")
     size = create_image(
@@ -89,6 +94,10 @@ def info_command(image: Path, kind: str, as_json: bool) -> None:
 
     Example: vmonty disk info disk.qcow2 --json
     """
+    from vmonty.vmm.block.image import open_image
+    from vmonty.vmm.block.qcow2 import snapshots
+    from vmonty.vmm.block.qcow2.disk import Qcow2Disk
+
     facts: dict[str, object] = {"image": str(image)}
     with open_image(image, format=kind, read_only=True) as opened:
         facts |= {"format": "raw", "size": opened.size, "allocated": os.stat(image).st_blocks * 512}
@@ -123,6 +132,8 @@ def check_command(image: Path, repair: bool, kind: str, as_json: bool) -> int:
 
     Example: vmonty disk check --repair disk.qcow2
     """
+    from vmonty.vmm.block.qcow2.check import check as check_disk
+
     with _qcow2(image, kind, read_only=not repair, repair=False) as opened:
         report = check_disk(opened, repair=repair)
     left = report.damage_count - report.damages_fixed, report.leaks - report.leaks_fixed
@@ -156,6 +167,9 @@ def convert_command(
 
     Example: vmonty disk convert --compress disk.raw disk.qcow2
     """
+    from vmonty.vmm.block.convert import copy, create_image
+    from vmonty.vmm.block.image import open_image
+
     if not force and target.exists() and not target.is_block_device():
         raise DiskImageError(f"{target} exists; give --force to overwrite it")
     with open_image(source, format=kind, read_only=True) as opened:
@@ -180,6 +194,8 @@ def list_command(image: Path, as_json: bool) -> None:
 
     Example: vmonty disk snapshot list disk.qcow2
     """
+    from vmonty.vmm.block.qcow2 import snapshots
+
     with _qcow2(image, "qcow2", read_only=True) as opened:
         shown = [_shown(item) for item in snapshots.read(opened.file, opened.header)]
     if as_json:
@@ -189,7 +205,7 @@ def list_command(image: Path, as_json: bool) -> None:
         click.echo(f"{item['id']:4} {item['date']}  {item['name']}")
 
 
-def _shown(item: snapshots.Snapshot) -> dict[str, object]:
+def _shown(item: Snapshot) -> dict[str, object]:
     date = datetime.fromtimestamp(item.date_ns / 1e9, UTC).isoformat(timespec="seconds")
     return {"id": item.id, "name": item.name, "date": date, "size": item.disk_size, "vm_state": item.vm_state_size}
 
@@ -202,6 +218,8 @@ def snapshot_create(image: Path, name: str) -> None:
 
     Example: vmonty disk snapshot create disk.qcow2 clean
     """
+    from vmonty.vmm.block.qcow2 import snapshots
+
     with _qcow2(image, "qcow2", read_only=False) as opened:
         snapshots.create(opened, name)
 
@@ -214,6 +232,8 @@ def snapshot_apply(image: Path, name: str) -> None:
 
     Example: vmonty disk snapshot apply disk.qcow2 clean
     """
+    from vmonty.vmm.block.qcow2 import snapshots
+
     with _qcow2(image, "qcow2", read_only=False) as opened:
         snapshots.apply(opened, name)
 
@@ -226,5 +246,7 @@ def snapshot_delete(image: Path, name: str) -> None:
 
     Example: vmonty disk snapshot delete disk.qcow2 clean
     """
+    from vmonty.vmm.block.qcow2 import snapshots
+
     with _qcow2(image, "qcow2", read_only=False) as opened:
         snapshots.delete(opened, name)
