@@ -6,10 +6,11 @@ import contextlib
 import gc
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -24,9 +25,6 @@ from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.outcome import Ending, Outcome
 from vmonty.vmm.peripherals import Disk, Network
-
-if TYPE_CHECKING:
-    from vmonty.vmm.block.device import BlockDevice
 
 STATUS_TIMEOUT, STATUS_FAILED = 124, 1
 MOST_SECONDS = 10**9  # Python's timers end somewhat above
@@ -86,6 +84,10 @@ def read_image(path: Path, what: str) -> bytes:
     "--grace", type=float, default=10.0, show_default=True, metavar="SECONDS",
     help="How long after SIGTERM, which presses the guest's power button, the guest is stopped.",
 )  # fmt: skip
+@click.option(
+    "--config", "file", type=click.Path(path_type=Path),
+    help="A TOML or YAML file with settings; what is given here as an option goes before it.",
+)  # fmt: skip
 @click.option("--no-reboot", is_flag=True, help="End when the guest reboots.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="End after this time, with status 124.")
 def run(
@@ -101,6 +103,7 @@ def run(
     devices: tuple[str, ...],
     disk_options: tuple[str, ...],
     networks: tuple[str, ...],
+    file: Path | None,
     grace: float,
     no_reboot: bool,
     timeout: float | None,
@@ -125,6 +128,13 @@ def run(
         raise UsageError(f"--timeout needs a number of seconds above 0, {MOST_SECONDS} at most")
     if not 0 <= grace <= MOST_SECONDS:
         raise UsageError(f"--grace needs a number of seconds from 0 to {MOST_SECONDS}")
+    given: dict[str, Any] = {
+        "guest": name, "kernel": kernel, "initrd": initrd, "append": command_line, "memory": memory, "cpus": cpus,
+        "accel": accelerator, "machine": board, "cpu": cpu, "devices": devices, "disks": disk_options,
+        "net": [network for network in networks if network != "none"], "reboot": not no_reboot, "timeout": timeout,
+    }  # fmt: skip
+    if file is not None:
+        return run_file(file, only_given(given), grace)
     # Bad input first: it is cheaper to refuse than to open an accelerator.
     check_size(memory)
     catalogue.check(board, devices)
@@ -150,8 +160,13 @@ def run(
         opened.enter_context(choice.system)
         if config is None:
             config = default_guest(command_line, parts)
-        session = Session(choice, config, no_reboot, grace, disks)
+        session = Session(choice, partial(boards.create, choice.system, config, disks=disks), no_reboot, grace)
         outcome = session.run(timeout)
+    return report(session, outcome)
+
+
+def report(session: Session, outcome: Outcome) -> int:
+    """Say how it ended, unless well; the exit status."""
     if session.failure is not None:
         click.echo(f"vmonty: {session.failure}", err=True)
         return STATUS_FAILED
@@ -162,6 +177,41 @@ def run(
         if dump := outcome.register_dump():
             click.echo(dump, err=True)
     return session.status if session.status is not None else STATUS[outcome.ending]
+
+
+# Settings by another name than the option's parameter.
+PARAMETERS = {
+    "guest": "name", "append": "command_line", "accel": "accelerator", "machine": "board", "disks": "disk_options",
+    "net": "networks", "reboot": "no_reboot",
+}  # fmt: skip
+
+
+def only_given(values: dict[str, Any]) -> dict[str, Any]:
+    """Those that the user wrote on the command line: a file's settings go before defaults."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    return {
+        name: value
+        for name, value in values.items()
+        if context.get_parameter_source(PARAMETERS.get(name, name)) is not default
+    }
+
+
+def run_file(file: Path, given: dict[str, Any], grace: float) -> int:
+    """Run what *file* describes, with *given* in place of its settings, as ``vmonty.VM.from_file`` does."""
+    # Not for everybody: checking settings needs code that a plain start should not wait for.
+    from vmonty.vm.build import Build
+    from vmonty.vm.settings import read_file, settings
+
+    wanted = settings({**read_file(file), **given})
+    with contextlib.closing(Build(wanted)) as build:
+        choice = accel.choose(wanted.accel)
+        with choice.system:
+            with terminal_progress() as progress:
+                build.fetch(progress)
+            session = Session(choice, partial(build.machine, choice.system), not wanted.reboot, grace)
+            outcome = session.run(wanted.timeout)
+    return report(session, outcome)
 
 
 def asked_for_help(board: str, cpu: str, devices: tuple[str, ...]) -> str | None:
@@ -199,11 +249,14 @@ class Session:
     """Runs one machine after another (a reset makes a new one) until something other than a reset ends it."""
 
     def __init__(
-        self, choice: accel.Choice, config: Config, no_reboot: bool, grace: float, disks: Sequence[BlockDevice] = ()
+        self,
+        choice: accel.Choice,
+        make: Callable[[Callable[[bytes], None]], Machine],
+        no_reboot: bool,
+        grace: float,
     ) -> None:
-        self._disks = disks
         self._choice = choice
-        self._config = config
+        self._make = make
         self._no_reboot = no_reboot
         self._grace = grace
         self._deadline: threading.Timer | None = None
@@ -251,7 +304,7 @@ class Session:
 
         console = Console(self._receive, self.stop, self._backlog)
         # Built before the terminal changes: what it refuses is told on a terminal in order.
-        self._machine = boards.create(self._choice.system, self._config, console.write, self._disks)
+        self._machine = self._make(console.write)
         click.echo(f"vmonty: {self._choice.reason}", err=True)
         previous = {
             number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -293,4 +346,4 @@ class Session:
             self._machine = None
             del machine
             gc.collect()
-            self._machine = boards.create(self._choice.system, self._config, console.write, self._disks)
+            self._machine = self._make(console.write)

@@ -61,7 +61,7 @@ class Build:
     def _boot(self, kernel: bytes, initrd: bytes | None, append: str) -> Config:
         wanted = self.settings
         line = wanted.append if wanted.append is not None else append
-        return Config(kernel, initrd, line, wanted.memory, wanted.cpus, wanted.machine)
+        return Config(kernel, initrd, line, wanted.memory, wanted.cpus, wanted.machine, wanted.cpu, wanted.devices)
 
     def fetch(self, progress: Progress = silent) -> None:
         """Get the guest that vmonty builds, if it is that. Raises GuestError."""
@@ -89,7 +89,7 @@ class Build:
         return machine
 
     def _backend(self, machine: Machine, network: Network, number: int) -> NetBackend:
-        capture = PcapFile(network.dump) if network.dump is not None else None
+        capture = PcapFile(network.pcap) if network.pcap is not None else None
         backend: NetBackend
         if isinstance(network, UserNetwork):
             backend = UserBackend(network.config(), machine.loop)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vmonty.base.errors import UsageError
 from vmonty.base.sizes import parse_size
+from vmonty.vmm import catalogue
+from vmonty.vmm import cpu as cpu_model
 from vmonty.vmm.machine import MOST_VCPUS
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.net.user.config import Forward, UserConfig
+
+Checked = TypeVar("Checked")
 
 MOST_SECONDS = 10**9  # Python's timers end somewhat above
 
 
 def _size(value: object) -> object:
-    return parse_size(value) if isinstance(value, str) else value
+    return _as_value_error(lambda: parse_size(value)) if isinstance(value, str) else value
 
 
 class _Model(BaseModel):
@@ -40,8 +45,17 @@ def _options(text: str, first: str, lists: tuple[str, ...] = ()) -> dict[str, ob
     return made
 
 
+def _disk(text: str) -> dict[str, object]:
+    found = _options(text, "file")
+    if "ro" in found:
+        found["readonly"] = found.pop("ro")
+    if found.get("if") == "virtio":
+        del found["if"]
+    return found
+
+
 class Disk(_Model):
-    """A virtio disk; as text ``FILE,format=qcow2,readonly=on,snapshot=on``."""
+    """A virtio disk; as text ``FILE,format=qcow2,ro,snapshot``, as on the command line."""
 
     file: Path
     format: Literal["auto", "raw", "qcow2"] = "auto"
@@ -51,13 +65,13 @@ class Disk(_Model):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: object) -> object:
-        return _options(str(value), "file") if isinstance(value, str | Path) else value
+        return _disk(str(value)) if isinstance(value, str | Path) else value
 
 
 class UserNetwork(_Model):
     """A card on a network of its own, as ``user,hostfwd=tcp::2222-:22``; the options are QEMU's.
 
-    *mac* is the card's address, *dump* a capture file of what passes.
+    *mac* is the card's address, *pcap* a capture file of what passes.
     """
 
     type: Literal["user"] = "user"
@@ -72,7 +86,7 @@ class UserNetwork(_Model):
     bootfile: str = ""
     hostfwd: tuple[str, ...] = ()
     mac: Annotated[str | None, Field(pattern=r"^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$")] = None
-    dump: Path | None = None
+    pcap: Path | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> UserNetwork:
@@ -81,7 +95,7 @@ class UserNetwork(_Model):
 
     def config(self) -> UserConfig:
         """For the backend. Raises UsageError."""
-        given = self.model_dump(exclude={"type", "hostfwd", "mac", "dump"}, exclude_none=True)
+        given = self.model_dump(exclude={"type", "hostfwd", "mac", "pcap"}, exclude_none=True)
         return UserConfig(**given, forwards=tuple(map(Forward.parse, self.hostfwd)))
 
 
@@ -91,7 +105,7 @@ class TapNetwork(_Model):
     type: Literal["tap"] = "tap"
     ifname: str = "tap%d"
     mac: Annotated[str | None, Field(pattern=r"^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$")] = None
-    dump: Path | None = None
+    pcap: Path | None = None
 
 
 def _network(value: object) -> object:
@@ -109,8 +123,8 @@ Network = Annotated[Annotated[UserNetwork | TapNetwork, Field(discriminator="typ
 class Settings(_Model):
     """A virtual machine. Sizes in bytes, or as text such as 512M.
 
-    Without *kernel* it is the *guest* that vmonty builds itself. *disks* and *net* take one or several,
-    as text or as tables.
+    Without *kernel* it is the *guest* that vmonty builds itself. *machine*, *cpu* and *devices* are text as the command
+    line has it (``q35,root-ports=2``). *disks* and *net* take one or several, as text or as tables.
     """
 
     guest: Literal["busybox"] | None = None
@@ -118,8 +132,10 @@ class Settings(_Model):
     initrd: Path | None = None
     append: str | None = None
     memory: Annotated[int, BeforeValidator(_size)] = 512 << 20
-    cpus: Annotated[int, Field(ge=1, le=MOST_VCPUS)] = 1
-    machine: Literal["pc", "q35", "microvm"] = "pc"
+    cpus: int = 1
+    machine: str = "pc"
+    cpu: str = cpu_model.DEFAULT
+    devices: tuple[str, ...] = ()
     accel: str = "auto"
     disks: tuple[Disk, ...] = ()
     net: tuple[Network, ...] = ()
@@ -127,7 +143,7 @@ class Settings(_Model):
     timeout: Annotated[float | None, Field(gt=0, le=MOST_SECONDS)] = None
     console_log: Path | None = None
 
-    @field_validator("disks", "net", mode="before")
+    @field_validator("disks", "net", "devices", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         if value is None or value == "none":
@@ -140,6 +156,30 @@ class Settings(_Model):
         _as_value_error(lambda: check_size(value))
         return value
 
+    @field_validator("cpus")
+    @classmethod
+    def _countable(cls, value: int) -> int:
+        if not 1 <= value <= MOST_VCPUS:
+            raise ValueError(f"{value} vCPUs: a machine has 1 to {MOST_VCPUS}")
+        return value
+
+    @field_validator("cpu")
+    @classmethod
+    def _known_model(cls, value: str) -> str:
+        _as_value_error(lambda: cpu_model.check(value))
+        return value
+
+    @field_validator("machine")
+    @classmethod
+    def _known_board(cls, value: str) -> str:
+        _as_value_error(lambda: catalogue.check(value, ()))
+        return value
+
+    @model_validator(mode="after")
+    def _known_devices(self) -> Settings:
+        _as_value_error(lambda: catalogue.check(self.machine, self.devices))
+        return self
+
     @model_validator(mode="after")
     def _one_thing_to_boot(self) -> Settings:
         if self.initrd is not None and self.kernel is None:
@@ -149,9 +189,9 @@ class Settings(_Model):
         return self
 
 
-def _as_value_error(check: Any) -> None:
+def _as_value_error(check: Callable[[], Checked]) -> Checked:
     try:
-        check()
+        return check()
     except UsageError as error:
         raise ValueError(str(error)) from error
 
@@ -198,7 +238,7 @@ def read_file(path: Path) -> dict[str, Any]:
     return {name: _beside(path.parent, name, value) for name, value in fields.items()}
 
 
-_PATHS = ("kernel", "initrd", "console_log", "file", "tftp", "dump")
+_PATHS = ("kernel", "initrd", "console_log", "file", "tftp", "pcap")
 
 
 def _beside(folder: Path, name: str, value: Any) -> Any:
@@ -209,5 +249,5 @@ def _beside(folder: Path, name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if name == "disks":
-        return {**_options(value, "file"), "file": str(folder / str(_options(value, "file")["file"]))}
+        return {**_disk(value), "file": str(folder / str(_disk(value)["file"]))}
     return str(folder / value) if name in _PATHS else value
