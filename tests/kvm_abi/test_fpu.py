@@ -90,3 +90,14 @@ def test_xcrs(guest: TinyGuest, system: System) -> None:
     with refused(errno.EINVAL):
         guest.vcpu.set_xcrs({0: 1 << 62 | 3})
     assert guest.vcpu.get_xcrs() == {0: 3}
+
+
+def test_set_fpu_takes_no_mxcsr(guest: TinyGuest) -> None:
+    """Reserved bits would make the processor fault when it loads them: they never get there."""
+    fpu = guest.vcpu.get_fpu()
+    before = fpu.mxcsr
+    fpu.mxcsr = 0xFFFF_FFFF
+    guest.vcpu.set_fpu(fpu)
+    assert guest.vcpu.get_fpu().mxcsr == before
+    guest.load(Mode.LONG, "out 0x10, al")
+    guest.out()

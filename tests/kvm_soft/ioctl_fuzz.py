@@ -38,6 +38,8 @@ LISTED: dict[str, set[int]] = {
     "KVM_IOEVENTFD": {errno.EBADF, errno.ENOENT, errno.EEXIST, errno.ENOSPC},
     "KVM_REGISTER_COALESCED_MMIO": {errno.ENOSPC, errno.EEXIST},
     "KVM_RUN": {errno.EAGAIN, errno.EPERM, errno.ENOEXEC},
+    # -1: no APIC has that destination.
+    "KVM_SIGNAL_MSI": {errno.EPERM},
     "KVM_INTERRUPT": {errno.EEXIST},
     "KVM_ENABLE_CAP": {errno.EEXIST, errno.EPERM},
     "KVM_SET_GSI_ROUTING": {errno.ENOENT},

@@ -106,7 +106,7 @@ def x2apic_icr(system: System) -> float:
 
 def port_write(system: System, count: int = 3000) -> float:
     """OUT to a device in Python and back into the guest: what the VMM does, with a bus of one device."""
-    devices: dict[int, Callable[[int, bytes], None]] = {0x10: lambda port, data: None}
+    devices: dict[int, Callable[[int, memoryview], None]] = {0x10: lambda port, data: None}
     with guest(system) as (_, (vcpu,), ram):
         load(vcpu, ram, Mode.LONG, f"again: {DONE}\n jmp again")
         _run(vcpu)

@@ -13,6 +13,7 @@ from vmonty.cli.disk import disk
 from vmonty.cli.doctor import doctor
 from vmonty.cli.guest import guest
 from vmonty.cli.run import run
+from vmonty.cli.stat import stat
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,6 +31,7 @@ cli.add_command(doctor)
 cli.add_command(guest)
 cli.add_command(disk)
 cli.add_command(bench)
+cli.add_command(stat)
 
 
 def main(arguments: list[str] | None = None) -> None:

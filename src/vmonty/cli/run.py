@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 import click
 
 from vmonty.base.errors import BootImageError, UsageError
+from vmonty.cli.observe import Observation, TraceFile
 from vmonty.cli.progress import terminal_progress
 from vmonty.cli.sizes import Size
 from vmonty.cli.terminal import MOST_BACKLOG, Console
@@ -90,6 +92,11 @@ def read_image(path: Path, what: str) -> bytes:
 )  # fmt: skip
 @click.option("--no-reboot", is_flag=True, help="End when the guest reboots.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="End after this time, with status 124.")
+@click.option(
+    "--trace", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write each VM exit, with soft: a Chrome trace to FILE.json, JSON lines to others; - is standard error.",
+)  # fmt: skip
+@click.option("--trace-only", multiple=True, metavar="NAME", help="Only exits of this name, such as EPT_VIOLATION.")
 def run(
     name: str | None,
     kernel: Path | None,
@@ -107,6 +114,8 @@ def run(
     grace: float,
     no_reboot: bool,
     timeout: float | None,
+    trace: Path | None,
+    trace_only: tuple[str, ...],
 ) -> int:
     """Boot a guest; its serial console is this terminal.
 
@@ -134,7 +143,7 @@ def run(
         "net": [network for network in networks if network != "none"], "reboot": not no_reboot, "timeout": timeout,
     }  # fmt: skip
     if file is not None:
-        return run_file(file, only_given(given), grace)
+        return run_file(file, only_given(given), grace, trace, trace_only)
     # Bad input first: it is cheaper to refuse than to open an accelerator.
     check_size(memory)
     catalogue.check(board, devices)
@@ -161,8 +170,21 @@ def run(
         if config is None:
             config = default_guest(command_line, parts)
         session = Session(choice, partial(boards.create, choice.system, config, disks=disks), no_reboot, grace)
-        outcome = session.run(timeout)
+        outcome = traced(session, timeout, trace, trace_only)
     return report(session, outcome)
+
+
+def traced(session: Session, timeout: float | None, path: Path | None, names: tuple[str, ...]) -> Outcome:
+    """Run the session, its exits written to *path* when there is one."""
+    if path is None:
+        return session.run(timeout)
+    trace = session.trace = TraceFile(path, frozenset(names), sys.stderr)
+    try:
+        return session.run(timeout)
+    finally:
+        trace.close()
+        if trace.dropped:
+            click.echo(f"vmonty: {trace.dropped} exits came faster than they could be written", err=True)
 
 
 def report(session: Session, outcome: Outcome) -> int:
@@ -197,7 +219,9 @@ def only_given(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_file(file: Path, given: dict[str, Any], grace: float) -> int:
+def run_file(
+    file: Path, given: dict[str, Any], grace: float, trace: Path | None, trace_only: tuple[str, ...]
+) -> int:
     """Run what *file* describes, with *given* in place of its settings, as ``vmonty.VM.from_file`` does."""
     # Not for everybody: checking settings needs code that a plain start should not wait for.
     from vmonty.vm.build import Build
@@ -210,7 +234,7 @@ def run_file(file: Path, given: dict[str, Any], grace: float) -> int:
             with terminal_progress() as progress:
                 build.fetch(progress)
             session = Session(choice, partial(build.machine, choice.system), not wanted.reboot, grace)
-            outcome = session.run(wanted.timeout)
+            outcome = traced(session, wanted.timeout, trace, trace_only)
     return report(session, outcome)
 
 
@@ -255,6 +279,7 @@ class Session:
         no_reboot: bool,
         grace: float,
     ) -> None:
+        self.trace: TraceFile | None = None
         self._choice = choice
         self._make = make
         self._no_reboot = no_reboot
@@ -333,7 +358,7 @@ class Session:
     def _loop(self, console: Console) -> Outcome:
         while True:
             assert self._machine is not None
-            with self._machine as machine:
+            with self._machine as machine, Observation(machine, self.trace):
                 machine.start()
                 if self._stopping.is_set():
                     machine.stop()

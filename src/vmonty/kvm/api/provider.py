@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from vmonty.base.errors import KvmUnsupported
 
 if TYPE_CHECKING:
     # Only a type checker has it for certain; from Python 3.12 on it is collections.abc.Buffer.
     from typing_extensions import Buffer
 
-__all__ = ["Provider"]
+__all__ = ["Provider", "insight"]
 
 
 @runtime_checkable
@@ -47,3 +51,11 @@ class Provider(Protocol):
     def remedy(self, error: int, call: str) -> str:
         """What a user can do when *call* fails with errno *error*, or an empty string."""
         ...
+
+
+def insight(provider: Provider, method: str) -> Callable[..., Any]:
+    """A method by which some providers show what no ioctl tells. Raises KvmUnsupported where there is none."""
+    found: Callable[..., Any] | None = getattr(provider, method, None)
+    if found is None:
+        raise KvmUnsupported(errno.ENOTTY, method, f"KVM {provider.name!r} does not show this; use --accel soft")
+    return found

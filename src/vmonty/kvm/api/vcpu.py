@@ -14,7 +14,7 @@ from vmonty.base.ram import Ram
 from vmonty.kvm.api.device import Device
 from vmonty.kvm.api.handle import Handle
 from vmonty.kvm.api.lists import MAX_CPUID_ENTRIES, CpuidEntry, cpuid_entries, cpuid_table
-from vmonty.kvm.api.provider import Provider
+from vmonty.kvm.api.provider import Provider, insight
 from vmonty.kvm.api.stats import Stats
 from vmonty.kvm.uapi import Exit, Requests, irq, vcpu
 from vmonty.kvm.uapi.flags import KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_DIRTY_LOG_PAGE_OFFSET
@@ -131,6 +131,22 @@ class Vcpu(Handle):
         """Map the dirty ring of *size* bytes (as given to KVM_CAP_DIRTY_LOG_RING) of this vCPU."""
         view = self.provider.mmap(self.fileno(), size, KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE)
         return (kvm_dirty_gfn * (size // ctypes.sizeof(kvm_dirty_gfn))).from_buffer(view)
+
+    # ---- insight ---------------------------------------------------------------------------------------
+
+    def dump_vmcs(self) -> dict[str, int]:
+        """The VMCS (or VMCB) by field name. Raises KvmUnsupported on a KVM that cannot show it."""
+        dump: dict[str, int] = insight(self.provider, "dump_control_block")(self.fileno())
+        return dump
+
+    dump_vmcb = dump_vmcs
+
+    def walk(self, gva: int) -> Any:
+        """Every step of *gva* → guest-physical → host-virtual → host-physical, with the entries read.
+
+        The result has gva, gpa, hva, hpa (None from where it ends) and steps. Raises KvmUnsupported as dump_vmcs().
+        """
+        return insight(self.provider, "translate")(self.fileno(), gva)
 
     # ---- registers -----------------------------------------------------------------------------------
 

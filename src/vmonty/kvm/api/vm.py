@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vmonty.base import hostcall
@@ -12,7 +12,7 @@ from vmonty.base.layout import flexible
 from vmonty.base.ram import Ram
 from vmonty.kvm.api.device import Device
 from vmonty.kvm.api.handle import Handle
-from vmonty.kvm.api.provider import Provider
+from vmonty.kvm.api.provider import Provider, insight
 from vmonty.kvm.api.stats import Stats
 from vmonty.kvm.api.vcpu import Vcpu
 from vmonty.kvm.uapi import Requests, irq, vm
@@ -304,6 +304,17 @@ class Vm(Handle):
     def memory_encrypt_op(self, argument: int) -> int:
         """KVM_MEMORY_ENCRYPT_OP: a SEV or TDX command at this address (0: ask whether there is SEV)."""
         return self.ioctl(Requests.KVM_MEMORY_ENCRYPT_OP, argument)
+
+    def translate(self, gva: int, vcpu: Vcpu) -> Any:
+        """As Vcpu.walk(): how *vcpu* of this VM comes from *gva* to memory."""
+        return vcpu.walk(gva)
+
+    def trace(self, tracer: Callable[[Any], None] | None) -> None:
+        """Have *tracer* called with each exit (vcpu, entered_ns, left_ns, reason, name, qualification, rip); None: off.
+
+        It is called on the vCPU's thread. Raises KvmUnsupported on a KVM that cannot tell.
+        """
+        insight(self.provider, "trace")(self.fileno(), tracer)
 
     def stats(self) -> Stats:
         """KVM_GET_STATS_FD: the VM's counters (KVM_CAP_BINARY_STATS_FD)."""

@@ -24,6 +24,7 @@ from vmonty.kvm.soft.dirty_log import DirtyLogIoctls
 from vmonty.kvm.soft.dirty_ring import DirtyRing
 from vmonty.kvm.soft.enable_cap import CapIoctls
 from vmonty.kvm.soft.files import KvmFile, answers
+from vmonty.kvm.soft.insight import Tracer
 from vmonty.kvm.soft.irqchip import IrqchipIoctls
 from vmonty.kvm.soft.mce import MCE_CAP_SUPPORTED
 from vmonty.kvm.soft.memslots import PAGE_SHIFT, Change, Memslot, Memslots
@@ -168,6 +169,7 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
         self.boot_vcpu_id = 0
         self.nr_mmu_pages = 0
         self.mmu_notifier_seq = 0
+        self.tracer: Tracer | None = None
         self.msr_filter: MsrFilter | None = None
         self.pmu_filter: PmuFilter | None = None
         self.users_count = 1

@@ -13,7 +13,8 @@ from vmonty.base.errors import KvmUnavailable
 from vmonty.cpu import core
 from vmonty.kvm.soft import modules
 from vmonty.kvm.soft.files import KvmFile
-from vmonty.kvm.soft.kvm_main import KvmDevice, KvmVcpuFile
+from vmonty.kvm.soft.insight import Tracer, Translation, translate
+from vmonty.kvm.soft.kvm_main import Kvm, KvmDevice, KvmVcpuFile
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -85,6 +86,34 @@ class SoftKvm:
         if (module := modules.loaded()) is not None:
             for vm in list(module.vm_list):
                 vm.invalidate_range(address, address + size)
+
+    # ---- what no ioctl tells ---------------------------------------------------------------------------------
+
+    def trace(self, fd: int, tracer: Tracer | None) -> None:
+        """Have *tracer* called, on the vCPU's thread, with each exit of the VM behind *fd*; None: no more."""
+        vm = self._files[fd]
+        assert isinstance(vm, Kvm)
+        vm.tracer = tracer
+
+    def dump_control_block(self, fd: int) -> dict[str, int]:
+        """The VMCS or VMCB of the vCPU behind *fd*, by field name; what the guest changed, as of its last exit."""
+        vcpu = self._files[fd]
+        assert isinstance(vcpu, KvmVcpuFile)
+        return vcpu.vendor.dump()
+
+    def translate(self, fd: int, gva: int) -> Translation:
+        """Every step from a guest-virtual address of the vCPU behind *fd* to a host-physical one.
+
+        Waits until the vCPU does not run.
+        """
+        vcpu = self._files[fd]
+        assert isinstance(vcpu, KvmVcpuFile)
+        with vcpu.mutex:
+            vcpu.vcpu_load(brief=True)
+            try:
+                return translate(vcpu.kvm, vcpu, gva)
+            finally:
+                vcpu.vcpu_put()
 
     def remedy(self, error: int, call: str) -> str:
         """Name the cure for errors that have one."""

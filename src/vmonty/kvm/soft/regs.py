@@ -162,7 +162,7 @@ class RegisterIoctls(VcpuState):
         area[4] = fpu.ftwx
         area[6:8] = fpu.last_opcode.to_bytes(2, "little")
         area[8:16], area[16:24] = fpu.last_ip.to_bytes(8, "little"), fpu.last_dp.to_bytes(8, "little")
-        area[24:28] = fpu.mxcsr.to_bytes(4, "little")
+        # Not MXCSR, as in the kernel: it has no check here for bits that would make the processor's load fault.
         area[32:160], area[160:416] = bytes(fpu.fpr), bytes(fpu.xmm)
         area[XSAVE_HEADER] |= XSTATE_X87 | XSTATE_SSE
         self.vendor.set_xsave(bytes(area))

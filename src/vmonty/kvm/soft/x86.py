@@ -17,6 +17,7 @@ from vmonty.kvm.soft.caps import GUEST_DEBUG_VALID
 from vmonty.kvm.soft.dirty_ring import DirtyRing
 from vmonty.kvm.soft.events import EventIoctls
 from vmonty.kvm.soft.files import answers
+from vmonty.kvm.soft.insight import ExitRecord, Tracer
 from vmonty.kvm.soft.lapic import Lapic
 from vmonty.kvm.soft.mce import McIoctls
 from vmonty.kvm.soft.msrs import STORED, MsrIoctls
@@ -654,11 +655,25 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             self._sync_to_vapic()
             self.guest_mode(self.vendor.run)
             self._sync_from_vapic()
+        elif self.kvm.tracer is not None:
+            self._run_traced(self.kvm.tracer)
         else:
             self.guest_mode(self.vendor.run)
         self.pv.eoi_from_guest()
         self.stats.values[EXITS] += 1
         return self.vendor.handle_exit()
+
+    def _run_traced(self, tracer: Tracer) -> None:
+        entered = time.monotonic_ns()
+        self.guest_mode(self.vendor.run)
+        left = time.monotonic_ns()
+        reason, qualification = self.vendor.exit_info()
+        tracer(
+            ExitRecord(
+                self.vcpu_id, entered, left, reason, self.vendor.exit_names.get(reason, str(reason)), qualification,
+                self.vendor.get_rip(),
+            )
+        )  # fmt: skip
 
     def guest_mode(self, enter: Callable[[], T]) -> T:
         """Do *enter* in guest mode, after a flush that was asked for; see flush_remote_tlbs() for the order."""

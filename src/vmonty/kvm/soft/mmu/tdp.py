@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Iterator
 
 from vmonty.base.ram import Ram
 from vmonty.kvm.soft.memslots import PAGE_SHIFT, Memslot, Memslots
@@ -158,6 +159,19 @@ class TdpMmu:
     def zap(self, slot: Memslot) -> None:
         """kvm_zap_gfn_range(): unmap *slot*. The caller makes every vCPU flush its TLB."""
         self._change(slot.base_gfn, slot.end_gfn, 0)
+
+    ADDRESS = ADDRESS
+
+    def walk(self, gpa: int) -> Iterator[tuple[int, int, int]]:
+        """The entries that the processor reads for *gpa*: level, address, value; the last one may be empty."""
+        table = self.root
+        for level in range(LEVELS, 0, -1):
+            index = self._index(gpa, level)
+            value = self._tables.read(table, index)
+            yield level, table + 8 * index, value
+            if not value & 7:
+                return
+            table = value & ADDRESS
 
     def zap_all(self) -> list[int]:
         """kvm_mmu_zap_all(): unmap everything. The page-table pages now out of use; ``free`` them after a flush."""

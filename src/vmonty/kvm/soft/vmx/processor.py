@@ -107,6 +107,10 @@ class Processor:
         if (pcpu := self.pcpu) is not None and (operation := pcpu.virtualization) is not None:
             operation.vmx.kick()
 
+    def region(self) -> bytes:
+        """The VMCS's page."""
+        return bytes(self._pages.read(0, 4096))
+
     def pass_msr_through(self, index: int, read: bool, write: bool) -> None:
         """Which accesses to an MSR don't exit."""
         # Read low, read high, write low, write high: 1 KiB each. SDM, "MSR-Bitmap Address".

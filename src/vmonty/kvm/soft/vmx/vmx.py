@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmonty.cpu import vmcs
 from vmonty.cpu.vmcs import Field
 from vmonty.kvm.soft import pcpu as pcpus
 from vmonty.kvm.soft.cpuid import CR0_VALID, CR4_VALID, EFER_VALID, PAT_RESET, PHYSICAL_BITS
+from vmonty.kvm.soft.insight import EXIT_NAMES
 from vmonty.kvm.soft.intercepts import UD_VECTOR
 from vmonty.kvm.soft.mmu.context import CR0_PE, CR0_PG, MmuContext
 from vmonty.kvm.soft.mmu.shadow import ShadowMmu
@@ -152,6 +154,16 @@ class Vmx(VmxExits):
             for field in (Field.GUEST_SYSENTER_CS, Field.GUEST_SYSENTER_ESP, Field.GUEST_SYSENTER_EIP):
                 write(field, 0)
             self.set_control("xcr0", 1)
+
+    exit_names = EXIT_NAMES
+
+    def exit_info(self) -> tuple[int, int]:
+        """The last exit's reason and qualification."""
+        return self.cpu.vmread(Field.VM_EXIT_REASON) & 0xFFFF, self.cpu.vmread(Field.EXIT_QUALIFICATION)
+
+    def dump(self) -> dict[str, int]:
+        """dump_vmcs(): every field by its name, as they were at the last exit."""
+        return vmcs.dump(self.cpu.region())
 
     # ---- registers -----------------------------------------------------------------------------------
 

@@ -1,0 +1,81 @@
+"""What only a KVM in software can show: control structures by field name, every step of an address, each exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vmonty.kvm.soft.mmu.guest_walk import walk
+
+if TYPE_CHECKING:
+    from vmonty.kvm.soft.kvm_main import Kvm
+    from vmonty.kvm.soft.x86 import VcpuX86
+
+PAGE_MASK = 0xFFF
+
+# SDM, "VMX Basic Exit Reasons".
+EXIT_NAMES: dict[int, str] = {
+    0: "EXCEPTION_NMI", 1: "EXTERNAL_INTERRUPT", 2: "TRIPLE_FAULT", 7: "INTERRUPT_WINDOW", 8: "NMI_WINDOW",
+    9: "TASK_SWITCH", 10: "CPUID", 12: "HLT", 13: "INVD", 14: "INVLPG", 15: "RDPMC", 16: "RDTSC", 18: "VMCALL",
+    28: "CR_ACCESS", 29: "DR_ACCESS", 30: "IO_INSTRUCTION", 31: "MSR_READ", 32: "MSR_WRITE", 33: "INVALID_STATE",
+    36: "MWAIT", 37: "MONITOR_TRAP", 39: "MONITOR", 40: "PAUSE", 43: "TPR_BELOW_THRESHOLD", 46: "GDTR_IDTR",
+    47: "LDTR_TR", 48: "EPT_VIOLATION", 49: "EPT_MISCONFIG", 52: "PREEMPTION_TIMER", 54: "WBINVD", 55: "XSETBV",
+    58: "INVPCID",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExitRecord:
+    """One exit: the vCPU, when its guest was entered and left (host's monotonic nanoseconds), why, and where."""
+
+    vcpu: int
+    entered_ns: int
+    left_ns: int
+    reason: int
+    name: str
+    qualification: int
+    rip: int
+
+
+Tracer = Callable[[ExitRecord], None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a translation: what kind of table, its level (0: none), where the entry is, and what it holds."""
+
+    table: str
+    level: int
+    address: int
+    value: int
+
+
+@dataclass(frozen=True)
+class Translation:
+    """GVA → GPA → HVA → HPA; None from where it ends. The software's host-physical address is one of the process."""
+
+    gva: int
+    gpa: int | None
+    hva: int | None
+    hpa: int | None
+    steps: tuple[Step, ...]
+
+
+def translate(kvm: Kvm, vcpu: VcpuX86, gva: int) -> Translation:
+    """Walk the guest's tables, the memory slots and the second dimension. The vCPU must not run."""
+    get = vcpu.vendor.get_control
+    found = walk(kvm, gva, get("cr0"), get("cr3"), get("cr4"), get("efer"))
+    steps = [Step("guest", entry.level, entry.gpa, entry.value) for entry in found.entries]
+    if found.gpa is None:
+        return Translation(gva, None, None, None, tuple(steps))
+    slot = kvm.memslots.find(found.gpa)
+    hva = None if slot is None else slot.hva(found.gpa)
+    if slot is not None:
+        steps.append(Step("slot", 0, slot.base_gfn << 12, slot.userspace_addr))
+    hpa = None
+    for level, address, value in kvm.mmu.walk(found.gpa):
+        steps.append(Step("host", level, address, value))
+        if level == 1 and value & 7:
+            hpa = value & kvm.mmu.ADDRESS | found.gpa & PAGE_MASK
+    return Translation(gva, found.gpa, hva, hpa, tuple(steps))

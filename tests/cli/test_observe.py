@@ -1,0 +1,83 @@
+"""`vmonty run --trace` and `vmonty stat`: on the software KVM, with a guest that is no Linux."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from vmonty import kvm
+from vmonty.base.errors import UsageError
+from vmonty.base.ram import Ram
+from vmonty.cli.observe import TraceFile
+from vmonty.cli.stat import stat
+from vmonty.testing.guests import RAM_SIZE, Mode, TinyGuest
+
+
+@pytest.fixture
+def guest() -> Iterator[TinyGuest]:
+    with kvm.open("soft") as system, system.create_vm() as vm:
+        ram = Ram(RAM_SIZE)
+        vm.set_user_memory_region(0, 0, ram)
+        with vm.create_vcpu() as vcpu:
+            yield TinyGuest(vm, vcpu, ram).load(Mode.LONG, "again: cpuid\n out 0x10, al\n jmp again")
+
+
+def traced(guest: TinyGuest, path: Path, *names: str) -> str:
+    trace = TraceFile(path, frozenset(names), io.StringIO())
+    guest.vm.trace(trace)
+    for _ in range(3):
+        guest.out()
+    guest.vm.trace(None)
+    trace.close()
+    return path.read_text()
+
+
+def test_json_lines(guest: TinyGuest, tmp_path: Path) -> None:
+    records = [json.loads(line) for line in traced(guest, tmp_path / "t.jsonl").splitlines()]
+    assert [record["exit"] for record in records if record["exit"] != "EPT_VIOLATION"] == [
+        "CPUID",
+        "IO_INSTRUCTION",
+    ] * 3
+    assert all(record["vcpu"] == 0 and record["guest_ns"] >= 0 for record in records)
+
+
+def test_only_some(guest: TinyGuest, tmp_path: Path) -> None:
+    text = traced(guest, tmp_path / "t.jsonl", "CPUID")
+    assert {json.loads(line)["exit"] for line in text.splitlines()} == {"CPUID"}
+
+
+def test_a_chrome_trace(guest: TinyGuest, tmp_path: Path) -> None:
+    events = json.loads(traced(guest, tmp_path / "t.json"))
+    assert {event["name"] for event in events} == {"guest", "host"}
+    assert all(event["ph"] == "X" and event["dur"] >= 0 for event in events)
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        TraceFile(tmp_path / "no" / "t.json", frozenset(), io.StringIO())
+
+
+def test_counters_of_a_process(guest: TinyGuest) -> None:
+    with guest.vm.stats(), guest.vcpu.stats():
+        guest.out()
+        shown = CliRunner().invoke(stat, [str(os.getpid()), "--json"])
+        assert json.loads(shown.output)["io_exits"] >= 1
+        table = CliRunner().invoke(stat, [str(os.getpid()), "--once"])
+        assert "io_exits" in table.output
+
+
+def test_a_process_without_counters() -> None:
+    shown = CliRunner().invoke(stat, ["1"])
+    assert isinstance(shown.exception, UsageError)
+    assert "shows no counters" in str(shown.exception)
+
+
+@pytest.mark.parametrize("interval", ["0", "-1"])
+def test_bad_interval(interval: str) -> None:
+    assert isinstance(CliRunner().invoke(stat, ["1", "--interval", interval]).exception, UsageError)
