@@ -6,8 +6,9 @@ import random
 
 import iced_x86
 import pytest
+from tests.cpu.cases import Maker, exists
 
-from vmonty.cpu import decode
+from vmonty.cpu import decode, isa
 
 # Valid for iced-x86, not offered by us: CPUID never shows them, so they are #UD.
 NOT_OFFERED = {
@@ -44,3 +45,43 @@ def test_lengths(bits: int) -> None:
         if verdict.startswith("length"):
             wrong.append((code.hex(), verdict))
     assert not wrong, wrong[:10]
+
+
+# Our names that no mnemonic of theirs begins with.
+OTHER_NAMES = {
+    "SHL": "SAL", "CBW": "CDQE CWDE", "CWD": "CQO CDQ", "INSW": "INSD", "OUTSW": "OUTSD",
+    "NOP": "XCHG RESERVEDNOP CLDEMOTE ENDBR RDSSP BND",
+    "FWAIT": "WAIT", "MOVSW": "MOVSD MOVSQ", "CMPSW": "CMPSD CMPSQ", "STOSW": "STOSD STOSQ", "LODSW": "LODSD LODSQ",
+    "SCASW": "SCASD SCASQ", "JCXZ": "JECXZ JRCXZ", "CALLF": "CALL", "JMPF": "JMP", "PREFETCHW": "PREFETCH RESERVEDNOP",
+    "PREFETCH": "RESERVEDNOP", "CMPXCHG8B": "CMPXCHG16B", "MOVLPS": "MOVHLPS", "VMOVLPS": "VMOVHLPS",
+    "MOVHPS": "MOVLHPS", "VMOVHPS": "VMOVLHPS", "MOVD": "MOVQ", "VMOVD": "VMOVQ", "PEXTRD": "PEXTRQ",
+    "VPEXTRD": "VPEXTRQ", "PINSRD": "PINSRQ", "VPINSRD": "VPINSRQ",
+}  # fmt: skip
+MNEMONICS = {value: name for name, value in vars(iced_x86.Mnemonic).items() if isinstance(value, int)}
+
+
+@pytest.mark.parametrize("bits", [64, 32, 16])
+def test_every_row_is_the_instruction_that_its_name_says(bits: int) -> None:
+    """Encodings of every row have the same length and mnemonic in iced-x86."""
+    maker = Maker(random.Random(bits), bits)
+    for row in isa.ROWS:
+        if not exists(row, bits):
+            continue
+        seen = 0
+        for _ in range(60):
+            code = ((maker.encode(row, [0] * 16, set()) or b"") + bytes(15))[:15]
+            ours = decode.decode_bytes(code, 0x1000, bits // 8)
+            if isinstance(ours, int) or ours["row"] is not row:
+                continue
+            theirs = next(iter(iced_x86.Decoder(bits, code, ip=0x1000)))
+            name = MNEMONICS[theirs.mnemonic]
+            if name == "INVALID" and row.name.startswith("MOV_"):
+                continue  # a control or segment register that is not there: refused when it executes
+            assert ours["length"] == theirs.len, f"{row.name} {code.hex()}"
+            words = {row.name.split("_")[0], *OTHER_NAMES.get(row.name, "").split()}
+            if not row.name.startswith("X87_"):
+                assert any(name.startswith(word) for word in words), f"{row.name} {code.hex()} is {name}"
+            seen += 1
+            if seen > 5:
+                break
+        assert seen or (row.name in ("INC", "DEC") and row.opcode & 0xF0 == 0x40), row
