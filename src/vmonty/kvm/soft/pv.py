@@ -54,12 +54,23 @@ CPUID_FEATURES = 0x4000_0001
 _thread = threading.local()
 
 
+class _Schedstat:
+    """A thread's own file, closed when the thread's locals go."""
+
+    def __init__(self) -> None:
+        self.fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
 def run_delay_ns() -> int:
     """How long the calling thread was ready to run and had no processor; 0 where the host does not tell."""
     try:
         if not hasattr(_thread, "schedstat"):
-            _thread.schedstat = open("/proc/thread-self/schedstat", "rb", buffering=0)  # noqa: SIM115  # the thread's
-        return int(os.pread(_thread.schedstat.fileno(), 64, 0).split()[1])
+            _thread.schedstat = _Schedstat()
+        return int(os.pread(_thread.schedstat.fd, 64, 0).split()[1])
     except (OSError, IndexError):
         return 0
 
