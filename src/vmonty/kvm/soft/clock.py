@@ -6,6 +6,7 @@ import errno
 import time
 
 from vmonty.kvm.soft.files import KvmFile, answers
+from vmonty.kvm.soft.modules import Module
 from vmonty.kvm.soft.tsc import HOST_TSC_KHZ, check_tsc_khz, read_tsc
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.uapi import Requests
@@ -17,6 +18,7 @@ class ClockIoctls(KvmFile):
     """The VM's clock: nanoseconds since its creation, unless user space sets it."""
 
     created_vcpus: int
+    module: Module
 
     def __init__(self) -> None:
         self._kvmclock_offset = -time.monotonic_ns()
@@ -25,6 +27,8 @@ class ClockIoctls(KvmFile):
     @answers(Requests.KVM_SET_TSC_KHZ)
     def set_tsc_khz(self, argument: Argument) -> None:
         """For vCPUs that are created from now on; 0 means the host's frequency."""
+        if not self.module.ops.tsc_scaling:
+            raise OSError(errno.ENOTTY, "this processor does not scale the TSC")
         khz = check_tsc_khz(argument.number & 0xFFFF_FFFF)
         if self.created_vcpus:
             raise OSError(errno.EINVAL, "there are vCPUs already")

@@ -57,8 +57,10 @@ KVM_RUN = int(Requests.KVM_RUN)
 Install = Callable[[KvmFile, str, int], int]
 
 
-def check_extension(number: int) -> int:
+def check_extension(module: Module, number: int) -> int:
     """The value of a capability, 0 when it is absent."""
+    if number in (Cap.TSC_CONTROL, Cap.VM_TSC_CONTROL) and not module.ops.tsc_scaling:
+        return 0
     try:
         return CAPABILITIES.get(Cap(number), 0)
     except ValueError:
@@ -91,7 +93,7 @@ class KvmDevice(KvmFile):
 
     @answers(Requests.KVM_CHECK_EXTENSION)
     def check_extension(self, argument: Argument) -> int:
-        return check_extension(argument.number)
+        return check_extension(self._module, argument.number)
 
     @answers(Requests.KVM_GET_VCPU_MMAP_SIZE)
     def get_vcpu_mmap_size(self, argument: Argument) -> int:
@@ -209,7 +211,7 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
 
     @answers(Requests.KVM_CHECK_EXTENSION)
     def check_extension(self, argument: Argument) -> int:
-        return check_extension(argument.number)
+        return check_extension(self.module, argument.number)
 
     @answers(Requests.KVM_CREATE_VCPU)
     def create_vcpu(self, argument: Argument) -> int:

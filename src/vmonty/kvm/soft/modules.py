@@ -50,6 +50,8 @@ class KvmX86InitOps(Protocol):
     # hardware_setup() corrects where the processor lacks something.
     feature: str
     parameters: Any
+    # Whether a guest's TSC can have a frequency of its own.
+    tsc_scaling: bool
 
     def hardware_setup(self) -> None:
         """Once: tables, bitmaps, what the parameters come to. Raises OSError."""

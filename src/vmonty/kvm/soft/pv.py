@@ -82,6 +82,8 @@ class Paravirt:
         self._vcpu = vcpu
         self._msrs = dict.fromkeys(MSRS, 0) | {flags.MSR_KVM_POLL_CONTROL: 1}
         self.enforced = False
+        # Whether anything is to be done around a guest's run.
+        self.active = False
         self._steal_ns = self._last_delay = self._next_steal_ns = 0
         self._preempted = False
         self._eoi_told = False
@@ -115,6 +117,8 @@ class Paravirt:
         elif index == flags.MSR_KVM_ASYNC_PF_EN and value & ASYNC_PF_ALIGNED:
             return False
         self._msrs[index] = value
+        in_use = self._msrs[flags.MSR_KVM_STEAL_TIME] | self._msrs[flags.MSR_KVM_PV_EOI_EN]
+        self.active = bool(in_use & ENABLED) or self._eoi_told
         return True
 
     @property

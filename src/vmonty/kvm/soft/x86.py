@@ -264,11 +264,14 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def set_tsc_frequency(self, khz: int) -> None:
         """Scale, unless it is the host's within the module's tolerance."""
-        self.tsc_khz = khz or HOST_TSC_KHZ
-        tolerance = HOST_TSC_KHZ * self.kvm.module.kvm.tsc_tolerance_ppm
-        self._tsc_ratio = TSC_UNITY
-        if abs(self.tsc_khz - HOST_TSC_KHZ) * 1_000_000 > tolerance:
-            self._tsc_ratio = (self.tsc_khz << TSC_FRACTION_BITS) // HOST_TSC_KHZ
+        khz = khz or HOST_TSC_KHZ
+        module = self.kvm.module
+        ratio = TSC_UNITY
+        if abs(khz - HOST_TSC_KHZ) * 1_000_000 > HOST_TSC_KHZ * module.kvm.tsc_tolerance_ppm:
+            if not module.ops.tsc_scaling:
+                raise OSError(errno.EINVAL, "the guest's TSC runs at the host's frequency")
+            ratio = (khz << TSC_FRACTION_BITS) // HOST_TSC_KHZ
+        self.tsc_khz, self._tsc_ratio = khz, ratio
         self.vendor.set_tsc_multiplier(self._tsc_ratio)
         self.pvclock.update()
 
@@ -649,8 +652,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             self.clock_update_requested = False
             self.pvclock.update()
         self._inject_pending_event()
-        self.pv.record_steal_time()
-        self.pv.eoi_to_guest()
+        if self.pv.active:
+            self.pv.record_steal_time()
+            self.pv.eoi_to_guest()
         if self._vapic_addr:
             self._sync_to_vapic()
             self.guest_mode(self.vendor.run)
@@ -659,7 +663,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             self._run_traced(self.kvm.tracer)
         else:
             self.guest_mode(self.vendor.run)
-        self.pv.eoi_from_guest()
+        if self.pv.active:
+            self.pv.eoi_from_guest()
         self.stats.values[EXITS] += 1
         return self.vendor.handle_exit()
 

@@ -46,6 +46,7 @@ class KvmAmd:
     """struct kvm_x86_init_ops of SVM."""
 
     name, feature = "kvm_amd", "svm"
+    tsc_scaling = True  # by the TSC ratio MSR
 
     def __init__(self) -> None:
         self.parameters = Parameters()

@@ -79,6 +79,10 @@ class Processor:
         self._registers.store(self._cpu)
         self.pcpu = None
 
+    def region(self) -> bytes:
+        """The VMCB's page."""
+        return bytes(self._pages.read(0, PAGE_SIZE))
+
     def enter(self) -> int:
         """VMLOAD, VMRUN, VMSAVE: gives the exit code."""
         return self._svm.enter(self.vmcb.address)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vmonty.cpu import vmcb
 from vmonty.cpu.vmcb import ExitCode, Field
 from vmonty.kvm.soft import pcpu as pcpus
 from vmonty.kvm.soft.cpuid import CR0_VALID, CR4_VALID, EFER_VALID, PAT_RESET, PHYSICAL_BITS
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vmonty.kvm.soft.x86 import VcpuX86
 
 X = ExitCode
+EXIT_NAMES = {int(code): code.name for code in ExitCode}
 RAX, RSP = 0, 4
 IN_VMCB = {RAX: Field.RAX, RSP: Field.RSP}
 SEGMENTS = {"es": "ES", "cs": "CS", "ss": "SS", "ds": "DS", "fs": "FS", "gs": "GS", "ldt": "LDTR", "tr": "TR"}
@@ -136,6 +138,16 @@ class Svm(SvmExits):
             for field in (Field.SYSENTER_CS, Field.SYSENTER_ESP, Field.SYSENTER_EIP):
                 vmcb[field] = 0
             self.set_control("xcr0", 1)
+
+    exit_names = EXIT_NAMES
+
+    def exit_info(self) -> tuple[int, int]:
+        """The last exit's code and EXITINFO1."""
+        return self.vmcb[Field.EXITCODE], self.vmcb[Field.EXITINFO1]
+
+    def dump(self) -> dict[str, int]:
+        """dump_vmcb(): every field by its name, as they were at the last exit."""
+        return vmcb.dump(self.cpu.region())
 
     # ---- registers -----------------------------------------------------------------------------------
 

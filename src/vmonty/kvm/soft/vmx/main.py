@@ -56,6 +56,7 @@ class KvmIntel:
     """struct kvm_x86_init_ops of VMX."""
 
     name, feature = "kvm_intel", "vmx"
+    tsc_scaling = True
 
     def __init__(self) -> None:
         self.parameters = Parameters()
