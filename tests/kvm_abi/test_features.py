@@ -6,6 +6,7 @@ import errno
 
 import pytest
 
+from vmonty.base.errors import KvmUnsupported
 from vmonty.kvm.api import CpuidEntry, Device, System, Vm
 from vmonty.kvm.uapi import Cap, Exit, Requests
 from vmonty.kvm.uapi.flags import (
@@ -194,3 +195,12 @@ def test_quirks(vm: Vm) -> None:
     vm.enable_cap(Cap.DISABLE_QUIRKS2, 1)
     with refused(errno.EINVAL):
         vm.enable_cap(Cap.DISABLE_QUIRKS2, 1 << 62)
+
+
+def test_what_no_ioctl_tells(guest: TinyGuest) -> None:
+    """Through a provider that has only the ABI's door, which the watched one is."""
+    vm, vcpu = guest.vm, guest.vcpu
+    asked = vcpu.dump_vmcs, vcpu.dump_vmcb, lambda: vcpu.walk(0), lambda: vm.translate(0, vcpu), lambda: vm.trace(None)
+    for ask in asked:
+        with pytest.raises(KvmUnsupported, match="--accel soft"):
+            ask()
