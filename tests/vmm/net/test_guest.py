@@ -8,9 +8,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from tests.vmm.net.namespace import web_server
 
 import vmonty
-from tests.vmm.net.namespace import web_server
 from vmonty.base.errors import GuestError
 from vmonty.guests import busybox
 
