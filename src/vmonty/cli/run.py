@@ -219,9 +219,7 @@ def only_given(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_file(
-    file: Path, given: dict[str, Any], grace: float, trace: Path | None, trace_only: tuple[str, ...]
-) -> int:
+def run_file(file: Path, given: dict[str, Any], grace: float, trace: Path | None, trace_only: tuple[str, ...]) -> int:
     """Run what *file* describes, with *given* in place of its settings, as ``vmonty.VM.from_file`` does."""
     # Not for everybody: checking settings needs code that a plain start should not wait for.
     from vmonty.vm.build import Build
