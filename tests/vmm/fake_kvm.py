@@ -103,7 +103,7 @@ class FakeKvm:
         return MMAP_SIZE
 
     def _kvm_check_extension(self, fd: int, argument: Any) -> int:
-        return self.extensions.get(Cap(argument), 1)
+        return self.extensions.get(Cap(argument), int(Cap(argument) is not Cap.BINARY_STATS_FD))
 
     def _kvm_create_vm(self, fd: int, argument: Any) -> int:
         return self._file()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmonty.kvm.soft.mmu.guest_walk import walk
+from vmonty.kvm.soft.mmu.shadow import ShadowMmu
+from vmonty.kvm.soft.mmu.spte import ADDRESS
 
 if TYPE_CHECKING:
     from vmonty.kvm.soft.kvm_main import Kvm
@@ -74,8 +76,10 @@ def translate(kvm: Kvm, vcpu: VcpuX86, gva: int) -> Translation:
     if slot is not None:
         steps.append(Step("slot", 0, slot.base_gfn << 12, slot.userspace_addr))
     hpa = None
+    if isinstance(kvm.mmu, ShadowMmu):  # its tables lead from linear addresses; a host-physical address is one of ours
+        return Translation(gva, found.gpa, hva, hva, tuple(steps))
     for level, address, value in kvm.mmu.walk(found.gpa):
         steps.append(Step("host", level, address, value))
         if level == 1 and value & 7:
-            hpa = value & kvm.mmu.ADDRESS | found.gpa & PAGE_MASK
+            hpa = value & ADDRESS | found.gpa & PAGE_MASK
     return Translation(gva, found.gpa, hva, hpa, tuple(steps))
