@@ -160,7 +160,6 @@ class TdpMmu:
         """kvm_zap_gfn_range(): unmap *slot*. The caller makes every vCPU flush its TLB."""
         self._change(slot.base_gfn, slot.end_gfn, 0)
 
-
     def walk(self, gpa: int) -> Iterator[tuple[int, int, int]]:
         """The entries that the processor reads for *gpa*: level, address, value; the last one may be empty."""
         table = self.root
