@@ -61,6 +61,7 @@ def _missing_memory(s, t):
 def walk(s, va, access, t):
     """Describe what a linear address is for one kind of access; Translation.fault is returned."""
     fault: uint32_t = WALK_RETRY
+    known: cython.pointer(TableEntry)
     while fault == WALK_RETRY:
         t.linear = va
         t.user = 0
@@ -72,6 +73,12 @@ def walk(s, va, access, t):
             fault = _finish(s, t, access, cython.cast(uint64_t, 1) << 30, True, True)
         elif s.cr4 & CR4_PAE:
             fault = _walk_wide(s, va, access, t)
+            known = cython.address(s.tables[(va >> 21) & (TABLE_ENTRIES - 1)])
+            if fault == WALK_PAGE_FAULT and known.tag & 1 and (known.tag ^ va) >> 21 == 0:
+                # A page fault forgets what is cached for its address. SDM, "Operations that Invalidate TLBs and
+                # Paging-Structure Caches"
+                known.tag = 0
+                fault = WALK_RETRY
         else:
             fault = _walk_32(s, va & cython.cast(uint64_t, 0xFFFFFFFF), access, t)
     return fault
