@@ -274,7 +274,6 @@ def load_host(s, area):
         s.event.pending = 0
         s.activity = 2  # shutdown
     flush_all(s)
-    debug_changed(s)
     mode_changed(s)
 
 
