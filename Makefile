@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# Both vendor modules, with and without a second dimension of paging; `soft` is kvm_intel with EPT.
+MATRIX := soft-svm soft-vmx-shadow soft-svm-shadow
 SOURCES := $(shell find src -name '*.py' -o -name '*.pxd') setup.py pyproject.toml
 
 .PHONY: run test check rig stress packages clean
@@ -13,6 +15,8 @@ run: $(VENV)/built
 test: packages $(VENV)/built check
 	@echo "==> the test suite"
 	@$(PY) -m pytest
+	@for provider in $(MATRIX); do echo "==> the ABI suite on $$provider"; \
+		$(PY) -m pytest -q tests/kvm_abi --provider=$$provider || exit 1; done
 
 check: $(VENV)/built
 	@echo "==> ruff, cython-lint, mypy"

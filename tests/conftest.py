@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
+
+# A loaded host may take long for an example; that is no failure.
+hypothesis.settings.register_profile("vmonty", deadline=None)
+hypothesis.settings.load_profile("vmonty")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -11,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--provider",
         metavar="NAME",
         default=None,
-        help="the KVM under test: linux or soft; by default every one that this host has",
+        help="the KVM under test: linux, soft, soft-svm, soft-vmx-shadow, soft-svm-shadow; by default linux and soft",
     )
     group.addoption(
         "--try-known-gaps",

@@ -36,7 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "provider_name" in metafunc.fixturenames:
         chosen = metafunc.config.getoption("--provider")
-        metafunc.parametrize("provider_name", [chosen] if chosen else sorted(kvm.PROVIDERS), scope="session")
+        # The others need a vendor module of their own, and only one can be loaded: they are asked for by name.
+        metafunc.parametrize("provider_name", [chosen] if chosen else ["linux", "soft"], scope="session")
 
 
 @pytest.hookimpl(trylast=True)

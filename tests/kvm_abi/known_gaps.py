@@ -31,6 +31,7 @@ GAPS: dict[str, dict[str, str]] = {
         "debug-cpl3": "single steps and breakpoints of CPL3 code become #DB of the guest or nothing, never Exit.DEBUG",
         "watchpoint": "CPL0 code is emulated, and the emulator does not look at watchpoints; in CPL3 they never exit",
         "sw-breakpoint": "INT3 is never Exit.DEBUG: emulated code cannot execute it, in CPL3 it is the guest's #BP",
+        "pv-eoi": "CPL0 code is emulated, and never told that its EOI may be a cleared bit",
         "hypercall": "CPL0 code is emulated, and VMCALL and VMMCALL are patched and executed again for ever",
     },
     AMD_UNDER_TCG: {

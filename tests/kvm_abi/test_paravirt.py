@@ -72,6 +72,7 @@ def test_steal_time_is_told_and_never_goes_back(guest: TinyGuest, has: Callable[
     assert told.preempted == 0
 
 
+@pytest.mark.known_gap("pv-eoi")
 def test_eoi_by_clearing_a_bit(chipped: TinyGuest, has: Callable[[int], None]) -> None:
     """The handler's EOI costs no exit: it finds the bit set, and clears it."""
     has(flags.KVM_FEATURE_PV_EOI)

@@ -31,7 +31,7 @@ class Identity:
 
 
 def _structure(kind: int, handle: int, body: bytes, *strings: str) -> bytes:
-    texts = b"".join(text.encode("latin-1", "replace") + b"\0" for text in strings) or b"\0"
+    texts = b"".join(text.encode("latin-1", "replace").replace(b"\0", b"?") + b"\0" for text in strings) or b"\0"
     return struct.pack("<BBH", kind, 4 + len(body), handle) + body + texts + b"\0"
 
 
@@ -44,7 +44,7 @@ class _Strings:
     def add(self, text: str) -> int:
         if not text:
             return 0
-        self.all.append(text.replace("\0", " "))
+        self.all.append(text)
         return len(self.all)
 
 
