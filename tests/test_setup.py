@@ -92,7 +92,10 @@ def test_every_declaration_file_belongs_to_a_module() -> None:
 
 
 def test_no_c_beside_the_sources() -> None:
-    assert not [path for suffix in ("c", "cpp", "html") for path in ROOT.glob(f"src/**/*.{suffix}")]
+    # The benchmark's payloads are guests' programs: compiled for a guest, when it is measured.
+    payloads = ROOT / "src" / "vmonty" / "bench" / "payloads"
+    found = [path for suffix in ("c", "cpp", "html") for path in ROOT.glob(f"src/**/*.{suffix}")]
+    assert not [path for path in found if path.parent != payloads or path.suffix != ".c"]
 
 
 def test_the_packages_that_messages_name_are_those_that_the_set_up_installs() -> None:

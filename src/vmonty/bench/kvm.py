@@ -1,18 +1,21 @@
 """How long a KVM takes for what guests ask of it: seconds per operation, for any provider.
 
 Each function opens what it needs, runs a guest that does one thing many times, and divides. They are small numbers on
-a machine that does other things too: where one thread does all the work its own time is taken; take medians of several
-calls all the same.
+a machine that does other things too: where one thread does all the work its own time is taken; ``measure`` gives
+medians of several calls all the same.
 """
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from vmonty import kvm
 from vmonty.base.ram import Ram
+from vmonty.bench.report import Report, Row, figure
 from vmonty.kvm.api import System, Vcpu, Vm
 from vmonty.kvm.uapi import Exit
 from vmonty.testing.guests import DATA, Mode, load
@@ -213,3 +216,29 @@ ROWS: tuple[tuple[str, Callable[[System], float], float], ...] = (
     ("IPI between running vCPUs", ipi_round, 20e-6),
     ("VM and vCPU creation", creation, 5e-3),
 )
+NAMES = tuple(measured.__name__ for _, measured, _ in ROWS)
+
+
+def measure(
+    provider: str,
+    names: Sequence[str] = NAMES,
+    quick: bool = False,
+    say: Callable[[str, int, int], None] = lambda *_: None,
+) -> Report:
+    """What *provider*'s KVM takes for the operations *names*: medians of five calls, *quick* of one.
+
+    Raises UsageError for an unknown provider, KvmUnavailable when it cannot be used here.
+    """
+    report = Report(f"KVM {provider}: seconds per operation")
+    wanted = [row for row in ROWS if row[1].__name__ in names]
+    with kvm.open(provider) as system:
+        # In turns, so that a busy minute of the host falls on all of them.
+        taken: dict[str, list[float]] = {name: [] for name, _, _ in wanted}
+        rounds = 1 if quick else 5
+        for turn in range(rounds):
+            for at, (name, measured, _) in enumerate(wanted):
+                say("operations", turn * len(wanted) + at, rounds * len(wanted))
+                taken[name].append(measured(system))
+    for name, _, most in wanted:
+        report.rows.append(Row(name, "s", "less", statistics.median(taken[name]), None, None, f"≤ {figure(most, 's')}"))
+    return report

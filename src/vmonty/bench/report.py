@@ -10,14 +10,13 @@ import statistics
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from math import exp, log
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
-
-from vmonty import __version__
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def host() -> dict[str, str | int]:
     )
     return {
         "cpu": model, "cpus": os.cpu_count() or 1, "kernel": platform.release(), "python": platform.python_version(),
-        "vmonty": __version__, "qemu": qemu_version() or "not installed",
+        "vmonty": version("vmonty"), "qemu": qemu_version() or "not installed",
     }  # fmt: skip
 
 
@@ -91,12 +90,12 @@ class Report:
     def show(self, console: Console) -> None:
         """Print the table."""
         table = Table(title=self.title, title_justify="left", box=None, pad_edge=False)
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for column in ("vmonty", "native", "QEMU TCG", "÷ native", "× TCG"):
             table.add_column(column, justify="right")
         table.add_column("target")
         for row in self.rows:
-            cells = [_figure(value, row.unit) for value in (row.vmonty, row.native, row.qemu_tcg)]
+            cells = [figure(value, row.unit) for value in (row.vmonty, row.native, row.qemu_tcg)]
             ratios = [f"{value:.2f}" if value else "" for value in (row.over_native, row.tcg_over_vmonty)]
             table.add_row(row.name, *cells, *ratios, row.target)
         console.print(table)
@@ -106,7 +105,8 @@ class Report:
         )
 
 
-def _figure(value: float | None, unit: str) -> str:
+def figure(value: float | None, unit: str) -> str:
+    """A value as the table shows it: seconds with the prefix that suits them, a dash for None."""
     if value is None:
         return "–"
     if unit == "s":

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 from rich.console import Console
 
+from vmonty import kvm as providers
 from vmonty.base.errors import UsageError
-from vmonty.bench.cpu import measure
+from vmonty.bench import cpu as cpu_bench
+from vmonty.bench import kvm as kvm_bench
 from vmonty.bench.payload import NAMES
 from vmonty.bench.report import Report
 from vmonty.cli.progress import terminal_progress
@@ -21,12 +24,21 @@ def bench() -> None:
 
 def finish(report: Report, json_file: Path | None) -> None:
     """Show the table, and write the JSON where it was asked for."""
-    report.show(Console())
+    console = Console()
+    # In a pipe or a file nothing says how wide: as wide as the table is.
+    report.show(console if console.is_terminal else Console(width=160))
     if json_file is not None:
         try:
             report.write(json_file)
         except OSError as error:
             raise UsageError(f"{json_file} cannot be written: {error.strerror}") from error
+
+
+def check_names(what: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Raises UsageError when one of *given* is not known."""
+    for name in given:
+        if name not in known:
+            raise UsageError(f"there is no {what} {name}; there are {', '.join(known)}")
 
 
 json_option = click.option(
@@ -44,9 +56,23 @@ def cpu(payloads: tuple[str, ...], json_file: Path | None, quick: bool) -> None:
 
     Needs gcc for the payloads; without qemu-system-x86_64 its column stays empty.
     """
-    unknown = [name for name in payloads if name not in NAMES]
-    if unknown:
-        raise UsageError(f"there is no payload {unknown[0]}; there are {', '.join(NAMES)}")
+    check_names("payload", payloads, NAMES)
     with terminal_progress() as progress:
-        report = measure(payloads or NAMES, quick, progress)
+        report = cpu_bench.measure(payloads or NAMES, quick, progress)
+    finish(report, json_file)
+
+
+@bench.command(epilog="Example:  vmonty bench kvm --provider soft --json kvm.json")
+@click.argument("operations", nargs=-1)
+@click.option(
+    "--provider", type=click.Choice(sorted(providers.PROVIDERS)), default="soft", show_default=True,
+    help="Whose KVM is measured.",
+)  # fmt: skip
+@json_option
+@quick_option
+def kvm(operations: tuple[str, ...], provider: str, json_file: Path | None, quick: bool) -> None:
+    """Measure OPERATIONS (default: all) of a KVM: exits, page fills, interrupts between vCPUs, creation."""
+    check_names("operation", operations, kvm_bench.NAMES)
+    with terminal_progress() as progress:
+        report = kvm_bench.measure(provider, operations or kvm_bench.NAMES, quick, progress)
     finish(report, json_file)

@@ -1,0 +1,60 @@
+"""``vmonty bench``: the quick forms measure something, and what they write keeps its contract."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Result
+
+Run = Callable[..., Result]
+gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc: apt-get install gcc")
+
+
+def rows(result: Result, file: Path) -> dict[str, dict[str, Any]]:
+    """The rows by name, after a look at the contract that scripts rely on."""
+    assert result.status == 0, result.err
+    written = json.loads(file.read_text())
+    assert {"cpu", "cpus", "kernel", "qemu", "vmonty"} <= set(written["host"])
+    for row in written["rows"]:
+        assert set(row) == {"name", "unit", "better", "vmonty", "native", "qemu_tcg", "target"}
+        assert row["better"] in ("less", "more")
+        assert row["name"] in result.out
+    return {row["name"]: row for row in written["rows"]}
+
+
+@gcc
+def test_cpu(vmonty: Run, tmp_path: Path) -> None:
+    file = tmp_path / "cpu.json"
+    row = rows(vmonty("bench", "cpu", "fib", "--quick", "--json", file), file)["fib"]
+    assert row["vmonty"] > 0
+    assert row["native"] > 0
+    assert (row["qemu_tcg"] is None) == (shutil.which("qemu-system-x86_64") is None)
+
+
+@pytest.mark.parametrize("provider", ["soft", "soft-svm"])
+def test_kvm(vmonty: Run, tmp_path: Path, provider: str) -> None:
+    file = tmp_path / "kvm.json"
+    result = vmonty("bench", "kvm", "cpuid_exit", "creation", "--provider", provider, "--quick", "--json", file)
+    found = rows(result, file)
+    assert set(found) == {"CPUID exit", "VM and vCPU creation"}
+    assert found["CPUID exit"]["target"] == "≤ 2 µs"
+    for row in found.values():
+        assert 0 < row["vmonty"] < 10
+        assert row["native"] is row["qemu_tcg"] is None
+
+
+@pytest.mark.parametrize("command", ["cpu", "kvm"])
+def test_an_unknown_name_is_refused(vmonty: Run, command: str) -> None:
+    assert "nonsense; there are" in vmonty("bench", command, "nonsense").refusal()
+
+
+def test_a_file_that_cannot_be_written(vmonty: Run, tmp_path: Path) -> None:
+    result = vmonty("bench", "kvm", "creation", "--quick", "--json", tmp_path / "missing" / "kvm.json")
+    assert result.status == 2
+    assert "kvm.json cannot be written: No such file" in result.err
