@@ -16,6 +16,23 @@ def test_some_cases() -> None:
     assert (done, failures) == (60, [])
 
 
+@pytest.mark.parametrize("seed", [25769807685, 21474839753, 21474841293, 21474844259])
+def test_cases_that_failed(seed: int) -> None:
+    """A far call within a page came back with the same IP and another base: the first base's translation was run."""
+    assert fuzz.run_case(seed) == ""
+
+
+@pytest.mark.parametrize("base", [0x10, 0x80, 0xFF0])
+def test_one_ip_at_two_bases(base: int) -> None:
+    """The same IP in code segments with different bases is not the same code, though it be in the same page."""
+    machine = Machine()
+    machine.set_segment("cs", 0, 0, 0xFFFF, 0x9B)
+    machine.ram.write(CODE + base, assemble("mov dx, 5\n hlt", 16, CODE))
+    near = f"inc bx\n cmp bx, 2\n je out\n jmp {base >> 4}:{CODE}\n out: hlt"
+    assert machine.run(assemble(near, 16, CODE)) == "halt"
+    assert (machine["rbx"], machine["rdx"]) == (1, 5)
+
+
 def test_every_mode_is_made() -> None:
     assert {fuzz.make(seed).mode for seed in range(100)} == set(fuzz.MODES)
 

@@ -310,7 +310,9 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             continue
         if single:
             plain = 0
-        b = block_find(c, s.rip, page.host, s.block_key | (KEY_SINGLE if single else (KEY_PLAIN if plain else 0)))
+        b = block_find(
+            c, s.rip, linear, page.host, s.block_key | (KEY_SINGLE if single else (KEY_PLAIN if plain else 0))
+        )
         if b == cython.NULL:
             flushes = c.flushes
             b = translate_block(s, s.rip, page, single, plain, cython.address(why))
