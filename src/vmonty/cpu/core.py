@@ -8,6 +8,8 @@ from cython.cimports.vmonty.cpu.dispatch import cpu_free, cpu_new, run_cpu
 from cython.cimports.vmonty.cpu.state import CS
 from cython.cimports.vmonty.cpu.tlb import flush_all, mode_changed
 
+from vmonty.cpu import hostcpu
+
 EXIT_REASONS = ("none", "halt", "shutdown", "mmio", "pio", "vm", "run_flag", "budget", "debug", "internal")
 
 _REGISTERS = (
@@ -32,9 +34,13 @@ _REGISTERS = (
 
 @cython.cclass
 class Cpu:
-    """A processor with a physical map of its own: for tests, tools and bare machines."""
+    """A processor with a physical map of its own: for tests, tools and bare machines.
+
+    Raises HostCpuError when the host's processor cannot run translated code.
+    """
 
     def __cinit__(self, cache_size: cython.ulonglong = 32 << 20):
+        hostcpu.require()
         self.s = cpu_new(cache_size)
         if self.s == cython.NULL:
             raise MemoryError("no memory for a processor and its code cache")

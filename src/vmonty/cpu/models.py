@@ -7,8 +7,6 @@ those of ``vmonty.base.cpu_models``.
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import cache
-from pathlib import Path
 
 from vmonty.base import cpu_models
 from vmonty.base.cpu_models import (
@@ -25,10 +23,11 @@ from vmonty.base.cpu_models import (
 from vmonty.cpu import opcodes
 from vmonty.cpu.core import Cpu
 from vmonty.cpu.cpuid import set_features, set_table
+from vmonty.cpu.hostcpu import host_flags
 
 __all__ = [
     "FEATURES", "MODELS", "NEVER", "PHYSICAL_BITS", "Configuration", "Row", "available", "cpuid_rows", "features_of",
-    "install", "parse",
+    "host_flags", "install", "parse",
 ]  # fmt: skip
 
 # Executed natively by the translated code: the host must have them. (/proc/cpuinfo's name when it differs.)
@@ -63,15 +62,6 @@ _NATIVE = [
     "xsavec",
     "xsaves",
 ]
-
-
-@cache
-def host_flags() -> frozenset[str]:
-    """The flags of the processor underneath, by /proc/cpuinfo's names."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.split(":", 1)[1].split())
-    return frozenset()
 
 
 def available(feature: str) -> bool:
