@@ -16,9 +16,9 @@ def test_some_cases() -> None:
     assert (done, failures) == (60, [])
 
 
-@pytest.mark.parametrize("seed", [25769807685, 21474839753, 21474841293, 21474844259])
+@pytest.mark.parametrize("seed", [25769807685, 21474839753, 21474841293, 21474844259, 34359741224])
 def test_cases_that_failed(seed: int) -> None:
-    """A far call within a page came back with the same IP and another base: the first base's translation was run."""
+    """Four far calls within a page to the same IP at another base, and code that ran on beyond its segment's limit."""
     assert fuzz.run_case(seed) == ""
 
 
@@ -31,6 +31,24 @@ def test_one_ip_at_two_bases(base: int) -> None:
     near = f"inc bx\n cmp bx, 2\n je out\n jmp {base >> 4}:{CODE}\n out: hlt"
     assert machine.run(assemble(near, 16, CODE)) == "halt"
     assert (machine["rbx"], machine["rdx"]) == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("source", "last", "fault"),
+    [("nop", 0, 1), ("nop\n nop", 0, 1), ("nop\n nop", 2, 2), ("mov ax, 0x1234", 1, 0), ("mov ax, 0x1234", 2, 3),
+     ("nop\n mov ax, 0x1234", 2, 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("at", [CODE, CODE + 0xFFD], ids=["in the page", "at its end"])
+def test_code_ends_at_its_limit(source: str, last: int, fault: int, at: int) -> None:
+    """SDM, "Limit Checking": #GP of the first instruction that does not lie within; a larger limit changes it."""
+    machine = Machine()
+    machine.cpu.stop_at_events()
+    code = assemble(f"{source}\n ud2", 16, at)
+    for limit, vector, offset in ((0xFFFF, 6, len(code) - 2), (at + last, 13, fault), (0xFFFF, 6, len(code) - 2)):
+        machine.cpu.clear_event()
+        machine.set_segment("cs", 0, 0, limit, 0x9B)
+        assert machine.run(code, at) == "debug"
+        assert (machine.cpu.event["vector"], machine["rip"] - at) == (vector, offset)
 
 
 def test_every_mode_is_made() -> None:

@@ -29,6 +29,7 @@ cdef enum:
 cdef struct Block:
     uint64_t rip
     uint64_t linear          # rip plus the code segment's base
+    uint64_t limit           # the code segment's when it was translated; all ones in 64-bit mode
     uint64_t host_page       # host address of the first page that its code lies in
     uint64_t host_page2      # second page, or 0
     uint32_t key
@@ -145,7 +146,8 @@ cdef CodeCache *cache_new(CpuState *s, uint64_t size, void *memory_slow, void *c
                           void *call_helper, void *to_linear) noexcept nogil
 cdef void cache_free(CpuState *s) noexcept nogil
 cdef void cache_flush(CpuState *s) noexcept nogil
-cdef Block *block_find(CodeCache *c, uint64_t rip, uint64_t linear, uint64_t host_page, uint32_t key) noexcept nogil
+cdef Block *block_find(CodeCache *c, uint64_t rip, uint64_t linear, uint64_t limit, uint64_t host_page,
+                       uint32_t key) noexcept nogil
 cdef void block_register(CodeCache *c, Block *b) noexcept nogil
 cdef void block_invalidate(CpuState *s, Block *b) noexcept nogil
 cdef int is_code_page(CpuState *s, uint64_t host_page) noexcept nogil

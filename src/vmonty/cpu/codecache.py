@@ -512,16 +512,24 @@ def _page_bucket(host_page: uint64_t) -> uint32_t:
     return cython.cast(uint32_t, h >> 40) & (PAGE_BUCKETS - 1)
 
 
-def block_find(c, rip, linear, host_page, key):
+def block_find(c, rip, linear, limit, host_page, key):
     """Give the valid translation of ``rip`` (code in ``host_page``) under ``key``, or NULL.
 
     Code segments with different bases reach different bytes of one page with the same rip: ``linear`` tells them apart.
+    A block ends at the ``limit`` of its code segment.
     """
     n: uint32_t = c.buckets[_bucket(rip, host_page)]
     b: cython.pointer(Block)
     while n:
         b = cython.address(c.blocks[n - 1])
-        if b.rip == rip and b.linear == linear and b.host_page == host_page and b.key == key and b.valid:
+        if (
+            b.rip == rip
+            and b.linear == linear
+            and b.limit == limit
+            and b.host_page == host_page
+            and b.key == key
+            and b.valid
+        ):
             return b
         n = b.next
     return cython.NULL

@@ -236,6 +236,7 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
     link: cython.long
     flushes: uint64_t
     linear: uint64_t
+    limit: uint64_t
     code_base: uint64_t = 1
     code: uint64_t
     enter: enter_function = cython.cast(enter_function, cython.cast(cython.p_void, c.enter))
@@ -291,8 +292,10 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
         s.watch_hits = 0
         s.careful_next = 0
         linear = s.rip
+        limit = ~cython.cast(uint64_t, 0)
         if s.mode != MODE_LONG64:
-            if s.rip > s.segs[CS].limit:
+            limit = s.segs[CS].limit
+            if s.rip > limit:
                 raise_error(s, 13, 0)
                 continue
             linear = cython.cast(uint32_t, s.rip + s.segs[CS].base)
@@ -311,7 +314,12 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
         if single:
             plain = 0
         b = block_find(
-            c, s.rip, linear, page.host, s.block_key | (KEY_SINGLE if single else (KEY_PLAIN if plain else 0))
+            c,
+            s.rip,
+            linear,
+            limit,
+            page.host,
+            s.block_key | (KEY_SINGLE if single else (KEY_PLAIN if plain else 0)),
         )
         if b == cython.NULL:
             flushes = c.flushes

@@ -64,7 +64,10 @@ def _ends_block(i: cython.pointer(Insn)) -> cython.int:
 @cython.nogil
 @cython.exceptval(check=False)
 def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: cython.p_int) -> cython.int:
-    """Decode the block's instructions; 0 when the first one cannot be fetched."""
+    """Decode the block's instructions; 0 when the first one cannot be fetched.
+
+    An instruction that reaches beyond the code segment's limit raises #GP(0). SDM, "Limit Checking".
+    """
     b: cython.pointer(Block) = w.block
     at: cython.int = b.linear & 0xFFF
     start: cython.int = at
@@ -73,36 +76,43 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
     n: cython.int
     k: cython.int
     part: cython.int
+    room: uint64_t
     limit: cython.int = 1 if w.single else MAX_INSNS
+    left: uint64_t
     buffer: cython.uchar[16]
     second: cython.pointer(FetchEntry)
     w.window = code
     w.window_size = 4096
     w.count = 0
-    while w.count < limit and at < 4096:
+    while w.count < limit and at < 4096 and b.rip + (at - start) <= b.limit:
         i = cython.address(w.insns[w.count])
-        n = decode(code + at, 4096 - at, b.rip + (at - start), w.code_size, i)
+        left = b.limit - (b.rip + (at - start))  # bytes after this one
+        part = 4096 - at
+        room = part
+        n = decode(code + at, left + 1 if left < room else part, b.rip + (at - start), w.code_size, i)
         if n == 0:
             if w.count:
                 break  # the next block begins with it
-            second = fetch_page(w.s, (b.linear | 0xFFF) + 1, why)
-            if second == cython.NULL or second.host == 0:
-                return 0
-            part = 4096 - at
-            for k in range(part):
-                buffer[k] = code[at + k]
-            for k in range(15 - part):
-                buffer[part + k] = cython.cast(cython.p_uchar, second.host)[k]
-            n = decode(buffer, 15, b.rip, w.code_size, i)
-            b.host_page2 = second.host
-            if not second.is_global:
-                w.is_global = 0
+            if left >= room:
+                second = fetch_page(w.s, (b.linear | 0xFFF) + 1, why)
+                if second == cython.NULL or second.host == 0:
+                    return 0
+                for k in range(part):
+                    buffer[k] = code[at + k]
+                for k in range(15 - part):
+                    buffer[part + k] = cython.cast(cython.p_uchar, second.host)[k]
+                n = decode(buffer, left + 1 if left < 15 else 15, b.rip, w.code_size, i)
+                b.host_page2 = second.host
+                if not second.is_global:
+                    w.is_global = 0
+            if n == 0:
+                n = DECODE_TOO_LONG
         if n == DECODE_INVALID:
             i.fault = 6
             i.row = 0
             i.length = 1
             n = 1
-        elif n == DECODE_TOO_LONG:
+        elif n == DECODE_TOO_LONG:  # or beyond the limit
             i.fault = 13
             i.row = 0
             i.length = 1
@@ -125,6 +135,8 @@ def _live_at(w: cython.pointer(Work), target: uint64_t) -> cython.int:
     linear: uint64_t = target + w.code_base
     if (linear ^ w.block.linear) >> 12:
         return F_ALL
+    if target > w.block.limit or w.block.limit - target < 4095 - (linear & 0xFFF):
+        return F_ALL  # the limit is met before the end of the page
     return live_at(
         w.window + (linear & 0xFFF), 4096 - cython.cast(cython.int, linear & 0xFFF), target, w.code_size,
         cython.address(w.s.features[0]),
@@ -228,11 +240,13 @@ def translate_block(s, rip, page, single, plain, why):
     w.stack_size = 8
     w.code_base = 0
     b.linear = rip
+    b.limit = ~cython.cast(uint64_t, 0)
     if s.mode != MODE_LONG64:
         w.code_size = 4 if s.mode == MODE_PROT32 or s.mode == MODE_COMPAT32 else 2
         w.stack_size = 4 if s.segs[SS].access_rights & AR_DB else 2
         w.code_base = s.segs[CS].base
         b.linear = cython.cast(uint32_t, rip + w.code_base)
+        b.limit = s.segs[CS].limit
     w.stubs = 0
     w.closed = 0
     if not _read_block(cython.address(w), page, why):
