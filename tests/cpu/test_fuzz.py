@@ -16,9 +16,9 @@ def test_some_cases() -> None:
     assert (done, failures) == (60, [])
 
 
-@pytest.mark.parametrize("seed", [25769807685, 21474839753, 21474841293, 21474844259, 34359741224])
+@pytest.mark.parametrize("seed", [25769807685, 21474839753, 21474841293, 21474844259, 34359741224, 42949673669])
 def test_cases_that_failed(seed: int) -> None:
-    """Four far calls within a page to the same IP at another base, and code that ran on beyond its segment's limit."""
+    """Far calls within a page to the same IP at another base (4); what ran on beyond a limit: code, REP MOVSB."""
     assert fuzz.run_case(seed) == ""
 
 
@@ -49,6 +49,34 @@ def test_code_ends_at_its_limit(source: str, last: int, fault: int, at: int) -> 
         machine.set_segment("cs", 0, 0, limit, 0x9B)
         assert machine.run(code, at) == "debug"
         assert (machine.cpu.event["vector"], machine["rip"] - at) == (vector, offset)
+
+
+@pytest.mark.parametrize("source", ["rep movsb", "rep movsd", "rep stosb", "rep stosd"])
+@pytest.mark.parametrize("segment", ["es", "ds", "expand-down"])
+def test_repeated_strings_end_at_the_limit(source: str, segment: str) -> None:
+    """SDM, "Limit Checking": the iteration that reaches beyond faults, with the registers of those before."""
+    machine = Machine().protected_mode()
+    machine.cpu.stop_at_events()
+    base, top = 0x40800, 0x1000  # ends in the middle of a page
+    if segment == "expand-down":  # its end is that of 16-bit offsets
+        top = 0x10000
+        machine.set_segment("es", 0x10, base, 0x100, 0x97)
+    else:
+        machine.set_segment(segment, 0x10, base, top - 1, 0x4093)
+    limited, other = ("rsi", "rdi") if segment == "ds" else ("rdi", "rsi")
+    machine[limited], machine[other] = top - 0x20, 0x20100
+    machine["rcx"], machine["rax"] = 0x100, 0x5A5A5A5A
+    machine.ram.write(0x20100 if other == "rsi" else base + top - 0x20, b"\x5a" * 0x40)
+    if segment == "ds" and "stos" in source:
+        machine["rcx"] = 4
+        assert machine.run(assemble(f"{source}\n ud2", 32, CODE)) == "debug"
+        assert (machine.cpu.event["vector"], machine["rcx"]) == (6, 0)
+        return
+    assert machine.run(assemble(f"{source}\n hlt", 32, CODE)) == "debug"
+    done = 0x20 if source.endswith("b") else 8
+    assert (machine.cpu.event["vector"], machine["rip"]) == (13, CODE)
+    assert (machine[limited], machine["rcx"]) == (top, 0x100 - done)
+    assert machine.ram.read(base + top if other == "rsi" else 0x20120, 0x20) == bytes(0x20)
 
 
 def test_every_mode_is_made() -> None:

@@ -13,6 +13,7 @@ from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_READ,
     ACCESS_WRITE,
+    AR_DB,
     ARITHMETIC_FLAGS,
     ES,
     FLAG_AF,
@@ -25,6 +26,7 @@ from cython.cimports.vmonty.cpu.state import (
     FLAG_TF,
     FLAG_ZF,
     LEAVE_RETRY,
+    MODE_LONG64,
     RAX,
     RCX,
     RDI,
@@ -138,6 +140,22 @@ def _one(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.int,
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
+def _room(s: cython.pointer(CpuState), segment: cython.int, offset: uint64_t, address_size: cython.int) -> uint64_t:
+    """Give how many bytes from a valid offset on lie in the segment, before the address wraps around."""
+    rights: uint32_t = s.segs[segment].access_rights
+    last: uint64_t = cython.cast(uint64_t, 0xFFFFFFFF)
+    if s.mode == MODE_LONG64:
+        return 4096 if address_size == 8 else last - offset + 1
+    if rights & 8 or not rights & 4:
+        last = s.segs[segment].limit
+    elif not rights & AR_DB:  # expand-down
+        last = 0xFFFF
+    return last - offset + 1
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
 def _stretch(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.int, size: cython.int,
              count: uint64_t, done: cython.pointer(uint64_t)) -> cython.int:  # fmt: skip
     """Do as many iterations of MOVS or STOS as fit in the current pages, upwards; ``done`` 0 when none can be."""
@@ -148,6 +166,7 @@ def _stretch(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.
     from_: uint64_t = 0
     to: uint64_t = 0
     n: uint64_t
+    room: uint64_t
     f: string_function
     shift: cython.int = 0 if size == 1 else (1 if size == 2 else (2 if size == 4 else 3))
     done[0] = 0
@@ -157,6 +176,9 @@ def _stretch(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.
     if r:
         return r
     n = (4096 - (target & 0xFFF)) >> shift
+    room = _room(s, ES, _masked(s.gpr[RDI], i.address_size), i.address_size) >> shift
+    if room < n:
+        n = room
     if count < n:
         n = count
     if kind == 0:
@@ -165,6 +187,9 @@ def _stretch(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.
             return r
         if (4096 - (source & 0xFFF)) >> shift < n:
             n = (4096 - (source & 0xFFF)) >> shift
+        room = _room(s, i.segment, _masked(s.gpr[RSI], i.address_size), i.address_size) >> shift
+        if room < n:
+            n = room
     if n < 2:
         return 0
     if kind == 0:
