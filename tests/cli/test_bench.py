@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from vmonty.bench.payload import PayloadError
+from vmonty.bench.process import Process
+
 from .conftest import Result
 
 Run = Callable[..., Result]
@@ -49,7 +52,32 @@ def test_kvm(vmonty: Run, tmp_path: Path, provider: str) -> None:
         assert row["native"] is row["qemu_tcg"] is None
 
 
-@pytest.mark.parametrize("command", ["cpu", "kvm"])
+def test_boot(vmonty: Run, tmp_path: Path) -> None:
+    file = tmp_path / "boot.json"
+    found = rows(vmonty("bench", "boot", "microvm", "--quick", "--json", file), file)
+    assert list(found) == [
+        "microvm, CPU time", "microvm, wall time", "microvm, resident beyond RAM",
+        "process start to the kernel's first instruction",
+    ]  # fmt: skip
+    assert all(row["vmonty"] > 0 for row in found.values())
+    assert found["microvm, wall time"]["vmonty"] > found["process start to the kernel's first instruction"]["vmonty"]
+
+
+def test_a_guest_that_does_not_say_it(tmp_path: Path) -> None:
+    with Process(["sh", "-c", "echo ready; echo it broke >&2; exit 3"]) as process:
+        assert process.wait_for(b"ready", 30) == b""
+        with pytest.raises(
+            PayloadError, match=r"ended with 3 before .* say b'up'; last on its standard error: it broke"
+        ):
+            process.wait_for(b"up", 30)
+    with Process(["cat"]) as process:
+        process.write(b"123")
+        assert process.read(2, 30) == b"12"
+        with pytest.raises(PayloadError, match="in time; last on its console: 3"):
+            process.wait_for(b"up", 0)
+
+
+@pytest.mark.parametrize("command", ["cpu", "kvm", "boot"])
 def test_an_unknown_name_is_refused(vmonty: Run, command: str) -> None:
     assert "nonsense; there are" in vmonty("bench", command, "nonsense").refusal()
 

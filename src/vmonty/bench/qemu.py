@@ -1,45 +1,33 @@
-"""QEMU's TCG as a peer: the payload image as a Multiboot kernel; its CPU time between two marks on the debug port."""
+"""QEMU's TCG as a peer: the payload image as a Multiboot kernel, its CPU time between two marks; command lines."""
 
 from __future__ import annotations
 
-import os
-import select
-import subprocess
-import time
+from pathlib import Path
 
-from vmonty.bench.payload import NAMES, Image, PayloadError
+from vmonty.bench.payload import NAMES, Image
+from vmonty.bench.process import Process
 
 COMMAND = (
-    "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-M", "pc", "-m", "64", "-nodefaults", "-display", "none",
-    "-debugcon", "stdio", "-no-reboot",
+    "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-nodefaults", "-display", "none", "-no-reboot",
 )  # fmt: skip
-
-
-def _cpu_seconds(pid: int) -> float:
-    """What a process has run, all threads together. The clock's number: clock_getcpuclockid(3), as Linux makes it."""
-    return time.clock_gettime(~pid << 3 | 2)
 
 
 def run_tcg(image: Image, name: str, repeats: int, timeout: float = 300) -> tuple[float, int]:
     """CPU seconds and checksum of a payload under QEMU's TCG. Raises PayloadError."""
-    arguments = [*COMMAND, "-kernel", str(image.path), "-append", f"{NAMES.index(name)} {repeats}"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, bufsize=0) as child:
-        try:
-            _expect(child, b"S", timeout, f"{name} did not start under QEMU")
-            begin = _cpu_seconds(child.pid)
-            _expect(child, b"E", timeout, f"{name} did not end under QEMU within {timeout:g} s")
-            seconds = _cpu_seconds(child.pid) - begin
-            assert child.stdout is not None
-            checksum = b""
-            while len(checksum) < 16 and (part := child.stdout.read(16 - len(checksum))):
-                checksum += part
-            return seconds, int(checksum, 16)
-        finally:
-            child.kill()
+    arguments = [*COMMAND, "-M", "pc", "-m", "64", "-debugcon", "stdio"]
+    with Process([*arguments, "-kernel", str(image.path), "-append", f"{NAMES.index(name)} {repeats}"]) as child:
+        child.wait_for(b"S", timeout)
+        begin = child.cpu_seconds()
+        child.wait_for(b"E", timeout)
+        seconds = child.cpu_seconds() - begin
+        return seconds, int(child.read(16, timeout), 16)
 
 
-def _expect(child: subprocess.Popen[bytes], mark: bytes, timeout: float, otherwise: str) -> None:
-    assert child.stdout is not None
-    ready, _, _ = select.select([child.stdout], [], [], timeout)
-    if not ready or os.read(child.stdout.fileno(), 1) != mark:
-        raise PayloadError(otherwise)
+def direct_boot(
+    machine: str, memory: int, kernel: Path, initrd: Path | None = None, command_line: str = ""
+) -> list[str]:
+    """The command that boots *kernel* under TCG with *memory* bytes and its console on the standard streams."""
+    arguments = [*COMMAND, "-M", machine, "-m", f"{memory >> 20}", "-serial", "stdio", "-kernel", str(kernel)]
+    if initrd is not None:
+        arguments += ["-initrd", str(initrd)]
+    return [*arguments, "-append", command_line] if command_line else arguments

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from vmonty import kvm as providers
 from vmonty.base.errors import UsageError
+from vmonty.bench import boot as boot_bench
 from vmonty.bench import cpu as cpu_bench
 from vmonty.bench import kvm as kvm_bench
 from vmonty.bench.payload import NAMES
@@ -75,4 +76,20 @@ def kvm(operations: tuple[str, ...], provider: str, json_file: Path | None, quic
     check_names("operation", operations, kvm_bench.NAMES)
     with terminal_progress() as progress:
         report = kvm_bench.measure(provider, operations or kvm_bench.NAMES, quick, progress)
+    finish(report, json_file)
+
+
+@bench.command(epilog="Example:  vmonty bench boot microvm --quick")
+@click.argument("machines", nargs=-1)
+@json_option
+@quick_option
+def boot(machines: tuple[str, ...], json_file: Path | None, quick: bool) -> None:
+    """Boot the busybox guest on MACHINES to userspace, on soft and under QEMU's TCG.
+
+    The default is pc, q35 and microvm; with --quick it is pc and microvm.
+    Without qemu-system-x86_64 its column stays empty.
+    """
+    check_names("machine", machines, boot_bench.MACHINES)
+    with terminal_progress() as progress:
+        report = boot_bench.measure(machines, quick, progress)
     finish(report, json_file)
