@@ -38,7 +38,7 @@ HONOURED = {
         1: "test_ept_violation_and_fill", 2: "test_descriptor_tables", 3: "test_instructions_that_need_a_control",
         5: "test_tlb_follows_vpid_and_invvpid", 6: "test_instructions_that_exit", 7: "test_unrestricted_guest",
         10: "test_pause_loop", 11: "test_random_numbers", 12: "test_instructions_that_need_a_control",
-        16: "test_random_numbers", 20: "test_instructions_that_need_a_control",
+        16: "test_random_numbers", 20: "test_instructions_that_need_a_control", 25: "test_tsc_scaling",
     },
     0x48F: {
         2: "test_debug_controls", 9: "test_launch_resume_and_what_stays", 15: "test_acknowledged_interrupt",
@@ -100,6 +100,18 @@ def test_timer_that_never_ran_out_disturbs_nobody(guest: Guest) -> None:
     guest[F.PIN_BASED_VM_EXEC_CONTROL] = PIN
     time.sleep(0.01)
     assert guest.run("f4") == HLT
+
+
+def test_tsc_scaling(guest: Guest) -> None:
+    """SDM, "Time-Stamp Counter Multiplier": 48 bits of fraction, then the offset."""
+    guest[F.CPU_BASED_VM_EXEC_CONTROL] = PROCESSOR | 8
+    guest[F.SECONDARY_VM_EXEC_CONTROL] = SECONDARY | 1 << 25
+    guest[F.TSC_MULTIPLIER] = 1 << 38  # one tick for 1024
+    guest[F.TSC_OFFSET] = 1 << 62
+    before = guest.vmx.rdmsr(0x10)
+    assert guest.run(code("rdtsc\n hlt")) == HLT
+    read = guest.vmx.gpr(2) << 32 | guest.vmx.gpr(0)
+    assert before >> 10 <= read - (1 << 62) <= guest.vmx.rdmsr(0x10) >> 10
 
 
 # ---- the monitor trap flag ---------------------------------------------------------------------------------------
