@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
 from vmonty import kvm as providers
 from vmonty.base.errors import UsageError
-from vmonty.bench import boot as boot_bench
-from vmonty.bench import cpu as cpu_bench
-from vmonty.bench import kvm as kvm_bench
-from vmonty.bench.payload import NAMES
-from vmonty.bench.report import Report
 from vmonty.cli.progress import terminal_progress
+
+if TYPE_CHECKING:
+    from vmonty.bench.report import Report
+
+# The measurements are imported by their commands: no other command should wait for the processor's code.
 
 
 @click.group(epilog="Example:  vmonty bench cpu --quick")
@@ -57,9 +58,12 @@ def cpu(payloads: tuple[str, ...], json_file: Path | None, quick: bool) -> None:
 
     Needs gcc for the payloads; without qemu-system-x86_64 its column stays empty.
     """
+    from vmonty.bench.cpu import measure
+    from vmonty.bench.payload import NAMES
+
     check_names("payload", payloads, NAMES)
     with terminal_progress() as progress:
-        report = cpu_bench.measure(payloads or NAMES, quick, progress)
+        report = measure(payloads or NAMES, quick, progress)
     finish(report, json_file)
 
 
@@ -73,9 +77,11 @@ def cpu(payloads: tuple[str, ...], json_file: Path | None, quick: bool) -> None:
 @quick_option
 def kvm(operations: tuple[str, ...], provider: str, json_file: Path | None, quick: bool) -> None:
     """Measure OPERATIONS (default: all) of a KVM: exits, page fills, interrupts between vCPUs, creation."""
-    check_names("operation", operations, kvm_bench.NAMES)
+    from vmonty.bench.kvm import NAMES, measure
+
+    check_names("operation", operations, NAMES)
     with terminal_progress() as progress:
-        report = kvm_bench.measure(provider, operations or kvm_bench.NAMES, quick, progress)
+        report = measure(provider, operations or NAMES, quick, progress)
     finish(report, json_file)
 
 
@@ -89,7 +95,9 @@ def boot(machines: tuple[str, ...], json_file: Path | None, quick: bool) -> None
     The default is pc, q35 and microvm; with --quick it is pc and microvm.
     Without qemu-system-x86_64 its column stays empty.
     """
-    check_names("machine", machines, boot_bench.MACHINES)
+    from vmonty.bench.boot import MACHINES, measure
+
+    check_names("machine", machines, MACHINES)
     with terminal_progress() as progress:
-        report = boot_bench.measure(machines, quick, progress)
+        report = measure(machines, quick, progress)
     finish(report, json_file)
