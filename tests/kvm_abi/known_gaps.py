@@ -31,10 +31,10 @@ GAPS: dict[str, dict[str, str]] = {
         "debug-cpl3": "single steps and breakpoints of CPL3 code become #DB of the guest or nothing, never Exit.DEBUG",
         "watchpoint": "CPL0 code is emulated, and the emulator does not look at watchpoints; in CPL3 they never exit",
         "sw-breakpoint": "INT3 is never Exit.DEBUG: emulated code cannot execute it, in CPL3 it is the guest's #BP",
-        "pv-eoi": "CPL0 code is emulated, and never told that its EOI may be a cleared bit",
         "hypercall": "CPL0 code is emulated, and VMCALL and VMMCALL are patched and executed again for ever",
     },
     AMD_UNDER_TCG: {
+        "pv-kick": "KVM_HC_KICK_CPU does not wake a vCPU that is halted with interrupts off (not understood yet)",
         "hw-breakpoint": "the emulated CPU does not stop at hardware breakpoints of a nested guest",
         "watchpoint": "the emulated CPU does not stop at watchpoints of a nested guest",
         "sti-shadow": "an exit in the interrupt shadow of STI, such as a tick of the rig's own timer, loses the shadow",

@@ -96,7 +96,10 @@ def _callback(s: cython.pointer(CpuState), kind: uint32_t) -> cython.void:
 @cython.cfunc
 @cython.exceptval(check=False)
 def _tell(s: cython.pointer(CpuState), kind: uint32_t) -> cython.void:
-    observer: Observer = cython.cast(Observer, s.observer_object)
+    observer: Observer
+    if s.observe == 0:  # closed, and perhaps gone, while this thread waited for the GIL
+        return
+    observer = cython.cast(Observer, s.observer_object)
     try:
         if observer._stop:
             pass
