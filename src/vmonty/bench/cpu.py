@@ -154,7 +154,7 @@ def _start_up() -> Row:
     for _ in range(5):
         begin = time.perf_counter()
         memory = mmap.mmap(-1, 1 << 20)
-        memory[0xFFF0] = 0xF4
+        memory[0xFFFF0] = 0xF4  # the reset vector
         cpu = Cpu()
         cpu.add_region(0xFFF0_0000, memory)
         cpu.add_region(0, memory)
