@@ -12,7 +12,7 @@ from vmonty.cpu import hostcpu
 
 EXIT_REASONS = ("none", "halt", "shutdown", "mmio", "pio", "vm", "run_flag", "budget", "debug", "internal")
 
-_REGISTERS = (
+REGISTERS = (
     "rax",
     "rcx",
     "rdx",
@@ -116,8 +116,8 @@ class Cpu:
         return reason
 
     def __getitem__(self, name: str) -> int:
-        if name in _REGISTERS:
-            return self.s.gpr[_REGISTERS.index(name)]
+        if name in REGISTERS:
+            return self.s.gpr[REGISTERS.index(name)]
         if name == "rip":
             return self.s.rip
         if name == "rflags":
@@ -129,8 +129,8 @@ class Cpu:
         raise KeyError(name)
 
     def __setitem__(self, name: str, value: cython.ulonglong) -> None:
-        if name in _REGISTERS:
-            self.s.gpr[_REGISTERS.index(name)] = value
+        if name in REGISTERS:
+            self.s.gpr[REGISTERS.index(name)] = value
         elif name == "rip":
             self.s.rip = value
             self.s.activity = 0

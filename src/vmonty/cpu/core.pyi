@@ -1,6 +1,7 @@
 from typing import Any
 
 EXIT_REASONS: tuple[str, ...]
+REGISTERS: tuple[str, ...]
 
 class Cpu:
     def __init__(self, cache_size: int = ...) -> None: ...

@@ -14,26 +14,9 @@ from cython.cimports.vmonty.cpu.segments import load_segment, ltr
 from cython.cimports.vmonty.cpu.state import raise_error, raise_exception, raise_page_fault
 from cython.cimports.vmonty.cpu.tlb import flush_all, mode_changed
 
+from vmonty.cpu.core import REGISTERS
 from vmonty.cpu.walks import FAULTS, SegmentState, Walk
 
-REGISTERS = (
-    "rax",
-    "rcx",
-    "rdx",
-    "rbx",
-    "rsp",
-    "rbp",
-    "rsi",
-    "rdi",
-    "r8",
-    "r9",
-    "r10",
-    "r11",
-    "r12",
-    "r13",
-    "r14",
-    "r15",
-)
 WIDE = (
     "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "xcr0", "star", "lstar", "cstar", "fmask",
     "kernel_gs_base", "sysenter_cs", "sysenter_esp", "sysenter_eip", "pat", "tsc_aux", "apic_base", "tsc_offset",

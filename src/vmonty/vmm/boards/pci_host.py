@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from abc import abstractmethod
 
 from vmonty.kvm.uapi import flags
 from vmonty.vmm.boot import acpi, aml, dsdt, lowmem, pci_setup, smbios
@@ -109,9 +110,9 @@ class PciMachine(Machine):
         self.ports.place(CONFIG_PORTS, 8, ConfigPorts(self.pci, self.reset), "pci-config")
         return self.pci
 
+    @abstractmethod
     def _intx(self, slot: int, pin: int, level: int) -> None:
         """A pin of a slot on the root bus changed; the board's south bridge routes it."""
-        raise NotImplementedError
 
     def _pm_registers(self) -> BusDevice:
         self.acpi_pm = AcpiPm(self.power_off, self.lines.source(SCI_IRQ))
@@ -132,6 +133,6 @@ class PciMachine(Machine):
     def _assign_addresses(self) -> None:
         pci_setup.assign(self.pci, LOW_WINDOW, self.high_window, self._interrupt_line)
 
+    @abstractmethod
     def _interrupt_line(self, slot: int, pin: int) -> int:
         """The ISA interrupt or GSI of a slot's pin, as firmware notes it."""
-        raise NotImplementedError

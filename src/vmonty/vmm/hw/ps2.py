@@ -4,6 +4,7 @@ IntelliMouse's extension is Microsoft's "Mouse Wheel" (three sample rates in a r
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 
@@ -37,7 +38,7 @@ KEY_PAUSE = 0xE046
 EXTENDED_KEY = 0xE000
 
 
-class Ps2Device:
+class Ps2Device(ABC):
     """What a port of the controller sees: ``write`` from the host, ``take`` to it; ``changed`` tells of new bytes."""
 
     def __init__(self) -> None:
@@ -73,11 +74,11 @@ class Ps2Device:
     def _refill(self) -> None:
         """Make a packet, for devices that gather motion."""
 
-    def _parameter(self, command: int, value: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _parameter(self, command: int, value: int) -> None: ...
 
-    def _command(self, command: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _command(self, command: int) -> None: ...
 
 
 class Ps2Keyboard(Ps2Device):

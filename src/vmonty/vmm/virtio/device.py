@@ -6,6 +6,7 @@ Source: virtio 1.2, 2 "Basic Facilities of a Virtio Device", 3 "General Initiali
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
@@ -44,7 +45,7 @@ class _Unplugged:
         """Nobody listens."""
 
 
-class VirtioDevice:
+class VirtioDevice(ABC):
     """Base of all devices. A subclass gives ``device_id`` and ``name``, and overrides ``handle`` at least.
 
     *features* are those that it offers beside EVERY_DEVICE, *config* its configuration space, *queue_sizes* the
@@ -76,9 +77,9 @@ class VirtioDevice:
 
     # ---- what a device overrides -----------------------------------------------------------------------
 
+    @abstractmethod
     def handle(self, queue: Queue) -> None:
         """The driver may have made buffers of *queue* available. BrokenRing that it raises breaks the device."""
-        raise NotImplementedError
 
     def accepts(self, features: int) -> bool:
         """Whether this set of features, all of them offered, makes sense together."""
