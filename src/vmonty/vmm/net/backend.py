@@ -72,7 +72,7 @@ class NetBackend(ABC):
     def start(self, receive: Receive) -> None:
         """Deliver frames for the guest to *receive* from now on. Called once."""
 
-    def guest_accepts(self, accepts: Accepts) -> None:  # noqa: B027 - those who finish every frame need not care
+    def guest_accepts(self, accepts: Accepts) -> None:
         """The guest's driver takes these unfinished frames (after feature negotiation, or a reset: NOTHING).
 
         Only meaningful with ``offloads``; a backend gives only what was accepted. From any thread.
