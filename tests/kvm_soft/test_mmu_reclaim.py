@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from vmonty.base import hostcall
 from vmonty.base.ram import Ram
 from vmonty.kvm.soft import modules
 from vmonty.kvm.soft.kvm_main import Kvm
+from vmonty.kvm.soft.memslots import Memslot
 from vmonty.kvm.soft.mmu.tdp import ARENA_PAGES, Tables
 from vmonty.testing.guests import DATA, RAM_SIZE, Mode, TinyGuest
 
@@ -72,3 +74,28 @@ def test_memory_that_becomes_something_else_is_seen(guest: TinyGuest) -> None:
     hostcall.map_over(at, other.fileno(), mmap.PAGESIZE)
     assert newest().mmu_notifier_seq == seq + 1
     assert guest.out() == (0x10, 2)
+
+
+def test_a_fault_maps_nothing_of_a_slot_that_has_gone(guest: TinyGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot goes just after the fault has found it: its page must not come back behind the zap.
+
+    So a dirty log lost writes: the fault mapped what the slot was before it was logged.
+    """
+    vm, elsewhere = newest(), 1 << 24
+    other = Ram(mmap.PAGESIZE)
+    guest.vm.set_user_memory_region(1, elsewhere, other)
+    find = vm.memslots.find
+    remover = threading.Thread(target=guest.vm.set_user_memory_region, args=(1, elsewhere, None))
+
+    def find_and_wait(gpa: int) -> Memslot | None:
+        slot = find(gpa)
+        if remover.ident is None:
+            remover.start()
+            remover.join(0.2)
+        return slot
+
+    monkeypatch.setattr(vm.memslots, "find", find_and_wait)
+    vm.mmu.page_fault(elsewhere, False)
+    remover.join()
+    assert find(elsewhere) is None
+    assert not any(value & 7 for level, _, value in vm.mmu.walk(elsewhere) if level == 1)  # type: ignore[union-attr]

@@ -132,10 +132,10 @@ class ShadowMmu:
 
         *walk*: only for the processor's walk of the guest's tables, whose flags it sets.
         """
-        slot = self._memslots.find(gpa)
-        if slot is None or (write and slot.flags & KVM_MEM_READONLY):
-            return False
         with self.lock:
+            slot = self._memslots.find(gpa)
+            if slot is None or (write and slot.flags & KVM_MEM_READONLY):
+                return False
             gfn = gpa >> PAGE_SHIFT
             if write and not walk:
                 self._unprotect(gfn, emulated=True)

@@ -113,10 +113,12 @@ class TdpMmu:
         *walk*: for the processor's walk of the guest's tables.
         A whole level-1 table is filled at once, as far as the slot reaches: the pages are there anyway.
         """
-        slot = self._memslots.find(gpa)
-        if slot is None or (write and slot.flags & KVM_MEM_READONLY):
-            return False
         with self.lock:
+            # Under the lock: who changes a slot zaps it when the new one is known, so what the old one says is never
+            # mapped behind the zap. The kernel has mmu_invalidate_retry() for it.
+            slot = self._memslots.find(gpa)
+            if slot is None or (write and slot.flags & KVM_MEM_READONLY):
+                return False
             table = self._descend(gpa, 1)
             if slot.logged:
                 self._map_logged(table, gpa, slot, write)
