@@ -14,6 +14,7 @@ from vmonty import kvm
 from vmonty.base.errors import KvmUnavailable
 from vmonty.base.ram import Ram
 from vmonty.kvm.api import CpuidEntry, System, Vcpu, Vm
+from vmonty.kvm.soft import modules
 from vmonty.kvm.uapi import Cap
 from vmonty.testing.guests import RAM_SIZE, Mode, TinyGuest
 
@@ -106,7 +107,8 @@ def provider(provider_name: str, request: pytest.FixtureRequest) -> WatchedProvi
 
 @pytest.fixture
 def system(provider: WatchedProvider, request: pytest.FixtureRequest) -> Iterator[System]:
-    """An open system file, with every capability that the test says it needs."""
+    """An open system file, with every capability that the test says it needs. Nothing of it is left by the test."""
+    before = _in_use()
     with System(provider) as opened:
         needed = [cap for marker in request.node.iter_markers("needs") for cap in marker.args]
         if needed:
@@ -115,6 +117,13 @@ def system(provider: WatchedProvider, request: pytest.FixtureRequest) -> Iterato
             if absent:
                 pytest.skip(f"this KVM has no KVM_CAP_{', KVM_CAP_'.join(absent)}")
         yield opened
+    assert _in_use() == before, "the test left a file open: the vendor module cannot be unloaded"
+
+
+def _in_use() -> int:
+    """How many files use the software KVM's vendor module."""
+    module = modules.loaded()
+    return 0 if module is None else module.references
 
 
 @pytest.fixture

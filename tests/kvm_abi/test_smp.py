@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -96,10 +96,11 @@ def test_one_vcpu_from_several_threads(guest: TinyGuest, runner: Start) -> None:
 
 
 @pytest.fixture
-def pair(configured: Vm, ram: Ram) -> tuple[TinyGuest, TinyGuest]:
+def pair(configured: Vm, ram: Ram) -> Iterator[tuple[TinyGuest, TinyGuest]]:
     """Two vCPUs with local APICs; the second waits for INIT and SIPI."""
     configured.create_irqchip()
-    return tuple(TinyGuest(configured, configured.create_vcpu(number), ram) for number in (0, 1))  # type: ignore[return-value]
+    with configured.create_vcpu(0) as first, configured.create_vcpu(1) as second:
+        yield TinyGuest(configured, first, ram), TinyGuest(configured, second, ram)
 
 
 def test_second_vcpu_waits(pair: tuple[TinyGuest, TinyGuest]) -> None:
