@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Any, ClassVar, Protocol, Self
 
-from vmonty.base.errors import HandleClosed, UsageError
+from vmonty.base.errors import UsageError
 from vmonty.kvm.api import CpuidEntry, System, Vcpu
 from vmonty.kvm.uapi import Cap, flags
 from vmonty.kvm.uapi.irq import kvm_irq_routing_entry
@@ -25,6 +25,7 @@ from vmonty.vmm.hw.pci import PciDevice
 from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.irq import InterruptLines, Line
 from vmonty.vmm.memory import LOW_RAM_LIMIT, GuestMemory, check_size
+from vmonty.vmm.messages import Messages
 from vmonty.vmm.outcome import Ending, Outcome
 from vmonty.vmm.vcpu import VcpuThread
 
@@ -36,6 +37,8 @@ TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFFFB_D000, 0xFFFB_C000
 
 MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRINGS = 0x1A0, 1
 APIC_LVT_LINT0, APIC_LVT_LINT1 = 0x350, 0x360
+# The I/O APIC's pins come before.
+FIRST_MESSAGE_GSI = 24
 DELIVERY_NMI, DELIVERY_EXTINT = 4 << 8, 7 << 8
 
 
@@ -196,15 +199,15 @@ class Machine(ABC):
         vm.set_tss_addr(TSS_ADDRESS)
         vm.create_irqchip()
         # As a PC wires them: the PIT's line, GSI 0, is pin 2 of the I/O APIC.
-        vm.set_gsi_routing(pc_routing())
+        self.messages = Messages(vm, pc_routing(), FIRST_MESSAGE_GSI)
+        self.resources.callback(self.messages.close)
         if self.pit:
             # Without port 0x61 in KVM a guest that calibrates by the PIT exits for each poll.
             vm.create_pit2(flags.KVM_PIT_SPEAKER_DUMMY)
 
     def send_msi(self, address: int, data: int) -> None:
         """Deliver a message-signalled interrupt. From any thread."""
-        with contextlib.suppress(HandleClosed):
-            self.vm.signal_msi(address, data)
+        self.messages.send(address, data)
 
     def _create_vcpu(self, index: int, cpuid: Sequence[CpuidEntry]) -> Vcpu:
         vcpu = self.vm.create_vcpu(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -234,6 +235,16 @@ class Vm(Handle):
         flags = (1 if deassign else 0) | (2 if resamplefd is not None else 0)
         request = irq.kvm_irqfd(fd=eventfd, gsi=gsi, flags=flags, resamplefd=resamplefd or 0)
         self.ioctl(Requests.KVM_IRQFD, request)
+
+    def signal(self, eventfd: int) -> None:
+        """Write to an *eventfd* that ``irqfd`` has, by the same number.
+
+        The kernel raises the interrupt in the writer's context. So does a KVM in software by this, and only by this:
+        a plain write to the eventfd has to wake a thread of its first.
+        """
+        direct = getattr(self.provider, "signal_irqfd", None)
+        if direct is None or not direct(self.fileno(), eventfd):
+            os.eventfd_write(eventfd, 1)
 
     def ioeventfd(
         self, eventfd: int, address: int, size: int, datamatch: int | None = None, pio: bool = False,

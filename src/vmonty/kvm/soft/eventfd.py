@@ -83,6 +83,7 @@ class _Irqfd:
     identity: int
     fd: int
     gsi: int
+    number: int
     resampler: _Resampler | None = None
     resample: _Signal | None = None
 
@@ -108,7 +109,8 @@ class Irqfds:
 
     def __init__(self, irqs: IrqComm) -> None:
         self._irqs = irqs
-        self._irqfds: dict[int, _Irqfd] = {}
+        self._irqfds: dict[int, _Irqfd] = {}  # by our duplicate of the eventfd
+        self._callers: dict[int, _Irqfd] = {}  # by the number that the caller gave
         self._resamplers: dict[int, _Resampler] = {}
         self._epoll: select.epoll | None = None
         self._wake = -1
@@ -136,7 +138,7 @@ class Irqfds:
                 raise _refuse(errno.EINVAL)
             if any(other.identity == identity for other in self._irqfds.values()):
                 raise _refuse(errno.EBUSY)
-            irqfd = _Irqfd(identity, os.dup(args.fd), args.gsi)
+            irqfd = _Irqfd(identity, os.dup(args.fd), args.gsi, args.fd)
             if resample:
                 try:
                     irqfd.resample = _Signal(args.resamplefd)
@@ -144,7 +146,7 @@ class Irqfds:
                     os.close(irqfd.fd)
                     raise
                 self._join_resampler(irqfd)
-            self._irqfds[irqfd.fd] = irqfd
+            self._irqfds[irqfd.fd] = self._callers[irqfd.number] = irqfd
             self._start().register(irqfd.fd, select.EPOLLIN)
 
     def _join_resampler(self, irqfd: _Irqfd) -> None:
@@ -164,6 +166,8 @@ class Irqfds:
 
     def _drop(self, irqfd: _Irqfd) -> None:
         del self._irqfds[irqfd.fd]
+        if self._callers.get(irqfd.number) is irqfd:
+            del self._callers[irqfd.number]
         if self._epoll is not None:
             self._epoll.unregister(irqfd.fd)
         resampler = irqfd.resampler
@@ -220,6 +224,17 @@ class Irqfds:
             return os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT) == 8
         except BlockingIOError:
             return False
+
+    def signal(self, number: int) -> bool:
+        """What the kernel does in the context of who writes to the eventfd *number*: raise its GSI at once.
+
+        False when no irqfd was assigned by that number.
+        """
+        with self._irqs.lock:
+            irqfd = self._callers.get(number)
+            if irqfd is not None:
+                self.inject(irqfd)
+        return irqfd is not None
 
     def inject(self, irqfd: _Irqfd) -> None:
         """Raise the GSI: a pulse, or with a resampler until it is acknowledged."""

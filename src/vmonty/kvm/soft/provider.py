@@ -81,6 +81,12 @@ class SoftKvm:
         """Have all processors forget their translations of what lies there."""
         core.memory_written(address, size)
 
+    def signal_irqfd(self, fd: int, eventfd: int) -> bool:
+        """Raise the GSI of the VM behind *fd* that *eventfd* stands for, without the thread that waits for it."""
+        vm = self._files[fd]
+        assert isinstance(vm, Kvm)
+        return vm.irqfds.signal(eventfd)
+
     def memory_unmapped(self, address: int, size: int) -> None:
         """The MMU notifiers of all VMs: call it before the memory goes away or becomes something else."""
         if (module := modules.loaded()) is not None:
