@@ -115,6 +115,19 @@ def test_what_was_written_before_counts(board: Board, irqfds: Irqfds, files: Cal
     until(lambda: board.apics[0].has_interrupt() == 0x35)
 
 
+def test_a_signal_raises_the_gsi_at_once(board: Board, irqfds: Irqfds, files: Callable[[], int]) -> None:
+    fd, other = files(), files()
+    board.redirect(5, 0x35)
+    irqfds.irqfd(kvm_irqfd(fd=fd, gsi=5))
+    assert irqfds.signal(fd)
+    assert board.apics[0].get_interrupt() == 0x35
+    board.apics[0].set_eoi()
+    assert not irqfds.signal(other)
+    irqfds.irqfd(kvm_irqfd(fd=fd, gsi=5, flags=DEASSIGN))
+    assert not irqfds.signal(fd)
+    assert board.apics[0].has_interrupt() is None
+
+
 def test_our_duplicate_outlives_the_callers(board: Board, irqfds: Irqfds) -> None:
     fd = os.eventfd(0)
     other = os.dup(fd)

@@ -1,4 +1,4 @@
-"""Message-signalled interrupts by irqfd: each message in use has a GSI that is routed to it, and an eventfd that raises it.
+"""Message-signalled interrupts by irqfd: each message in use has a GSI routed to it, and an eventfd that raises it.
 
 Source: Documentation/virt/kvm/api.rst, KVM_SET_GSI_ROUTING, KVM_IRQFD, KVM_SIGNAL_MSI.
 """
