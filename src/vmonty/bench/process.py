@@ -67,6 +67,18 @@ class Process:
         assert self._child.stdin is not None
         self._child.stdin.write(text)
 
+    def errors(self) -> str:
+        """What it has said on its standard error."""
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace")
+
+    def wait(self, timeout: float) -> int:
+        """Its exit status. Raises PayloadError when it does not end."""
+        try:
+            return self._child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise PayloadError(f"{self.name} did not end in time{self._last()}") from None
+
     def _hear(self, end: float, wanted: str) -> None:
         assert self._child.stdout is not None
         ready, _, _ = select.select([self._child.stdout], [], [], max(0.0, end - time.monotonic()))
@@ -82,10 +94,9 @@ class Process:
         self._said += part
 
     def _last(self) -> str:
-        self._errors.seek(0)
         told = ""
-        for where, text in (("standard error", self._errors.read()), ("console", self._said)):
-            lines = text.decode(errors="replace").strip().splitlines()
+        for where, text in (("standard error", self.errors()), ("console", self._said.decode(errors="replace"))):
+            lines = text.strip().splitlines()
             told += f"; last on its {where}: {lines[-1]}" if lines else ""
         return told
 

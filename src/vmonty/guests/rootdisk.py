@@ -27,7 +27,7 @@ from vmonty.guests.progress import Progress, silent
 from vmonty.guests.sshkey import user_key
 
 # Raise it with each change of what is built: cached ones of another recipe are built again.
-_RECIPE = "1"
+_RECIPE = "2"
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 PACKAGES = (
     "systemd-sysv", "systemd-resolved", "dbus", "udev", "openssh-server", KERNEL_PACKAGE,
@@ -38,6 +38,9 @@ ROOT_LABEL = "debian-root"
 _GRACE_S = 10
 # What the initrd needs to find the disk on any of our machines; the rest is loaded from there.
 MODULES = ("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_scsi", "ahci", "sd_mod", "nvme", "ext4")
+MASKED = (
+    "e2scrub_reap.service", "e2scrub_all.timer", "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer",
+)  # fmt: skip
 COMMAND_LINE = f"root=LABEL={ROOT_LABEL} rw console=ttyS0 quiet"
 
 NETWORK = "[Match]\nType=ether\n\n[Network]\nDHCP=yes\n\n[DHCPv4]\nClientIdentifier=mac\n"
@@ -57,6 +60,8 @@ chmod 600 root/.ssh/authorized_keys
 cp "$VMONTY_NETWORK" etc/systemd/network/20-wired.network
 chmod 644 etc/systemd/network/20-wired.network
 chroot . passwd -d root > /dev/null
+# What a virtual machine of its user's does not need at its start, or behind its back.
+chroot . systemctl mask $VMONTY_MASKED > /dev/null 2>&1
 chroot . systemctl enable systemd-networkd systemd-resolved ssh serial-getty@ttyS0 > /dev/null 2>&1
 for module in $VMONTY_MODULES; do echo "$module"; done >> etc/initramfs-tools/modules
 chroot . update-initramfs -u > /dev/null
@@ -217,6 +222,7 @@ def _bootstrap(work: Path, sources: str, packages: tuple[str, ...], public: byte
     environment = {
         **os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive",
         "VMONTY_KEY": str(key), "VMONTY_NETWORK": str(network), "VMONTY_MODULES": " ".join(MODULES),
+        "VMONTY_MASKED": " ".join(MASKED),
     }  # fmt: skip
     # A build as another user, in a namespace, reads these.
     work.chmod(0o755)
