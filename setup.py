@@ -64,6 +64,9 @@ COMPILED = [
     "vmonty.cpu.context",
     "vmonty.cpu.observe",
     "vmonty.vmm.virtio.queue",
+    "vmonty.vmm.hw.vga.raster",
+    "vmonty.vmm.display.frame",
+    "vmonty.vmm.display.vnc.pixels",
 ]
 
 # Called while the guest's vector state is live in the host's registers: no vector register, and no loop

@@ -1,0 +1,6 @@
+TILE: tuple[int, int]
+
+def changed_tiles(before: bytes | bytearray, after: bytes | bytearray, width: int, height: int) -> list[int]: ...
+def find_scroll(
+    before: bytes | bytearray, after: bytes | bytearray, width: int, height: int
+) -> tuple[int, int, int] | None: ...

@@ -1,0 +1,1 @@
+"""Remote frame buffer: the screen for VNC viewers."""

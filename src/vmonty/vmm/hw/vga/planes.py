@@ -1,0 +1,115 @@
+"""The window at 0xA0000: 128 KiB through which a processor reaches the four planes of 64 KiB each.
+
+Byte *n* of plane *p* lies at 4n + p of video memory, so that a 256-colour screen is linear there.
+Source: IBM Personal System/2 Hardware Interface Technical Reference, "Video Subsystem", "Programming
+Considerations": write modes 0 to 3, read modes 0 and 1, odd/even and chain-4 addressing.
+"""
+
+from __future__ import annotations
+
+from vmonty.base.ram import Ram
+from vmonty.vmm.hw.vga import registers as vga
+from vmonty.vmm.hw.vga.registers import VgaRegisters
+
+WINDOW, WINDOW_SIZE = 0xA_0000, 0x2_0000
+PLANE_SIZE = 0x1_0000
+# Of GC's memory map field: where in the window memory answers.
+_MAPS = ((0, 0x2_0000), (0, 0x1_0000), (0x1_0000, 0x8000), (0x1_8000, 0x8000))
+# Four mask bits as four bytes.
+_LANES = tuple(sum(0xFF << 8 * plane for plane in range(4) if mask >> plane & 1) for mask in range(16))
+_ALL = 0xFFFF_FFFF
+_EACH = 0x0101_0101
+
+
+class PlaneWindow:
+    """The window, as a bus device whose offset 0 is address 0xA0000. *bank* is DISPI's, in units of 64 KiB."""
+
+    def __init__(self, registers: VgaRegisters, memory: Ram) -> None:
+        self._registers = registers
+        self._memory = memory
+        self._latch = 0
+        self.bank: int | None = None  # when set, the first 64 KiB are this part of video memory
+
+    def read(self, offset: int, size: int) -> int:
+        """A wide access is one of each byte in a row."""
+        return sum(self._read(offset + at) << 8 * at for at in range(size))
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """As read."""
+        for at in range(size):
+            self._write(offset + at, value >> 8 * at & 0xFF)
+
+    def _place(self, offset: int) -> int | None:
+        """*offset* in the part of the window that the map field chose."""
+        base, size = _MAPS[self._registers.graphics[vga.MISCELLANEOUS] >> 2 & 3]
+        return offset - base if 0 <= offset - base < size else None
+
+    def _banked(self, offset: int) -> int | None:
+        if self.bank is None or offset >= PLANE_SIZE:
+            return None
+        return (self.bank * PLANE_SIZE + offset) % self._memory.size
+
+    def _read(self, offset: int) -> int:
+        if (linear := self._banked(offset)) is not None:
+            return self._memory.read_u8(linear)
+        if (at := self._place(offset)) is None:
+            return 0xFF
+        registers = self._registers
+        graphics = registers.graphics
+        if registers.sequencer[vga.MEMORY_MODE] & vga.MEMORY_CHAIN_4:
+            at %= 4 * PLANE_SIZE
+            self._latch = self._memory.read_u32(at & ~3)
+            return self._memory.read_u8(at)
+        plane = graphics[vga.READ_MAP]
+        if graphics[vga.MODE] & vga.MODE_ODD_EVEN:
+            plane, at = plane & 2 | at & 1, at & ~1
+        at %= PLANE_SIZE
+        self._latch = self._memory.read_u32(4 * at)
+        if not graphics[vga.MODE] & vga.MODE_READ_COMPARE:
+            return self._latch >> 8 * plane & 0xFF
+        wrong = (self._latch ^ _LANES[graphics[vga.COLOUR_COMPARE]]) & _LANES[graphics[vga.DONT_CARE]]
+        wrong |= wrong >> 16
+        return ~(wrong | wrong >> 8) & 0xFF
+
+    def _write(self, offset: int, value: int) -> None:
+        if (linear := self._banked(offset)) is not None:
+            self._memory.write_u8(linear, value)
+            return
+        if (at := self._place(offset)) is None:
+            return
+        registers = self._registers
+        mask = registers.sequencer[vga.MAP_MASK]
+        if registers.sequencer[vga.MEMORY_MODE] & vga.MEMORY_CHAIN_4:
+            if mask >> (at & 3) & 1:
+                self._memory.write_u8(at % (4 * PLANE_SIZE), value)
+            return
+        if not registers.sequencer[vga.MEMORY_MODE] & vga.MEMORY_NO_ODD_EVEN:
+            mask, at = mask & (0xA if at & 1 else 0x5), at & ~1
+        at = 4 * (at % PLANE_SIZE)
+        lanes = _LANES[mask]
+        self._memory.write_u32(at, self._mixed(value) & lanes | self._memory.read_u32(at) & ~lanes)
+
+    def _mixed(self, value: int) -> int:
+        """What the write mode makes of a byte: one for each plane."""
+        graphics = self._registers.graphics
+        mode, bits = graphics[vga.MODE] & 3, graphics[vga.BIT_MASK]
+        if mode == 1:
+            return self._latch
+        rotation = graphics[vga.DATA_ROTATE] & 7
+        turned = (value >> rotation | value << 8 - rotation) & 0xFF
+        if mode == 0:
+            set_reset = _LANES[graphics[vga.ENABLE_SET_RESET]]
+            data = turned * _EACH & ~set_reset | _LANES[graphics[vga.SET_RESET]] & set_reset
+        elif mode == 2:
+            data = _LANES[value & 15]
+        else:
+            data, bits = _LANES[graphics[vga.SET_RESET]], bits & turned
+        match graphics[vga.DATA_ROTATE] >> 3:
+            case 1:
+                data &= self._latch
+            case 2:
+                data |= self._latch
+            case 3:
+                data ^= self._latch
+        chosen = bits * _EACH
+        return data & chosen | self._latch & ~chosen & _ALL

@@ -1,0 +1,33 @@
+def text_cells(memory: memoryview, start: int, pitch: int, scale: int, columns: int, rows: int) -> list[bytes]: ...
+def draw_text(
+    out: bytearray,
+    memory: memoryview,
+    start: int,
+    pitch: int,
+    scale: int,
+    columns: int,
+    rows: int,
+    width: int,
+    height: int,
+    font: int,
+    second_font: int,
+    palette: bytes,
+    cursor: int,
+    cursor_first: int,
+    cursor_last: int,
+    line_graphics: bool,
+    blink: bool,
+) -> None: ...
+def draw_pixels(
+    out: bytearray,
+    memory: memoryview,
+    kind: int,
+    width: int,
+    height: int,
+    start: int,
+    pitch: int,
+    split: int,
+    banked: bool,
+    planes: int,
+    palette: bytes,
+) -> None: ...
