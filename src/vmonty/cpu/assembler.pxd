@@ -20,11 +20,36 @@ cdef struct Assembler:
     int64_t delta            # executable address minus writable address
 
 
-cdef void put8(Assembler *a, uint32_t value) noexcept nogil
-cdef void put16(Assembler *a, uint32_t value) noexcept nogil
-cdef void put32(Assembler *a, uint32_t value) noexcept nogil
-cdef void put64(Assembler *a, uint64_t value) noexcept nogil
-cdef uint64_t here(Assembler *a) noexcept nogil
+# Inline, as every emitted byte comes through them.
+cdef inline void put8(Assembler *a, uint32_t value) noexcept nogil:
+    """Append one byte."""
+    a.at[0] = <uint8_t>value
+    a.at += 1
+
+
+cdef inline void put16(Assembler *a, uint32_t value) noexcept nogil:
+    """Append two bytes, little-endian."""
+    (<uint16_t *>a.at)[0] = <uint16_t>value
+    a.at += 2
+
+
+cdef inline void put32(Assembler *a, uint32_t value) noexcept nogil:
+    """Append four bytes, little-endian."""
+    (<uint32_t *>a.at)[0] = value
+    a.at += 4
+
+
+cdef inline void put64(Assembler *a, uint64_t value) noexcept nogil:
+    """Append eight bytes, little-endian."""
+    (<uint64_t *>a.at)[0] = value
+    a.at += 8
+
+
+cdef inline uint64_t here(Assembler *a) noexcept nogil:
+    """Give the address at which the next byte will execute."""
+    return <uint64_t>a.at + a.delta
+
+
 cdef void memory(Assembler *a, int reg, int base, int index, int scale, int32_t disp) noexcept nogil
 cdef void op_reg(Assembler *a, int prefix, int w, int opcode, int reg, int rm) noexcept nogil
 cdef void op_mem(Assembler *a, int prefix, int w, int opcode, int reg, int base, int index, int scale,

@@ -8,46 +8,21 @@ SDM, "Instruction Format".
 import cython
 
 
-def put8(a, value):
-    """Append one byte."""
-    a.at[0] = value & 0xFF
-    a.at += 1
-
-
-def put16(a, value):
-    """Append two bytes, little-endian."""
-    put8(a, value)
-    put8(a, value >> 8)
-
-
-def put32(a, value):
-    """Append four bytes, little-endian."""
-    put8(a, value)
-    put8(a, value >> 8)
-    put8(a, value >> 16)
-    put8(a, value >> 24)
-
-
-def put64(a, value):
-    """Append eight bytes, little-endian."""
-    put32(a, cython.cast(uint32_t, value))
-    put32(a, value >> 32)
-
-
-def here(a):
-    """Give the address at which the next byte will execute."""
-    return cython.cast(uint64_t, a.at) + a.delta
-
-
-def memory(a, reg, base, index, scale, disp):
-    """Append modrm, SIB and displacement of [base + index << scale + disp]; base may be NONE (then disp32)."""
+@cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _memory(
+    p: cython.p_uchar, reg: cython.int, base: cython.int, index: cython.int, scale: cython.int, disp: int32_t
+) -> cython.p_uchar:
+    """Write modrm, SIB and displacement at ``p``; gives where they end."""
     field: cython.int = (reg & 7) << 3
-    if base < 0:
-        put8(a, field | 4)
-        put8(a, (scale << 6) | (((index & 7) << 3) if index >= 0 else 0x20) | 5)
-        put32(a, disp)
-        return
     mod: cython.int
+    if base < 0:
+        p[0] = field | 4
+        p[1] = (scale << 6) | (((index & 7) << 3) if index >= 0 else 0x20) | 5
+        cython.cast(cython.pointer(int32_t), p + 2)[0] = disp
+        return p + 6
     if disp == 0 and (base & 7) != 5:
         mod = 0
     elif -128 <= disp <= 127:
@@ -55,43 +30,59 @@ def memory(a, reg, base, index, scale, disp):
     else:
         mod = 0x80
     if index >= 0 or (base & 7) == 4:
-        put8(a, mod | field | 4)
-        put8(a, (scale << 6) | (((index & 7) << 3) if index >= 0 else 0x20) | (base & 7))
+        p[0] = mod | field | 4
+        p[1] = (scale << 6) | (((index & 7) << 3) if index >= 0 else 0x20) | (base & 7)
+        p += 2
     else:
-        put8(a, mod | field | (base & 7))
+        p[0] = mod | field | (base & 7)
+        p += 1
     if mod == 0x40:
-        put8(a, disp)
+        p[0] = disp & 0xFF
+        p += 1
     elif mod == 0x80:
-        put32(a, disp)
+        cython.cast(cython.pointer(int32_t), p)[0] = disp
+        p += 4
+    return p
+
+
+def memory(a, reg, base, index, scale, disp):
+    """Append modrm, SIB and displacement of [base + index << scale + disp]; base may be NONE (then disp32)."""
+    a.at = _memory(a.at, reg, base, index, scale, disp)
 
 
 @cython.cfunc
+@cython.inline
 @cython.nogil
 @cython.exceptval(check=False)
-def _opcode(a: cython.pointer(Assembler), prefix: cython.int, rex: cython.int, opcode: cython.int) -> cython.void:
-    """Append prefix, REX and opcode; opcodes of the 0F map have 0x100 set, 0F38 0x200, 0F3A 0x300."""
+def _opcode(p: cython.p_uchar, prefix: cython.int, rex: cython.int, opcode: cython.int) -> cython.p_uchar:
+    """Write prefix, REX and opcode; opcodes of the 0F map have 0x100 set, 0F38 0x200, 0F3A 0x300."""
     if prefix:
-        put8(a, prefix)
+        p[0] = prefix
+        p += 1
     if rex:
-        put8(a, rex | 0x40)
+        p[0] = rex | 0x40
+        p += 1
     if opcode >= 0x100:
-        put8(a, 0x0F)
-        if opcode >= 0x300:
-            put8(a, 0x3A)
-        elif opcode >= 0x200:
-            put8(a, 0x38)
-    put8(a, opcode)
+        p[0] = 0x0F
+        p += 1
+        if opcode >= 0x200:
+            p[0] = 0x3A if opcode >= 0x300 else 0x38
+            p += 1
+    p[0] = opcode & 0xFF
+    return p + 1
 
 
 def op_reg(a, prefix, w, opcode, reg, rm):
     """Append a register-register instruction (modrm.mod = 3). ``w`` 2 forces a bare REX for byte registers."""
     rex: cython.int = ((reg & 8) >> 1) | ((rm & 8) >> 3)
+    p: cython.p_uchar
     if w == 1:
         rex |= 8
     if w == 2:
         rex |= 0x40
-    _opcode(a, prefix, rex, opcode)
-    put8(a, 0xC0 | ((reg & 7) << 3) | (rm & 7))
+    p = _opcode(a.at, prefix, rex, opcode)
+    p[0] = 0xC0 | ((reg & 7) << 3) | (rm & 7)
+    a.at = p + 1
 
 
 def op_mem(a, prefix, w, opcode, reg, base, index, scale, disp):
@@ -105,8 +96,7 @@ def op_mem(a, prefix, w, opcode, reg, base, index, scale, disp):
         rex |= 1
     if index >= 8:
         rex |= 2
-    _opcode(a, prefix, rex, opcode)
-    memory(a, reg, base, index, scale, disp)
+    a.at = _memory(_opcode(a.at, prefix, rex, opcode), reg, base, index, scale, disp)
 
 
 def mov_rr(a, to, source):

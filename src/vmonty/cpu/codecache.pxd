@@ -85,6 +85,11 @@ cdef struct CodeCache:
     uint32_t *buckets
     uint32_t *page_buckets
     uint64_t flushes
+    # What is mapped ahead of use, see cache_prepare.
+    uint8_t *code_ready
+    uint32_t blocks_ready
+    uint32_t links_ready
+    uint32_t offsets_ready
     void *state
     # ---- stubs -------------------------------------------------------------------------------------
     uint64_t enter           # int enter(CpuState *, void *code)
@@ -119,6 +124,13 @@ ctypedef void (*string_function)(uint64_t, uint64_t, uint64_t) noexcept nogil
 cdef extern from "<sys/mman.h>" nogil:
     int memfd_create(const char *name, unsigned int flags)
 
+cdef extern from "<sys/mman.h>" nogil:
+    int madvise(void *address, size_t length, int advice)
+
+cdef enum:
+    MADV_POPULATE_READ = 22  # Linux 5.14; Debian's headers may be older than the kernel
+    MADV_POPULATE_WRITE = 23
+
 cdef extern from * nogil:
     int lock_take "__sync_lock_test_and_set"(int *lock, int value)
     void lock_drop "__sync_lock_release"(int *lock)
@@ -146,6 +158,7 @@ cdef CodeCache *cache_new(CpuState *s, uint64_t size, void *memory_slow, void *c
                           void *call_helper, void *to_linear) noexcept nogil
 cdef void cache_free(CpuState *s) noexcept nogil
 cdef void cache_flush(CpuState *s) noexcept nogil
+cdef void cache_prepare(CodeCache *c) noexcept nogil
 cdef Block *block_find(CodeCache *c, uint64_t rip, uint64_t linear, uint64_t limit, uint64_t host_page,
                        uint32_t key) noexcept nogil
 cdef void block_register(CodeCache *c, Block *b) noexcept nogil

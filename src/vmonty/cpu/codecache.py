@@ -403,6 +403,7 @@ def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper,
     mprotect(shadow, 4096, PROT_NONE)  # a push that meets it is a full shadow stack: hosttraps resets it
     c.a.at = c.writable
     c.a.limit = c.writable + size
+    c.code_ready = c.writable
     c.a.delta = cython.cast(int64_t, cython.cast(uint64_t, c.executable) - cython.cast(uint64_t, c.writable))
     functions: cython.pointer(cython.p_void) = cython.cast(cython.pointer(cython.p_void), s.host_xsave)
     functions[0] = memory_slow
@@ -471,6 +472,35 @@ def jump_cache_clear_local(s):
         n = s.local_jump[k]
         s.jump_negated[n >> JUMP_CACHE_BITS][n & (JUMP_CACHE_ENTRIES - 1)] = cython.cast(uint64_t, 1) << 62
     s.local_count[LOCAL_JUMP] = 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _ready(array: cython.p_void, size: uint64_t, used: uint32_t, ready: uint32_t, room: uint32_t) -> uint32_t:
+    """Map the next 128 KiB of an array whose elements have ``size`` bytes; gives how many elements are mapped."""
+    more: uint32_t = cython.cast(uint32_t, 131072 // size)
+    first: uint64_t = cython.cast(uint64_t, array) + ready * size & ~cython.cast(uint64_t, 4095)
+    if used + 256 < ready or ready + more > room:
+        return ready
+    madvise(cython.cast(cython.p_void, first), 131072 + 4096, MADV_POPULATE_WRITE)
+    return ready + more
+
+
+def cache_prepare(c):
+    """Map what the next blocks are going to fill, many pages at once: a fault for each page costs more than the page.
+
+    A kernel that cannot do that maps page by page.
+    """
+    page: cython.p_uchar
+    c.blocks_ready = _ready(c.blocks, cython.sizeof(Block), c.blocks_used, c.blocks_ready, MAX_BLOCKS)
+    c.links_ready = _ready(c.links, cython.sizeof(Link), c.links_used, c.links_ready, MAX_LINKS)
+    c.offsets_ready = _ready(c.offsets, 2, c.offsets_used, c.offsets_ready, MAX_OFFSETS)
+    if c.a.at + 65536 > c.code_ready and c.code_ready + 262144 <= c.a.limit:
+        page = c.code_ready
+        madvise(page, 262144, MADV_POPULATE_WRITE)
+        madvise(page + c.a.delta, 262144, MADV_POPULATE_READ)
+        c.code_ready = page + 262144
 
 
 def cache_flush(s):

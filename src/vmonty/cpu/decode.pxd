@@ -61,6 +61,12 @@ cdef enum:
     A_Y2 = 131072        # needs AVX2 for 32-byte vectors
     A_R2 = 262144        # needs AVX2 with a register operand
     A_SSE = 524288       # has an xmm or ymm operand, or MXCSR
+    A_MEMORY = 1048576   # ModRM must name memory
+    A_REGISTER = 2097152     # ModRM must name a register
+    A_VVVV = 4194304     # uses VEX.vvvv
+    A_VSIB = 8388608     # memory with a vector as index
+    A_SIZED = 16777216   # 66 makes its operands 16 bits wide
+    A_SIMPLE = 33554432  # decoded by _simple when no prefix but REX stands there
 
 cdef enum:
     F_C = 1
@@ -95,6 +101,14 @@ cdef struct OpRow:
     int8_t prefix
     uint8_t feature
     uint32_t attributes
+    # Numbers, from 1 on, of the operands that are looked for most; 0: there is none.
+    uint8_t in_memory        # E W M Q: memory if ModRM names it
+    uint8_t g                # G or Z: general register in modrm.reg or the opcode
+    uint8_t e                # E or R: general register or memory in modrm.rm
+    uint8_t b                # B: general register in VEX.vvvv
+    uint8_t immediates       # bits of the operands that follow the instruction: I J O L A
+    uint8_t in_opcode        # Z is the first operand
+    uint8_t pad[2]
 
 
 cdef struct Insn:
@@ -135,15 +149,27 @@ cdef struct Insn:
     uint8_t flags_in         # liveness: flags live before it
     uint8_t group            # number of the group that shares one TLB check, + 1; 0 none
     uint8_t leader           # this instruction makes the check
+    uint8_t verbatim         # no prefix but REX, no memory operand: means the same where it is copied to
     int32_t group_offset     # of its operand from the lowest byte of the group
     uint8_t bytes[16]
 
 
 cdef OpRow ROW[2560]
+# Bytes of an operand by its size letter and operand size >> 2 | W << 2 | L << 3.
+cdef uint8_t OPERAND_BYTES[256][16]
+cdef uint8_t PREFIX[256]     # 1 a legacy prefix, 2 REX in 64-bit mode
 cdef uint16_t ROOT[2][4][256][4]
 cdef uint16_t GROUP[512][72]
 
 cdef int decode(uint8_t *code, int available, uint64_t rip, int code_size, Insn *i) noexcept nogil
-# Whether a processor with these features has the instruction; makes LZCNT and TZCNT the older BSR and BSF.
-cdef int offered(Insn *i, uint64_t *features, int code_size) noexcept nogil
-cdef int operand_bytes(Insn *i, int n) noexcept nogil
+cdef int offered_feature(Insn *i, uint64_t *features, int code_size) noexcept nogil
+
+
+cdef inline int offered(Insn *i, uint64_t *features, int code_size) noexcept nogil:
+    """Whether a processor with these features has the instruction; makes LZCNT and TZCNT the older BSR and BSF."""
+    return ROW[i.row].feature == 0 or offered_feature(i, features, code_size)
+
+
+cdef inline int operand_bytes(Insn *i, int n) noexcept nogil:
+    """Give the size of operand ``n`` in bytes; 0 for an address only."""
+    return OPERAND_BYTES[ROW[i.row].size[n]][i.operand_size >> 2 | i.w << 2 | i.l << 3]

@@ -26,6 +26,12 @@ def _build():
     _copy(cython.cast(cython.p_uchar, cython.address(ROW[1])), cython.sizeof(ROW) - cython.sizeof(OpRow), rows)
     _copy(cython.cast(cython.p_uchar, cython.address(ROOT[0][0][0][0])), cython.sizeof(ROOT), root)
     _copy(cython.cast(cython.p_uchar, cython.address(GROUP[0][0])), cython.sizeof(GROUP), groups)
+    sizes = cython.cast(cython.p_uchar, cython.address(OPERAND_BYTES[0][0]))
+    _copy(sizes, cython.sizeof(OPERAND_BYTES), opcodes.operand_sizes())
+    for byte in (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3):
+        PREFIX[byte] = 1
+    for byte in range(0x40, 0x50):
+        PREFIX[byte] = 2
     ROW[0].cls = C_UD
 
 
@@ -43,12 +49,10 @@ _CX8 = cython.declare(cython.int, opcodes.FEATURES.index("cx8"))
 _LAHF_LM = cython.declare(cython.int, opcodes.FEATURES.index("lahf-lm"))
 
 
-def offered(i, features, code_size):
-    """Tell whether CPUID offers the instruction; LZCNT and TZCNT without their bits are BSR and BSF."""
+def offered_feature(i, features, code_size):
+    """Tell whether CPUID offers an instruction that hangs on a feature bit."""
     r: cython.pointer(OpRow) = cython.address(ROW[i.row])
     f: cython.int = r.feature
-    if f == 0:
-        return 1
     if f == _CX8 and i.w:
         f = _CX16
     elif f == _LAHF_LM and code_size != 8:
@@ -61,42 +65,6 @@ def offered(i, features, code_size):
         i.row = ROOT[0][1][i.opcode][0]
         i.pp = 0
         return 1
-    return 0
-
-
-def operand_bytes(i, n):
-    """Give the size of operand ``n`` in bytes; 0 for an address only."""
-    code: cython.uchar = ROW[i.row].size[n]
-    if code == ord("b") or code == ord("1"):
-        return 1
-    if code == ord("v"):
-        return i.operand_size
-    if code == ord("w") or code == ord("2"):
-        return 2
-    if code == ord("d") or code == ord("4"):
-        return 4
-    if code == ord("q"):
-        return 8
-    if code == ord("y"):
-        return 8 if i.w else 4
-    if code == ord("x"):
-        return 32 if i.l else 16
-    if code == ord("o"):
-        return 16
-    if code == ord("z"):
-        return 2 if i.operand_size == 2 else 4
-    if code == ord("h"):
-        return 16 if i.l else 8
-    if code == ord("f"):
-        return 8 if i.l else 4
-    if code == ord("e"):
-        return 4 if i.l else 2
-    if code == ord("k"):
-        return 32 if i.l else 8
-    if code == ord("t"):
-        return 10
-    if code == ord("c"):
-        return 16 if i.w else 8
     return 0
 
 
@@ -131,11 +99,15 @@ def _immediate_bytes(i: cython.pointer(Insn), n: cython.int) -> cython.int:
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _little_endian(code: cython.p_uchar, at: cython.int, size: cython.int) -> uint64_t:
+def _little_endian(code: cython.p_uchar, size: cython.int) -> uint64_t:
     value: uint64_t = 0
     k: cython.int
+    if size == 1:
+        return code[0]
+    if size == 4:
+        return cython.cast(cython.pointer(uint32_t), code)[0]
     for k in range(size):
-        value |= cython.cast(uint64_t, code[at + k]) << (8 * k)
+        value |= cython.cast(uint64_t, code[k]) << (8 * k)
     return value
 
 
@@ -177,7 +149,7 @@ def _memory_16(i: cython.pointer(Insn), code: cython.p_uchar, at: cython.int, av
     if at + size > available:
         return 0
     if size:
-        i.displacement = _sign_extend(_little_endian(code, at, size), size)
+        i.displacement = _sign_extend(_little_endian(code + at, size), size)
     if i.segment < 0:
         i.segment = 2 if i.base == 5 else 3
     return at + size
@@ -217,10 +189,155 @@ def _memory(i: cython.pointer(Insn), code: cython.p_uchar, at: cython.int, avail
     if at + size > available:
         return 0
     if size:
-        i.displacement = _sign_extend(_little_endian(code, at, size), size)
+        i.displacement = _sign_extend(_little_endian(code + at, size), size)
     if i.segment < 0:
         i.segment = 2 if i.base == 4 or i.base == 5 else 3
     return at + size
+
+
+@cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _clear(i: cython.pointer(Insn)) -> cython.void:
+    i.immediate = 0
+    i.displacement = 0
+    i.row = 0
+    i.length = 0
+    i.map = 0
+    i.opcode = 0
+    i.vex = 0
+    i.pp = 0
+    i.prefix66 = 0
+    i.rep = 0
+    i.lock = 0
+    i.rex = 0
+    i.w = 0
+    i.l = 0
+    i.vvvv = 0
+    i.operand_size = 0
+    i.address_size = 0
+    i.modrm = 0
+    i.mod = 0
+    i.reg = 0
+    i.rm = 0
+    i.has_memory = 0
+    i.scale = 0
+    i.base = NO_REGISTER
+    i.index = NO_REGISTER
+    i.segment = -1
+    i.segment_override = 0
+    i.immediate_size = 0
+    i.memory_size = 0
+    i.memory_access = 0
+    i.is4 = 0
+    i.fault = 0
+    i.flags_needed = 0
+    i.flags_in = 0
+    i.group = 0
+    i.leader = 0
+    i.verbatim = 0
+
+
+@cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _immediates(
+    i: cython.pointer(Insn), r: cython.pointer(OpRow), code: cython.p_uchar, at: cython.int, limit: cython.int,
+    long_mode: cython.int
+) -> cython.int:  # fmt: skip
+    """Decode what follows ModRM and displacement; give the offset after it, or 0 when bytes are missing."""
+    k: cython.int
+    size: cython.int
+    byte: cython.uchar
+    for k in range(r.operands):
+        if not r.immediates >> k & 1:
+            continue
+        byte = r.letter[k]
+        size = _immediate_bytes(i, k)
+        if at + size > limit:
+            return 0
+        if i.immediate_size and byte == ord("I"):  # ENTER
+            i.immediate |= _little_endian(code + at, size) << (8 * i.immediate_size)
+        else:
+            i.immediate = _little_endian(code + at, size)
+        i.immediate_size += size
+        at += size
+        if byte == ord("J"):
+            i.immediate = cython.cast(uint64_t, _sign_extend(i.immediate, size))
+        elif byte == ord("L"):
+            if not long_mode:
+                i.immediate &= 0x7F
+            i.is4 = i.immediate >> 4
+    return at
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _simple(code: cython.p_uchar, i: cython.pointer(Insn)) -> cython.int:
+    """Decode what most code in 64-bit mode is made of: no prefix but REX, none of the rarer operands.
+
+    Sixteen bytes are there, and the fields are clear. Gives the length, or 0: ``decode`` has to look at it in full.
+    """
+    at: cython.int = 1
+    byte: cython.uchar = code[0]
+    rex: cython.int = 0
+    opcode_map: cython.int = 0
+    entry: cython.int
+    modrm: cython.int = 0
+    r: cython.pointer(OpRow)
+    if (byte & 0xF0) == 0x40:
+        rex = byte
+        byte = code[1]
+        at = 2
+    if byte == 0x0F:
+        byte = code[at]
+        at += 1
+        opcode_map = 1
+    elif byte == 0x90 or PREFIX[byte]:
+        return 0
+    entry = ROOT[0][opcode_map][byte][0]
+    if entry & 0x8000:
+        modrm = code[at]
+        entry = GROUP[entry & 0x7FFF][8 + (modrm & 63) if modrm >= 0xC0 else modrm >> 3 & 7]
+    r = cython.address(ROW[entry])
+    if not r.attributes & A_SIMPLE:
+        return 0
+    if r.attributes & A_MODRM:
+        modrm = code[at]
+        at += 1
+        i.modrm = modrm
+        i.mod = modrm >> 6
+        i.reg = (modrm >> 3 & 7) | (rex & 4) << 1
+        i.rm = (modrm & 7) | (rex & 1) << 3
+    elif r.in_opcode:
+        i.reg = (byte & 7) | (rex & 1) << 3
+    i.rex = rex
+    i.w = rex >> 3 & 1
+    i.row = entry
+    i.map = opcode_map
+    i.opcode = byte
+    i.address_size = 8
+    i.operand_size = 8 if r.attributes & (A_F64 | A_D64) or rex & 8 else 4
+    if r.attributes & A_MODRM and modrm < 0xC0:
+        i.has_memory = 1
+        at = _memory(i, code, at, 15, 1)
+        if at == 0:
+            return 0
+        if r.in_memory:
+            i.memory_size = operand_bytes(i, r.in_memory - 1)
+            i.memory_access = r.access[r.in_memory - 1]
+    elif r.attributes & A_MEMORY:
+        return 0
+    else:
+        i.segment = 3
+        i.verbatim = 1
+    if r.immediates:
+        at = _immediates(i, r, code, at, 15, 1)
+    i.length = at
+    return at
 
 
 def decode(code, available, rip, code_size, i):
@@ -239,43 +356,40 @@ def decode(code, available, rip, code_size, i):
     limit: cython.int = min(15, available)
     short: cython.int = DECODE_TRUNCATED if available < 15 else DECODE_TOO_LONG
     i.rip = rip
-    i.immediate = 0
-    i.displacement = 0
-    i.row = 0
-    i.map = 0
-    i.vex = 0
-    i.pp = 0
-    i.prefix66 = 0
-    i.rep = 0
-    i.lock = 0
-    i.rex = 0
-    i.w = 0
-    i.l = 0
-    i.vvvv = 0
-    i.modrm = 0
-    i.mod = 0
-    i.reg = 0
-    i.rm = 0
-    i.has_memory = 0
-    i.scale = 0
-    i.base = NO_REGISTER
-    i.index = NO_REGISTER
-    i.segment = -1
-    i.segment_override = 0
-    i.immediate_size = 0
-    i.memory_size = 0
-    i.memory_access = 0
-    i.is4 = 0
-    i.fault = 0
-    i.length = 0
-    i.group = 0
-    i.leader = 0
-    for k in range(limit):
-        i.bytes[k] = code[k]
+    _clear(i)
+    if available >= 16:
+        cython.cast(cython.pointer(uint64_t), cython.address(i.bytes[0]))[0] = cython.cast(
+            cython.pointer(uint64_t), code
+        )[0]
+        cython.cast(cython.pointer(uint64_t), cython.address(i.bytes[8]))[0] = cython.cast(
+            cython.pointer(uint64_t), code + 8
+        )[0]
+        if long_mode:
+            size = _simple(code, i)
+            if size:
+                return size
+            _clear(i)
+    else:
+        for k in range(limit):
+            i.bytes[k] = code[k]
     while True:
         if at >= limit:
             return short
         byte = code[at]
+        if PREFIX[byte] == 0:
+            break
+        if PREFIX[byte] == 2:
+            if not long_mode:
+                break
+            at += 1
+            if at >= limit:
+                return short
+            i.rex = byte
+            byte = code[at]
+            if PREFIX[byte] == 0:
+                break
+            i.rex = 0  # a REX prefix counts only right before the opcode
+            continue
         if byte == 0x66:
             i.prefix66 = 1
         elif byte == 0x67:
@@ -299,34 +413,9 @@ def decode(code, available, rip, code_size, i):
         elif byte == 0x64:
             i.segment = 4
             i.segment_override = 1
-        elif byte == 0x65:
+        else:
             i.segment = 5
             i.segment_override = 1
-        elif long_mode and (byte & 0xF0) == 0x40:
-            i.rex = byte
-            at += 1
-            if at >= limit:
-                return short
-            byte = code[at]
-            if (
-                byte == 0x66
-                or byte == 0x67
-                or byte == 0xF0
-                or byte == 0xF2
-                or byte == 0xF3
-                or byte == 0x26
-                or byte == 0x2E
-                or byte == 0x36
-                or byte == 0x3E
-                or byte == 0x64
-                or byte == 0x65
-                or (byte & 0xF0) == 0x40
-            ):
-                i.rex = 0
-                continue
-            break
-        else:
-            break
         at += 1
     if long_mode and i.segment < 4:
         i.segment = -1
@@ -474,50 +563,32 @@ def decode(code, available, rip, code_size, i):
                 at = _memory(i, code, at, limit, long_mode)
             if at == 0:
                 return short
-    elif r.operands and r.letter[0] == ord("Z"):
+    elif r.in_opcode:
         i.reg = (byte & 7) | ((i.rex & 1) << 3)
     if i.segment < 0 and not i.has_memory:
         i.segment = 3  # of operands that no ModRM byte names: string sources, MOV's offsets
     # ---- operands -----------------------------------------------------------------------------------
-    used_vvvv: cython.int = 0
-    for k in range(r.operands):
-        byte = r.letter[k]
-        if byte == ord("E") or byte == ord("W") or byte == ord("M") or byte == ord("Q"):
-            if i.has_memory:
-                size = 512 if r.size[k] == 251 else operand_bytes(i, k)
-                i.memory_size = size if size < 256 else 0
-                i.memory_access = r.access[k]
-            elif byte == ord("M"):
-                return DECODE_INVALID
-        elif byte == ord("R") or byte == ord("U") or byte == ord("N"):
-            if i.has_memory:
-                return DECODE_INVALID
-        elif byte == ord("X"):
-            # SDM, "Vector SIB (VSIB) Memory Addressing": a SIB byte, no register twice
-            if not i.has_memory or i.address_size == 2 or i.modrm & 7 != 4:
-                return DECODE_INVALID
-            if i.reg == i.index or i.reg == i.vvvv or i.index == i.vvvv:
-                return DECODE_INVALID
-            i.memory_access = 1
-        elif byte == ord("H") or byte == ord("B"):
-            used_vvvv = 1
-        elif byte == ord("I") or byte == ord("J") or byte == ord("O") or byte == ord("L") or byte == ord("A"):
-            size = _immediate_bytes(i, k)
-            if at + size > limit:
-                return short
-            if i.immediate_size and byte == ord("I"):  # ENTER
-                i.immediate |= _little_endian(code, at, size) << (8 * i.immediate_size)
-            else:
-                i.immediate = _little_endian(code, at, size)
-            i.immediate_size += size
-            at += size
-            if byte == ord("J"):
-                i.immediate = cython.cast(uint64_t, _sign_extend(i.immediate, size))
-            elif byte == ord("L"):
-                if not long_mode:
-                    i.immediate &= 0x7F
-                i.is4 = i.immediate >> 4
-    if i.vex and not used_vvvv and i.vvvv:
+    if i.has_memory:
+        if attributes & A_REGISTER:
+            return DECODE_INVALID
+        if r.in_memory:
+            size = operand_bytes(i, r.in_memory - 1)
+            i.memory_size = size
+            i.memory_access = r.access[r.in_memory - 1]
+    elif attributes & A_MEMORY:
+        return DECODE_INVALID
+    if attributes & A_VSIB:
+        # SDM, "Vector SIB (VSIB) Memory Addressing": a SIB byte, no register twice
+        if not i.has_memory or i.address_size == 2 or i.modrm & 7 != 4:
+            return DECODE_INVALID
+        if i.reg == i.index or i.reg == i.vvvv or i.index == i.vvvv:
+            return DECODE_INVALID
+        i.memory_access = 1
+    if r.immediates:
+        at = _immediates(i, r, code, at, limit, long_mode)
+        if at == 0:
+            return short
+    if i.vex and not attributes & A_VVVV and i.vvvv:
         return DECODE_INVALID
     if i.vex and i.opcode == 0x10 | (i.opcode & 1) and i.map == 1 and i.pp >= 2 and i.has_memory and i.vvvv:
         return DECODE_INVALID
@@ -533,13 +604,16 @@ def decode(code, available, rip, code_size, i):
 
 
 def decode_bytes(code: bytes, rip: int = 0, code_size: int = 8) -> dict[str, object] | int:
-    """Decode for tests and tools: the fields as a dict, or the negative/zero result of ``decode``."""
+    """Decode for tests and tools: the fields as a dict, or the negative/zero result of ``decode``.
+
+    Of 16 bytes, 15 count; they are what the short way of simple instructions asks for.
+    """
     i: Insn
     buffer: cython.uchar[16]
     k: cython.int
     for k in range(min(len(code), 16)):
         buffer[k] = code[k]
-    n: cython.int = decode(buffer, min(len(code), 15), rip, code_size, cython.address(i))
+    n: cython.int = decode(buffer, min(len(code), 16), rip, code_size, cython.address(i))
     if n <= 0:
         return n
     row = isa.ROWS[i.row - 1]

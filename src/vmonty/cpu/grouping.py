@@ -127,29 +127,27 @@ def _constant_step(i: cython.pointer(Insn), reg: cython.p_int, by: cython.pointe
 
 
 @cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _written(n: cython.int, size: cython.uchar, version: cython.p_int) -> cython.void:
+    version[n] += 1
+    if size == ord("b") and 4 <= n < 8:
+        version[n - 4] += 1  # perhaps AH, CH, DH, BH
+
+
+@cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
 def _writes(i: cython.pointer(Insn), version: cython.p_int) -> cython.void:
     """Count up the versions of the registers that the instruction writes."""
     r: cython.pointer(OpRow) = cython.address(ROW[i.row])
-    k: cython.int
-    n: cython.int
-    letter: cython.uchar
-    for k in range(r.operands):
-        if not r.access[k] & 2:
-            continue
-        letter = r.letter[k]
-        n = -1
-        if letter == ord("G") or letter == ord("Z"):
-            n = i.reg
-        elif (letter == ord("E") and not i.has_memory) or letter == ord("R"):
-            n = i.rm
-        elif letter == ord("B"):
-            n = i.vvvv
-        if n >= 0:
-            version[n] += 1
-            if r.size[k] == ord("b") and 4 <= n < 8:
-                version[n - 4] += 1  # perhaps AH, CH, DH, BH
+    if r.g and r.access[r.g - 1] & 2:
+        _written(i.reg, r.size[r.g - 1], version)
+    if r.e and not i.has_memory and r.access[r.e - 1] & 2:
+        _written(i.rm, r.size[r.e - 1], version)
+    if r.b and r.access[r.b - 1] & 2:
+        version[i.vvvv] += 1
     # What is written without being named: the accumulator and its companions, counted whenever in doubt.
     if i.map == 0 and not i.vex:
         if r.operands == 0 or i.opcode < 0x40 or i.opcode >= 0xA0 or (0x90 <= i.opcode < 0xA0):

@@ -243,6 +243,9 @@ def emit_instruction(w, i):
     if i.fault:
         leave_fault(w, i, i.fault)
         return
+    if cls == C_COPY and i.map == 0 and not i.vex and not 0xD8 <= i.opcode <= 0xDF and i.opcode != 0x9B:
+        emit_copy(w, i)  # no vector, nothing that is intercepted
+        return
     vector = _vector_fault(w, i)
     if vector:
         leave_fault(w, i, vector)

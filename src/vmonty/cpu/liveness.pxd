@@ -6,5 +6,7 @@ from vmonty.cpu.decode cimport Insn
 
 cdef int flags_read(Insn *i) noexcept nogil
 cdef int flags_killed(Insn *i) noexcept nogil
+# Whether the code of an instruction hangs on the flags that are needed behind the block.
+cdef int open_at_end(Insn *block, int count) noexcept nogil
 cdef int live_at(uint8_t *code, int available, uint64_t rip, int code_size, uint64_t *features) noexcept nogil
 cdef void analyse(Insn *block, int count, int live_out) noexcept nogil

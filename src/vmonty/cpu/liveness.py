@@ -10,6 +10,8 @@ from cython.cimports.vmonty.cpu.decode import (
     A_SHIFT,
     C_BTM,
     C_COPY,
+    C_JCC,
+    C_JMP,
     C_LEA,
     C_LEAVE,
     C_MOFFS,
@@ -66,6 +68,22 @@ def live_at(code, available, rip, code_size, features):
             return live
         at += n
     return live | open_
+
+
+def open_at_end(block, count):
+    """Look from the end for an instruction that touches memory or RFLAGS before one that overwrites every flag."""
+    k: cython.int = count - 1
+    cls: cython.int
+    while k >= 0:
+        cls = ROW[block[k].row].cls
+        if cls not in (C_COPY, C_JCC, C_JMP, C_LEA, C_NOP):
+            return 1
+        if flags_killed(cython.address(block[k])) == F_ALL:
+            return 0
+        if cls == C_COPY and block[k].has_memory:
+            return 1
+        k -= 1
+    return 0
 
 
 def analyse(block, count, live_out):

@@ -14,6 +14,7 @@ ATTRIBUTES = {
     "sse": 524288,
 }  # fmt: skip
 MODRM, VECTOR, X87 = 16384, 32768, 65536
+MEMORY, REGISTER, VVVV, VSIB, SIZED, SIMPLE = (1 << bit for bit in range(20, 26))
 SIZE_512 = 251  # the one size code that is no single letter
 GROUPED = 0x8000  # in ROOT: the rest is an index into GROUP
 # Number 0 is no feature. decode.pxd has names for some of these numbers.
@@ -21,8 +22,35 @@ ARPL = next(number for number, row in enumerate(isa.ROWS, 1) if row.name == "ARP
 FEATURES = ("", *sorted({row.feature for row in isa.ROWS if row.feature} | {"cx16", "xgetbv1"}))
 
 
+def _operand_size(letter: str, operand_size: int, w: int, wide: int) -> int:
+    """Bytes of an operand. ``n`` is an address only."""
+    fixed = {"b": 1, "1": 1, "w": 2, "2": 2, "d": 4, "4": 4, "q": 8, "o": 16, "t": 10, "v": operand_size}
+    by_w = {"y": (4, 8), "c": (8, 16)}
+    by_l = {"x": (16, 32), "h": (8, 16), "f": (4, 8), "e": (2, 4), "k": (8, 32)}
+    if letter == "z":
+        return min(operand_size, 4)
+    if letter in by_w:
+        return by_w[letter][w]
+    return by_l[letter][wide] if letter in by_l else fixed.get(letter, 0)
+
+
+def operand_sizes() -> bytes:
+    """Give OPERAND_BYTES [letter][operand size >> 2 | W << 2 | L << 3]."""
+    return bytes(
+        _operand_size(chr(letter), (2, 4, 8, 0)[k & 3], k >> 2 & 1, k >> 3) for letter in range(256) for k in range(16)
+    )
+
+
+def _position(row: isa.Row, letters: str) -> int:
+    """The number, from 1 on, of the operand with one of these letters; 0 when there is none."""
+    found = [number for number, operand in enumerate(row.operands, 1) if operand.letter in letters]
+    if len(found) > 1:
+        raise ValueError(f"{row.name}: two operands of {letters}")
+    return found[0] if found else 0
+
+
 def pack_row(row: isa.Row) -> bytes:
-    """Pack one row as struct OpRow (24 bytes)."""
+    """Pack one row as struct OpRow (32 bytes)."""
     letters = bytes(ord(o.letter) for o in row.operands)
     sizes = bytes(SIZE_512 if o.size == "512" else ord(o.size) for o in row.operands)
     access = bytes(o.access for o in row.operands)
@@ -35,9 +63,20 @@ def pack_row(row: isa.Row) -> bytes:
         bits |= VECTOR | ATTRIBUTES["sse"]
     if row.map == 0 and 0xD8 <= row.opcode <= 0xDF:
         bits |= X87
+    for flag, wanted in ((MEMORY, "M"), (REGISTER, "RUN"), (VVVV, "HB"), (VSIB, "X")):
+        if any(o.letter in wanted for o in row.operands):
+            bits |= flag
+    if any(o.size in "vz" for o in row.operands) or (row.map == 0 and not row.operands):
+        bits |= SIZED
+    simple = row.map < 2 and not row.vex and not {"i64", "W0", "W1"} & set(row.attributes)
+    if simple and all(o.letter in "EGZIJVWPQM" for o in row.operands) and row.cls != "gather":
+        bits |= SIMPLE
     return struct.pack(
-        "<BB4s4s4sBBBBbBI", isa.CLASSES.index(row.cls), len(row.operands), letters, sizes, access, row.flags_read,
+        "<BB4s4s4sBBBBbBI6B2x", isa.CLASSES.index(row.cls), len(row.operands), letters, sizes, access, row.flags_read,
         row.flags_written, row.flags_undefined, row.flags_maybe, row.prefix, FEATURES.index(row.feature), bits,
+        _position(row, "EWMQ"), _position(row, "GZ"), _position(row, "ER"), _position(row, "B"),
+        sum(1 << number for number, o in enumerate(row.operands) if o.letter in "IJOLA"),
+        bool(row.operands) and row.operands[0].letter == "Z",
     )  # fmt: skip
 
 

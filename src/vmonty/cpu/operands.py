@@ -30,6 +30,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     push_imm32,
     put8,
     put32,
+    put64,
     rorx,
     store,
     vex3,
@@ -38,6 +39,8 @@ from cython.cimports.vmonty.cpu.codecache import displacement
 from cython.cimports.vmonty.cpu.decode import (
     A_ALIGN,
     A_CL,
+    A_MODRM,
+    A_SIZED,
     A_WCX,
     A_X87,
     C_BTM,
@@ -69,6 +72,9 @@ from cython.cimports.vmonty.cpu.translate import (
     Group,
     Stub,
 )
+
+# Bits of the guest registers that the same registers of the host hold.
+ITSELF = cython.declare(cython.int, 0xFCD)
 
 
 def host(g):
@@ -398,15 +404,11 @@ def to_one_register(w, reg):
 
 
 @cython.cfunc
+@cython.inline
 @cython.nogil
 @cython.exceptval(check=False)
 def _prefix66(i: cython.pointer(Insn), r: cython.pointer(OpRow)) -> cython.int:
-    k: cython.int
-    sized: cython.int = 1 if r.operands == 0 and i.map == 0 else 0
-    for k in range(r.operands):
-        if r.size[k] == ord("v") or r.size[k] == ord("z"):
-            sized = 1
-    if sized:
+    if r.attributes & A_SIZED:
         return i.operand_size == 2
     return r.prefix == 1
 
@@ -419,48 +421,52 @@ def _body(w: cython.pointer(Work), i: cython.pointer(Insn), reg: cython.int, rm:
     """Emit the instruction again with other registers; ``rm`` NONE takes the memory operand [base + index + disp]."""
     a: cython.pointer(Assembler) = w.a
     r: cython.pointer(OpRow) = cython.address(ROW[i.row])
-    k: cython.int
+    p: cython.p_uchar
     rex: cython.int
-    in_opcode: cython.int = 1 if r.operands and r.letter[0] == ord("Z") else 0
     high_b: cython.int = rm >> 3 if rm >= 0 else (base >> 3 if base >= 0 else 0)
     high_x: cython.int = 1 if rm < 0 and index >= 8 else 0
     if i.vex:
         vex3(a, i.map, i.pp, i.w, i.l, vvvv, reg >> 3, high_x, high_b)
         put8(a, i.opcode)
     else:
+        p = a.at
         if i.lock:
-            put8(a, 0xF0)
+            p[0] = 0xF0
+            p += 1
         if _prefix66(i, r):
-            put8(a, 0x66)
-        if r.prefix == 2:
-            put8(a, 0xF3)
-        elif r.prefix == 3:
-            put8(a, 0xF2)
-        if in_opcode:
+            p[0] = 0x66
+            p += 1
+        if r.prefix >= 2:
+            p[0] = 0xF3 if r.prefix == 2 else 0xF2
+            p += 1
+        if r.in_opcode:
             rex = (i.w << 3) | (reg >> 3)
         else:
             rex = (i.w << 3) | ((reg >> 3) << 2) | (high_x << 1) | high_b
         if rex or force_rex:
-            put8(a, 0x40 | rex)
+            p[0] = 0x40 | rex
+            p += 1
         if i.map:
-            put8(a, 0x0F)
-            if i.map == 2:
-                put8(a, 0x38)
-            elif i.map == 3:
-                put8(a, 0x3A)
-        if in_opcode:
-            put8(a, (i.opcode & 0xF8) | (reg & 7))
+            p[0] = 0x0F
+            p += 1
+            if i.map >= 2:
+                p[0] = 0x38 if i.map == 2 else 0x3A
+                p += 1
+        if r.in_opcode:
+            p[0] = (i.opcode & 0xF8) | (reg & 7)
         elif i.opcode == 0x82 and i.map == 0:  # what 64-bit mode dropped is the same as 80
-            put8(a, 0x80)
+            p[0] = 0x80
         else:
-            put8(a, i.opcode)
-    if r.attributes & 16384:  # A_MODRM
+            p[0] = i.opcode
+        a.at = p + 1
+    if r.attributes & A_MODRM:
         if rm >= 0:
             put8(a, 0xC0 | ((reg & 7) << 3) | (rm & 7))
         else:
             memory(a, reg, base, index, 0, disp)
-    for k in range(i.immediate_size):
-        put8(a, cython.cast(uint32_t, i.immediate >> (8 * k)))
+    if i.immediate_size:
+        put64(a, i.immediate)  # what is too much is overwritten
+        a.at += cython.cast(cython.int, i.immediate_size) - 8
 
 
 @cython.cfunc
@@ -511,8 +517,6 @@ def emit_copy(w, i):
     a: cython.pointer(Assembler) = w.a
     r: cython.pointer(OpRow) = cython.address(ROW[i.row])
     k: cython.int
-    letter: cython.uchar
-    size: cython.int
     g: cython.int = NONE  # guest numbers of the G or Z, E or R, and B operands
     e: cython.int = NONE
     b: cython.int = NONE
@@ -534,23 +538,35 @@ def emit_copy(w, i):
     direct: cython.int = 0
     ea: Ea
     force_rex: cython.int = 0
-    for k in range(r.operands):
-        letter = r.letter[k]
-        size = operand_bytes(i, k)
-        if letter == ord("G") or letter == ord("Z"):
-            g = i.reg
-            g_access = r.access[k]
-            g_size = size
-            g_byte = r.size[k] == ord("b")
-        elif (letter == ord("E") and not i.has_memory) or letter == ord("R"):
-            e = i.rm
-            e_access = r.access[k]
-            e_size = size
-            e_byte = r.size[k] == ord("b")
-            e_narrow = r.size[k] == ord("1") or r.size[k] == ord("2") or r.size[k] == ord("4")
-        elif letter == ord("B"):
-            b = i.vvvv
-            b_access = r.access[k]
+    if (
+        i.verbatim
+        and not r.attributes & (A_CL | A_WCX)
+        and (r.g == 0 or ITSELF >> i.reg & 1)
+        and (r.e == 0 or ITSELF >> i.rm & 1)
+    ):
+        # without REX, numbers 4 to 7 of byte registers are AH, CH, DH, BH: 6 and 7 lie in rdx and rbx either way
+        for k in range(2):
+            cython.cast(cython.pointer(uint64_t), a.at + 8 * k)[0] = cython.cast(
+                cython.pointer(uint64_t), cython.address(i.bytes[8 * k])
+            )[0]
+        a.at += cython.cast(cython.int, i.length)
+        return
+    if r.g:
+        k = r.g - 1
+        g = i.reg
+        g_access = r.access[k]
+        g_size = operand_bytes(i, k)
+        g_byte = r.size[k] == ord("b")
+    if r.e and not i.has_memory:
+        k = r.e - 1
+        e = i.rm
+        e_access = r.access[k]
+        e_size = operand_bytes(i, k)
+        e_byte = r.size[k] == ord("b")
+        e_narrow = r.size[k] == ord("1") or r.size[k] == ord("2") or r.size[k] == ord("4")
+    if r.b:
+        b = i.vvvv
+        b_access = r.access[r.b - 1]
     if not i.rex and ((g_byte and 4 <= g < 8) or (e_byte and 4 <= e < 8)):
         _emit_high(w, i, g, g_byte, g_access, e, e_access)
         return

@@ -82,6 +82,7 @@ cdef struct Work:
     int index
     int disp
     int groups
+    int operands             # that may belong to a group
     uint32_t plain
     uint32_t in_loop         # the block jumps back to itself or close before: accesses remember their page
     uint32_t loaded          # registers that the block loads from memory

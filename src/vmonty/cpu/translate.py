@@ -13,6 +13,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     MAX_SIDE,
     block_register,
     cache_flush,
+    cache_prepare,
 )
 from cython.cimports.vmonty.cpu.coherence import block_digest
 from cython.cimports.vmonty.cpu.decode import (
@@ -23,7 +24,10 @@ from cython.cimports.vmonty.cpu.decode import (
     C_JMP,
     C_JMPI,
     C_LOOP,
+    C_POP,
     C_POPF,
+    C_PUSH,
+    C_PUSHI,
     C_RET,
     C_SYSEND,
     C_UD,
@@ -37,7 +41,7 @@ from cython.cimports.vmonty.cpu.decode import (
 from cython.cimports.vmonty.cpu.exits import emit_stubs, jump_to, leave_at
 from cython.cimports.vmonty.cpu.grouping import find_groups
 from cython.cimports.vmonty.cpu.instructions import emit_instruction
-from cython.cimports.vmonty.cpu.liveness import analyse, live_at
+from cython.cimports.vmonty.cpu.liveness import analyse, live_at, open_at_end
 from cython.cimports.vmonty.cpu.state import (
     AR_DB,
     CS,
@@ -76,6 +80,7 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
     n: cython.int
     k: cython.int
     part: cython.int
+    cls: cython.int
     room: uint64_t
     limit: cython.int = 1 if w.single else MAX_INSNS
     left: uint64_t
@@ -84,6 +89,7 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
     w.window = code
     w.window_size = 4096
     w.count = 0
+    w.operands = 0
     while w.count < limit and at < 4096 and b.rip + (at - start) <= b.limit:
         i = cython.address(w.insns[w.count])
         left = b.limit - (b.rip + (at - start))  # bytes after this one
@@ -119,6 +125,9 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
             n = 1
         elif not offered(i, cython.address(w.s.features[0]), w.code_size) or (i.vex and w.s.mode < MODE_PROT16):
             i.fault = 6
+        cls = ROW[i.row].cls
+        if (cls == C_COPY and i.has_memory) or cls in (C_PUSH, C_PUSHI, C_POP, C_CALL, C_RET):
+            w.operands += 1
         w.count += 1
         at += n
         if _ends_block(i):
@@ -147,13 +156,16 @@ def _live_at(w: cython.pointer(Work), target: uint64_t) -> cython.int:
 @cython.nogil
 @cython.exceptval(check=False)
 def _live_out(w: cython.pointer(Work)) -> cython.int:
+    """Give the flags that are needed behind the block; all when that makes no difference to its code."""
     i: cython.pointer(Insn) = cython.address(w.insns[w.count - 1])
     cls: cython.int = ROW[i.row].cls
     next_rip: uint64_t = i.rip + i.length
-    if i.fault or w.single:
+    live: cython.int
+    if i.fault or w.single or not open_at_end(cython.address(w.insns[0]), w.count):
         return F_ALL
     if cls == C_JCC:
-        return _live_at(w, next_rip) | _live_at(w, next_rip + i.immediate)
+        live = _live_at(w, next_rip)
+        return live if live == F_ALL else live | _live_at(w, next_rip + i.immediate)
     if cls in (C_JMP, C_CALL):
         return _live_at(w, next_rip + i.immediate)
     if not _ends_block(i):
@@ -216,6 +228,7 @@ def translate_block(s, rip, page, single, plain, why):
         or c.pages_used + 2 >= MAX_PAGES
     ):
         cache_flush(s)
+    cache_prepare(c)
     b = cython.address(c.blocks[c.blocks_used])
     start = c.a.at
     b.rip = rip
@@ -258,7 +271,7 @@ def translate_block(s, rip, page, single, plain, why):
             w.insns[k].flags_in = F_ALL
             w.insns[k].flags_needed = F_ALL
     _find_loop(cython.address(w))
-    if not single and not plain and w.code_size == 8:
+    if not single and not plain and w.code_size == 8 and w.operands > 1:
         find_groups(cython.address(w))
     for k in range(w.count):
         i = cython.address(w.insns[k])
