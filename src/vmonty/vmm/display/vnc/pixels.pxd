@@ -22,6 +22,9 @@ cdef class PixelFormat:
     cdef uint8_t *_put_compact(self, uint8_t *at, uint32_t pixel) noexcept nogil
     cdef uint8_t *_put_tight(self, uint8_t *at, uint32_t pixel) noexcept nogil
 
+cdef bint _of_two(const uint32_t *source, int width, uint32_t first, uint32_t second) noexcept nogil
+cdef void _mark(uint8_t *at, const uint32_t *source, int width, uint32_t colour) noexcept nogil
+
 cdef class Picture:
     cdef readonly int width
     cdef readonly int height

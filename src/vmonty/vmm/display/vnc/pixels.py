@@ -98,6 +98,28 @@ def compact_colour(pixel, form: PixelFormat, tight=False) -> bytes:  # type: ign
     return four[: form.compact]
 
 
+def _of_two(source, width, first, second):  # type: ignore[no-untyped-def]
+    """Are all pixels one of two colours? Without a branch for each: text changes colour all the time."""
+    others: uint32_t = 0
+    column: cython.int
+    for column in range(width):
+        pixel: uint32_t = source[column] & 0xFFFFFF
+        others |= (pixel != first) & (pixel != second)
+    return not others
+
+
+def _mark(at, source, width, colour):  # type: ignore[no-untyped-def]
+    """A bit for each pixel that is of *colour*, the first highest."""
+    column: cython.int
+    byte: cython.uint = 0
+    for column in range(width):
+        byte = byte << 1 | ((source[column] & 0xFFFFFF) == colour)
+        if column & 7 == 7:
+            at[column >> 3] = byte & 0xFF
+    if width & 7:
+        at[width >> 3] = byte << (8 - (width & 7)) & 0xFF
+
+
 class Picture:
     """A picture of four bytes a pixel: blue, green, red, nothing."""
 
@@ -163,6 +185,8 @@ class Picture:
         last: uint32_t = 0
         for line in range(y, y + height):
             source: cython.pointer[cython.const[uint32_t]] = self._base + line * self.width + x
+            if count >= 2 and _of_two(source, width, colours[0], colours[1]):
+                continue
             for column in range(width):
                 pixel: uint32_t = source[column] & 0xFFFFFF
                 if count and pixel == last:
@@ -200,6 +224,9 @@ class Picture:
         for line in range(height):
             source: cython.pointer[cython.const[uint32_t]] = self._base + (y + line) * self.width + x
             at: cython.pointer[uint8_t] = cython.address(out[line * per_line])
+            if count == 2 and bits == 1 and _of_two(source, width, colours[0], colours[1]):
+                _mark(at, source, width, colours[1])
+                continue
             place: cython.int = 0
             for column in range(width):
                 pixel: uint32_t = source[column] & 0xFFFFFF

@@ -129,6 +129,13 @@ def _packed_line(at, memory, size, place, width, kind, palette):  # type: ignore
     x: cython.int
     mask: cython.size_t = size - 1
     value: cython.uint
+    if kind == RGB32 and place + 4 * cython.cast(cython.size_t, width) <= size:
+        words: cython.pointer[cython.const[uint32_t]] = cython.cast(
+            cython.pointer[cython.const[uint32_t]], memory + place
+        )
+        for x in range(width):
+            at[x] = words[x] & 0xFFFFFF
+        return
     for x in range(width):
         if kind == INDEXED:
             at[x] = palette[memory[(place + x) & mask]]
