@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 import threading
 import time
 
 import pytest
-from tests.cpu.flat import CODE, STACK, Machine
+from tests.cpu.flat import CODE, SIZE, STACK, Machine
 
 from vmonty.cpu import core
 
@@ -202,3 +204,28 @@ def test_code_written_by_a_device(machine: Machine) -> None:
     machine.cpu["rip"] = CODE
     assert machine.cpu.run() == "halt"
     assert machine.cpu["rax"] == 2
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["48 8b 04 25 00 00 20 00", "48 89 04 25 fc ff 1f 00", "0f ae 04 25 00 00 20 00", "ff 24 25 00 00 20 00"],
+    ids=["load", "crossing-store", "helper", "jump"],
+)
+def test_memory_that_is_gone_ends_the_run(code: str) -> None:
+    """Not the process. The instruction has not been executed; it is when the memory is back."""
+    fd, lost = os.memfd_create("test"), 0x200000
+    os.ftruncate(fd, SIZE)
+    machine = Machine(mmap.mmap(fd, SIZE))
+    machine.put64(lost, CODE + 0x800)
+    machine.load("f4", CODE + 0x800)
+    before = machine.cpu["rsp"]
+    os.ftruncate(fd, lost)
+    for _ in range(2):
+        assert machine.run(bytes.fromhex("90" + code) + b"\xf4") == "host_fault"
+        assert machine.cpu["rip"] == CODE + 1
+        assert machine.cpu.exit["address"]
+    os.ftruncate(fd, SIZE)
+    machine.put64(lost, CODE + 0x800)
+    assert machine.cpu.run() == "halt"
+    assert machine.cpu["rsp"] == before
+    os.close(fd)

@@ -1,6 +1,6 @@
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
-from libc.errno cimport EFAULT, errno
+from libc.errno cimport EFAULT, ENOMEM, errno
 from libc.string cimport memset
 from posix.signal cimport sigaction, sigaction_t
 from posix.mman cimport MAP_FAILED, MAP_FIXED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap
@@ -11,6 +11,12 @@ cdef extern from "pthread.h" nogil:
 
 cdef extern from "errno.h" nogil:
     int host_errno "errno"
+
+cdef extern from "sys/mman.h" nogil:
+    int madvise(void *address, size_t length, int advice)
+
+cdef enum:
+    MADV_POPULATE_WRITE = 23  # since Linux 5.14, newer than some headers
 
 cdef int _kick_report
 

@@ -124,9 +124,14 @@ def _transfer(address, data, size, to_memory):  # type: ignore[no-untyped-def]  
 def compare_exchange(address: int, width: int, old: int, new: int) -> bool:
     """Store *new* at *address* if *old* is there, in one step, as other processors see it: 4 or 8 bytes, aligned.
 
-    False when something else is there. The caller has just read from the address, and the memory stays.
+    False when something else is there. Raises OSError with EFAULT where the memory cannot be written (before Linux 5.14
+    that crashes). The caller has just read from the address.
     """
     at: cython.ulong = address
+    page: cython.ulong = at & ~cython.cast(cython.ulong, 0xFFF)
+    # Through the kernel first, which checks the page: the operation itself would take SIGSEGV or SIGBUS.
+    if madvise(cython.cast(cython.p_void, page), 4096, MADV_POPULATE_WRITE) < 0 and errno in (EFAULT, ENOMEM):
+        raise OSError(EFAULT, "no memory that can be written at this address")
     if width == 8:
         return bool(swap8(cython.cast(cython.pointer(cython.ulonglong), at), old, new))
     return bool(swap4(cython.cast(cython.pointer(cython.uint), at), old, new))

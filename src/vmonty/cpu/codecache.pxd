@@ -103,6 +103,8 @@ cdef struct CodeCache:
     uint64_t leave_next
     uint64_t leave_fault
     uint64_t trap
+    uint64_t guard           # void guard(CpuState *, void (*work)(CpuState *)): abandon comes back from it
+    uint64_t abandon         # with the state + 128 in rbp
     uint64_t memory_slow
     uint64_t careful_access
     uint64_t careful_commit
@@ -118,6 +120,8 @@ cdef struct CodeCache:
 
 
 ctypedef int (*enter_function)(CpuState *, void *) noexcept nogil
+ctypedef void (*guarded_function)(CpuState *) noexcept nogil
+ctypedef void (*guard_function)(CpuState *, guarded_function) noexcept nogil
 ctypedef void (*vector_function)(CpuState *) noexcept nogil
 ctypedef void (*string_function)(uint64_t, uint64_t, uint64_t) noexcept nogil
 

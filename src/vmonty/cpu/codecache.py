@@ -176,7 +176,38 @@ def _enter_leave(c: cython.pointer(CodeCache), s: cython.pointer(CpuState)) -> c
     put8(a, 0x5D)
     put8(a, 0x5B)
     put8(a, 0xC3)
+    _guard_stubs(c, s)
     _memory_stubs(c, s, code)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _guard_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState)) -> cython.void:
+    """Emit guard(), and where hosttraps goes on when what it called cannot."""
+    a: cython.pointer(Assembler) = cython.address(c.a)
+    k: cython.int
+    c.guard = here(a)
+    put8(a, 0x53)  # push rbx, rbp, r12-r15
+    put8(a, 0x55)
+    for k in range(4):
+        put8(a, 0x41)
+        put8(a, 0x54 + k)
+    alu_imm(a, 1, 5, 4, 8)
+    lea(a, 5, 7, NONE, 0, 128)
+    store(a, 4, 5, displacement(s, cython.address(s.guard_rsp)))
+    put8(a, 0xFF)  # call rsi
+    put8(a, 0xD6)
+    c.abandon = here(a)  # rbp is what it was: a called function keeps it
+    load(a, 4, 5, displacement(s, cython.address(s.guard_rsp)))
+    put8(a, 0xFC)  # cld
+    alu_imm(a, 1, 0, 4, 8)
+    for k in range(4):
+        put8(a, 0x41)
+        put8(a, 0x5F - k)
+    put8(a, 0x5D)
+    put8(a, 0x5B)
+    put8(a, 0xC3)
 
 
 @cython.cfunc

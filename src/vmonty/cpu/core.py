@@ -10,7 +10,19 @@ from cython.cimports.vmonty.cpu.tlb import flush_all, mode_changed
 
 from vmonty.cpu import hostcpu
 
-EXIT_REASONS = ("none", "halt", "shutdown", "mmio", "pio", "vm", "run_flag", "budget", "debug", "internal")
+EXIT_REASONS = (
+    "none",
+    "halt",
+    "shutdown",
+    "mmio",
+    "pio",
+    "vm",
+    "run_flag",
+    "budget",
+    "debug",
+    "internal",
+    "host_fault",
+)
 
 REGISTERS = (
     "rax",

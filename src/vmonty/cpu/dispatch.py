@@ -21,10 +21,12 @@ from cython.cimports.vmonty.cpu.codecache import (
     CodeCache,
     block_at_host,
     block_find,
+    cache_flush,
     cache_free,
     cache_new,
     drain_writes,
     enter_function,
+    guard_function,
     jump_cache_clear,
     link_to,
     register_processor,
@@ -34,7 +36,16 @@ from cython.cimports.vmonty.cpu.codecache import (
 )
 from cython.cimports.vmonty.cpu.decode import Insn
 from cython.cimports.vmonty.cpu.events import attention, data_trap, deliver, instruction_done, poll, stepping
-from cython.cimports.vmonty.cpu.hosttraps import SIGFPE, SIGILL, SIGSEGV, prepare_thread, unwatch, watch
+from cython.cimports.vmonty.cpu.hosttraps import (
+    SIGFPE,
+    SIGILL,
+    SIGSEGV,
+    memory_is_gone,
+    prepare_thread,
+    pthread_self,
+    unwatch,
+    watch,
+)
 from cython.cimports.vmonty.cpu.mmio import mmio_answer, mmio_done, mmio_report
 from cython.cimports.vmonty.cpu.paging import swap32
 from cython.cimports.vmonty.cpu.ports import complete
@@ -43,6 +54,7 @@ from cython.cimports.vmonty.cpu.state import (
     CS,
     EXIT_BUDGET,
     EXIT_DEBUG,
+    EXIT_HOST_FAULT,
     EXIT_INTERNAL,
     EXIT_MMIO,
     EXIT_NONE,
@@ -80,6 +92,7 @@ from cython.cimports.vmonty.cpu.svm_code import svm_return
 from cython.cimports.vmonty.cpu.svm_exit import svm_of
 from cython.cimports.vmonty.cpu.system import execute
 from cython.cimports.vmonty.cpu.tlb import (
+    SLOW_OFFSET,
     careful_access,
     careful_commit,
     fetch_page,
@@ -102,6 +115,7 @@ def _call_helper(s: cython.pointer(CpuState), number: uint64_t, host_rip: uint64
     i: cython.pointer(Insn) = cython.address(c.side[number])
     r: cython.int
     s.rip = i.rip
+    s.slow_host_rip = 0
     s.watch_hits = 0
     r = execute(s, i)
     if r == 0 or r == LEAVE_NEXT:
@@ -147,6 +161,8 @@ def _trap(s: cython.pointer(CpuState)) -> cython.int:
     if s.trap_signal == SIGILL:
         raise_exception(s, 6)
         return 0
+    if memory_is_gone(s.trap_signal, s.trap_code):
+        s.host_fault = 1
     return -1
 
 
@@ -186,7 +202,9 @@ def _observe(s: cython.pointer(CpuState), kind: uint32_t) -> cython.void:
     if not s.observe:
         return
     cython.cast(vector_function, cython.cast(cython.p_void, c.save_vectors))(s)
+    s.guard_thread = 0  # what Python meets is its own
     cython.cast(observer_function, s.observer)(s, kind)
+    s.guard_thread = pthread_self()
     cython.cast(vector_function, cython.cast(cython.p_void, c.load_vectors))(s)
     s.access_count = 0
     s.access_bytes = 0
@@ -363,6 +381,7 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
         plain = 0
         s.code_page_written = 0
         out = enter(s, cython.cast(cython.p_void, code))
+        s.slow_host_rip = 0
         if out == OUT_LINK:
             link = s.leave_argument
             s.rip = c.links[link].target
@@ -464,22 +483,68 @@ def _returns_to_code(s: cython.pointer(CpuState)) -> cython.int:
     return 0
 
 
-def run_cpu(s):
-    """Run until the processor has something to report: gives ``exit.reason``. Needs no GIL."""
-    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
-    prepare_thread()
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _begin(s: cython.pointer(CpuState)) -> cython.void:
+    """Finish what the last exit left open."""
     if s.exit.reason == EXIT_PIO:
         complete(s)
     _resume_mmio(s)
-    if s.code_queue_count:
-        drain_writes(s)
-    s.in_run = 1
-    cython.cast(vector_function, cython.cast(cython.p_void, c.load_vectors))(s)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _run(s: cython.pointer(CpuState)) -> cython.void:
     _dispatch(s)
     while s.exit.reason == EXIT_VM and _returns_to_code(s):
         _dispatch(s)
-    cython.cast(vector_function, cython.cast(cython.p_void, c.save_vectors))(s)
-    s.in_run = 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _host_fault(s: cython.pointer(CpuState)) -> cython.void:
+    """Put the processor before the instruction, or the delivery, that met host memory which is gone."""
+    b: cython.pointer(Block)
+    if s.slow_host_rip:
+        b = block_at_host(cython.cast(cython.pointer(CodeCache), s.translator), s.slow_host_rip)
+        if b != cython.NULL:
+            s.rip = b.rip + (s.slow_what & SLOW_OFFSET)
+        s.slow_host_rip = 0
+    cache_flush(s)  # perhaps it was about to translate
+    s.mmio_count = 0
+    s.mmio_writes_count = 0
+    s.mmio_writes_at = 0
+    s.event.pending = 0
+    if s.vectoring >> 31 and s.guest_mode == 0:  # else the VM exit reports it
+        s.event.pending = 1
+        s.vectoring = 0
+    s.host_fault = 0
+    s.exit.reason = EXIT_HOST_FAULT
+    s.exit.address = s.trap_address
+
+
+def run_cpu(s):
+    """Run until the processor has something to report: gives ``exit.reason``. Needs no GIL."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    guard: guard_function = cython.cast(guard_function, cython.cast(cython.p_void, c.guard))
+    prepare_thread()
+    if s.code_queue_count:
+        drain_writes(s)
+    s.slow_host_rip = 0
+    s.guard_thread = pthread_self()
+    guard(s, _begin)
+    if not s.host_fault:
+        s.in_run = 1
+        cython.cast(vector_function, cython.cast(cython.p_void, c.load_vectors))(s)
+        guard(s, _run)
+        cython.cast(vector_function, cython.cast(cython.p_void, c.save_vectors))(s)
+        s.in_run = 0
+    s.guard_thread = 0
+    if s.host_fault:
+        _host_fault(s)
     return s.exit.reason
 
 

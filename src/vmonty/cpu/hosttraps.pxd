@@ -36,6 +36,12 @@ cdef extern from "<signal.h>" nogil:
     int SIGFPE
     int SIGILL
     int SIGTRAP
+    int SEGV_MAPERR
+    int SEGV_ACCERR
+    int BUS_ADRALN
+
+cdef extern from "<pthread.h>" nogil:
+    unsigned long pthread_self()
 
 cdef extern from "<ucontext.h>" nogil:
     ctypedef struct mcontext_t:
@@ -52,3 +58,4 @@ cdef void unwatch(CpuState *s) noexcept nogil
 # Is there such a processor? Safe in signal handlers.
 cdef bint is_watched(CpuState *s) noexcept nogil
 cdef int prepare_thread() noexcept nogil
+cdef bint memory_is_gone(int number, int code) noexcept nogil

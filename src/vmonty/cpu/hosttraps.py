@@ -4,7 +4,8 @@ Divide errors, misaligned SSE operands and unmasked floating-point exceptions ar
 translated code reports them by a signal. The handler finds the processor by the address that trapped, notes what
 happened in its state, and sends it to a stub that saves everything and leaves the block. Registers, flags and vector
 state pass through the signal frame unharmed. A push that runs into the guard page of the shadow stack is restarted
-with an empty shadow stack. All other faults go to the handler that stood there before.
+with an empty shadow stack. Host memory of the guest that is gone (unmapped, or beyond the end of its file) ends the run
+with EXIT_HOST_FAULT, also where a compiled helper meets it. All other faults go to the handler that stood there before.
 
 Handlers run on an alternate stack of the thread, because rsp is the shadow stack in translated code.
 """
@@ -45,7 +46,7 @@ def _handler(number: cython.int, info: cython.pointer(siginfo_t), context: cytho
             return
         c = cython.cast(cython.pointer(CodeCache), s.translator)
         if c != cython.NULL and rip < s.code_low + c.first:
-            break  # in a stub: a defect of ours
+            break  # in a stub, which a helper has called, or a defect of ours
         s.trap_rip = rip
         s.trap_signal = number
         s.trap_code = cython.cast(uint64_t, info.si_code)
@@ -58,7 +59,41 @@ def _handler(number: cython.int, info: cython.pointer(siginfo_t), context: cytho
             )  # fmt: skip
         u.uc_mcontext.gregs[16] = cython.cast(cython.longlong, s.trap_exit)
         return
+    if memory_is_gone(number, info.si_code) and _abandon(u, address):
+        return
     c_sigaction(number, cython.address(_previous[number]), cython.NULL)  # not ours: it comes again
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _abandon(u: cython.pointer(ucontext_t), address: uint64_t) -> cython.int:
+    """A helper has met host memory that is gone: the thread goes on behind the guard that it is in; 0 without one.
+
+    What the helper was at is not finished. It holds no lock where it uses guest memory, and guest registers that
+    translated code had are in the state already.
+    """
+    s: cython.pointer(CpuState)
+    k: cython.int
+    for k in range(_watched_count):
+        s = _watched[k]
+        if s != cython.NULL and s.guard_thread and s.guard_thread == pthread_self():
+            s.guard_thread = 0
+            s.host_fault = 1
+            s.trap_address = address
+            u.uc_mcontext.gregs[10] = cython.cast(cython.longlong, cython.cast(uint64_t, s) + 128)
+            u.uc_mcontext.gregs[16] = cython.cast(
+                cython.longlong, cython.cast(cython.pointer(CodeCache), s.translator).abandon
+            )
+            return 1
+    return 0
+
+
+def memory_is_gone(number, code):
+    """Whether a signal says that nothing which allows the access is mapped, or that its file ended: sigaction(2)."""
+    if number == SIGSEGV:
+        return code in (SEGV_MAPERR, SEGV_ACCERR)
+    return number == SIGBUS and code != BUS_ADRALN
 
 
 def prepare_thread():

@@ -124,6 +124,7 @@ cdef enum:
     EXIT_BUDGET = 7      # the instruction budget is used up
     EXIT_DEBUG = 8
     EXIT_INTERNAL = 9    # a defect of ours; exit.data tells which
+    EXIT_HOST_FAULT = 10  # host memory that is gone: exit.address, a host address; rip is at the instruction
 
 # Event.kind: VMX interruption types, so that injection fields map one to one.
 cdef enum:
@@ -410,6 +411,13 @@ cdef struct CpuState:
     uint64_t trap_code
     uint64_t trap_address
     uint64_t trap_vector     # the exception behind the signal
+    # What hosttraps needs to get out of a helper whose access to host memory failed.
+    uint64_t guard_thread    # the thread that is in guarded code, 0: none
+    uint64_t guard_rsp
+    uint64_t slow_host_rip   # where translated code called tlb.memory_slow or careful_access; 0: it did not
+    uint32_t slow_what
+    uint32_t host_fault      # it has happened
+    uint64_t lost_memory     # the address, odd, for host software whose guest exited for it; 0: none
     uint32_t host_mxcsr
     uint32_t host_fcw
     uint32_t in_vectors      # 1 while the guest's vector state is in the host's registers

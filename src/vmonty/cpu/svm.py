@@ -11,7 +11,7 @@ from cython.cimports.libc.stdlib import calloc
 from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.dispatch import run_cpu
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
-from cython.cimports.vmonty.cpu.state import EXIT_BUDGET, EXIT_MMIO, EXIT_NONE, EXIT_RUN_FLAG, EXIT_VM
+from cython.cimports.vmonty.cpu.state import EXIT_BUDGET, EXIT_HOST_FAULT, EXIT_MMIO, EXIT_NONE, EXIT_RUN_FLAG, EXIT_VM
 from cython.cimports.vmonty.cpu.svm_entry import enter_svm_guest, leave_svm_guest, load_state, save_state
 from cython.cimports.vmonty.cpu.svm_exit import svm_exit
 from cython.cimports.vmonty.cpu.tlb import flush_all, flush_page
@@ -40,7 +40,11 @@ def svm_run(s, vmcb):
         else:
             s.exit.reason = EXIT_NONE
             reason = run_cpu(s)
-    if reason == EXIT_VM and get64(v.vmcb, VMCB_EXITCODE) == SVM_INTR:
+    if reason == EXIT_HOST_FAULT:
+        svm_exit(s, SVM_INTR, 0, 0, 0)  # the host has something to look at
+        s.lost_memory = s.trap_address | 1
+        reason = EXIT_VM
+    elif reason == EXIT_VM and get64(v.vmcb, VMCB_EXITCODE) == SVM_INTR:
         s.interrupt_line = 0  # the host takes it
     leave_svm_guest(s)
     return reason
@@ -62,7 +66,8 @@ def svm_emulate(s, vmcb, resume, instructions, mmio):
     v.emulating = 1 if mmio else 0
     s.budget = instructions
     reason = run_cpu(s)
-    if reason == EXIT_RUN_FLAG:
+    if reason in (EXIT_RUN_FLAG, EXIT_HOST_FAULT):
+        s.lost_memory = s.trap_address | 1 if reason == EXIT_HOST_FAULT else 0
         svm_exit(s, SVM_INTR, 0, 0, 0)
         reason = EXIT_VM
     v.emulating = 0
@@ -209,6 +214,14 @@ class Svm:
     @xcr0.setter
     def xcr0(self, value: cython.ulonglong) -> None:
         self.s.xcr0 = value
+
+    def lost_memory(self) -> int:
+        """The host address whose memory was gone when the guest used it, made odd, if it exited for that (as by an
+        external interrupt); else 0. Told once.
+        """
+        address: uint64_t = self.s.lost_memory
+        self.s.lost_memory = 0
+        return address
 
     def dr(self, index: cython.uint) -> int:
         """A debug register (0–3; 6 and 7 of the host)."""

@@ -188,6 +188,8 @@ def memory_slow(s, va, what, host_rip):
     r: cython.int
     first: uint32_t
     to: cython.p_uchar
+    s.slow_host_rip = host_rip
+    s.slow_what = what
     r = 0
     if what & (SLOW_GROUP | SLOW_MASKED):
         if (
@@ -264,6 +266,8 @@ def careful_access(s, va, what, host_rip):
     r: cython.int
     first: uint32_t = size
     to: cython.p_uchar
+    s.slow_host_rip = host_rip
+    s.slow_what = what
     if k >= 4 or size > 512:
         return _leave(s, LEAVE_EXIT, what, host_rip)
     r = 0

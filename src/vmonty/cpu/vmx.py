@@ -19,6 +19,7 @@ from cython.cimports.vmonty.cpu.preemption import halted_wait
 from cython.cimports.vmonty.cpu.state import (
     EXIT_BUDGET,
     EXIT_HALT,
+    EXIT_HOST_FAULT,
     EXIT_MMIO,
     EXIT_NONE,
     EXIT_RUN_FLAG,
@@ -92,6 +93,10 @@ def vmx_run(s, launch):
         else:
             s.exit.reason = EXIT_NONE
             reason = run_cpu(s)
+    if reason == EXIT_HOST_FAULT:
+        vm_exit(s, REASON_EXTERNAL_INTERRUPT, 0, 0)  # the host has something to look at
+        s.lost_memory = s.trap_address | 1
+        reason = EXIT_VM
     leave_guest(s)
     if reason != EXIT_VM:
         return RUN_STOPPED - reason
@@ -133,7 +138,8 @@ def vmx_emulate(s, resume, instructions, mmio):
     v.emulating = 1 if mmio else 0
     s.budget = instructions
     reason = run_cpu(s)
-    if reason == EXIT_RUN_FLAG:
+    if reason in (EXIT_RUN_FLAG, EXIT_HOST_FAULT):
+        s.lost_memory = s.trap_address | 1 if reason == EXIT_HOST_FAULT else 0
         vm_exit(s, REASON_EXTERNAL_INTERRUPT, 0, 0)
         reason = EXIT_VM
     v.emulating = 0
@@ -397,6 +403,14 @@ class Vmx:
     @xcr0.setter
     def xcr0(self, value: cython.ulonglong) -> None:
         self.s.xcr0 = value
+
+    def lost_memory(self) -> int:
+        """The host address whose memory was gone when the guest used it, made odd, if it exited for that (as by an
+        external interrupt); else 0. Told once.
+        """
+        address: uint64_t = self.s.lost_memory
+        self.s.lost_memory = 0
+        return address
 
     def dr(self, index: cython.uint) -> int:
         """A debug register (0–3, 6, 7)."""

@@ -64,6 +64,7 @@ CAPABILITIES: dict[Cap, int] = {
     Cap.VM_TSC_CONTROL: 1,
     Cap.STEAL_TIME: 1,
     Cap.PRE_FAULT_MEMORY: 1,
+    Cap.MEMORY_FAULT_INFO: 1,
     Cap.VM_GPA_BITS: PHYSICAL_BITS,
     Cap.VM_TYPES: 1 << flags.KVM_X86_DEFAULT_VM,
     Cap.EXT_EMUL_CPUID: 1,

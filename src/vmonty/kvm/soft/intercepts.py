@@ -6,6 +6,7 @@ arch/x86/kvm/x86.c: kvm_emulate_cpuid(), kvm_emulate_rdmsr(), kvm_emulate_hyperc
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -77,9 +78,26 @@ class Intercepts:
         return True
 
     def handle_external_interrupt(self) -> bool:
-        """The host wanted the processor: a kick. The loop looks for what it was."""
+        """The host wanted the processor: a kick. The loop looks for what it was. Raises OSError: EFAULT."""
         self.vcpu.stats.values[IRQ_EXITS] += 1
+        if hva := self.lost_memory():
+            self._memory_fault(hva)
         return True
+
+    def lost_memory(self) -> int:
+        """Where the guest met host memory that is gone, if that was the exit; else 0. See cpu.vmx.Vmx.lost_memory()."""
+        raise AssertionError("the vendor has it")
+
+    def _memory_fault(self, hva: int) -> None:
+        """kvm_handle_error_pfn(), kvm_prepare_memory_fault_exit(): nothing is mapped there, or the file ends before."""
+        gpa = self.vcpu.kvm.memslots.gpa(hva)
+        if gpa is None:
+            raise RuntimeError(f"the processor met no memory at {hva:#x}, which is not the guest's: a defect of ours")
+        run = self.vcpu.run
+        run.exit_reason = Exit.MEMORY_FAULT
+        fault = run.u.memory_fault
+        fault.flags, fault.gpa, fault.size = 0, gpa & ~0xFFF, 0x1000
+        raise OSError(errno.EFAULT, "the memory behind a slot is gone")
 
     def handle_cpuid(self) -> bool:
         function, index = self.vcpu.vendor.get_gpr(RAX) & MASK32, self.vcpu.vendor.get_gpr(RCX) & MASK32

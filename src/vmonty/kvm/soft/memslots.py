@@ -113,6 +113,13 @@ class Memslots:
             return slots[at]
         return None
 
+    def gpa(self, hva: int) -> int | None:
+        """The guest-physical address of *hva*; None where it is no slot's."""
+        for slot in self:
+            if 0 <= hva - slot.userspace_addr < slot.npages << PAGE_SHIFT:
+                return (slot.base_gfn << PAGE_SHIFT) + hva - slot.userspace_addr
+        return None
+
     def set(
         self,
         slot: int,

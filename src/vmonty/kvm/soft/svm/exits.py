@@ -62,6 +62,9 @@ class SvmExits(Intercepts):
         vmcb[Field.INT_STATE] = 0
         self.vcpu.note_step()
 
+    def lost_memory(self) -> int:
+        return self.cpu.lost_memory()
+
     def complete_interrupts(self) -> None:
         """svm_complete_interrupts(): an event whose delivery was cut short is queued again."""
         info = self.vmcb[Field.EXITINTINFO]

@@ -69,6 +69,7 @@ class Processor:
         self.set_gpr = self._svm.set_gpr
         self.answer_mmio = self._svm.answer_mmio
         self.forget_mmio = self._svm.forget_mmio
+        self.lost_memory = self._svm.lost_memory
         self.get_debug = self._svm.dr
         self.set_debug = self._svm.set_dr
         self.flush = self._svm.flush

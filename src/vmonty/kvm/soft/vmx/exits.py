@@ -66,6 +66,9 @@ class VmxExits(Intercepts):
         old = self.cpu.vmread(Field.CPU_BASED_VM_EXEC_CONTROL)
         self.cpu.vmwrite(Field.CPU_BASED_VM_EXEC_CONTROL, old | control if on else old & ~control)
 
+    def lost_memory(self) -> int:
+        return self.cpu.lost_memory()
+
     def complete_interrupts(self) -> None:
         """vmx_complete_interrupts(): an event whose delivery was cut short is queued again."""
         info = self.cpu.vmread(Field.IDT_VECTORING_INFO_FIELD)

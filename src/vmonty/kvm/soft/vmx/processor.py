@@ -93,6 +93,7 @@ class Processor:
         self.answer_mmio = self._vmx.answer_mmio
         self.forget_mmio = self._vmx.forget_mmio
         self.invvpid = self._vmx.invvpid
+        self.lost_memory = self._vmx.lost_memory
         self.get_debug = self._vmx.dr
         self.set_debug = self._vmx.set_dr
 
