@@ -44,5 +44,5 @@ $(VENV)/built: $(VENV)/dependencies $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build src/vmonty/cpu/opcodes.tables
 	find src -name '*.so' -delete

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import shutil
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -164,6 +167,18 @@ class BuildExt(build_ext):
             extension._needs_stub = False
         self.parallel = os.cpu_count()
         super().run()
+        self.precompute()
+
+    def precompute(self) -> None:
+        """Do once what every start would do: make the decoder's tables, and compile to bytecode."""
+        # In a process of its own: what this one imported of the package may be older than its sources.
+        package = Path("src" if self.inplace else self.build_lib, "vmonty")
+        store = "import sys, pathlib; from vmonty.cpu import opcodes; opcodes.store(pathlib.Path(sys.argv[1]))"
+        environment = {**os.environ, "PYTHONPATH": str(Path("src").absolute())}
+        subprocess.run([sys.executable, "-c", store, str(package / "cpu")], env=environment, check=True)
+        if self.inplace:
+            # Python itself leaves bytecode behind only where it may, and where nobody forbids it to.
+            compileall.compile_dir(package, quiet=1)
 
 
 def extension(name: str) -> Extension:

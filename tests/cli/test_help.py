@@ -24,7 +24,10 @@ def commands(
     """Every command and group, with the words that lead to it."""
     yield path, command
     if isinstance(command, click.Group):
-        for name, child in command.commands.items():
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
             yield from commands(child, (*path, name))
 
 
@@ -55,7 +58,9 @@ def test_the_examples_can_be_typed(path: tuple[str, ...]) -> None:
         words = shlex.split(found[1])
         here: click.Command = cli
         while isinstance(here, click.Group):
-            here = here.commands[words.pop(0)]
+            child = here.get_command(click.Context(here), words.pop(0))
+            assert child is not None
+            here = child
         here.make_context("example", words)
 
 

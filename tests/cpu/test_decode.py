@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
+from pathlib import Path
 
 import iced_x86
 import pytest
 from tests.cpu.cases import Maker, exists
 
-from vmonty.cpu import decode, isa
+from vmonty.cpu import decode, isa, opcode_tables, opcodes
 
 # Valid for iced-x86, not offered by us: CPUID never shows them, so they are #UD.
 NOT_OFFERED = {
@@ -95,3 +97,22 @@ def test_the_short_way_and_the_long_way() -> None:
             for modrm in range(0, 256, 3):
                 code = (bytes((*start, opcode, modrm)) + rng.randbytes(16))[:16]
                 assert decode.decode_bytes(code) == decode.decode_bytes(code[:15]), code.hex()
+
+
+def test_the_build_stores_the_tables_of_the_instruction_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuple(opcodes.TABLES) == opcode_tables.make()
+    for name in opcodes.SOURCES:
+        shutil.copy(Path(opcodes.__file__).with_name(name), tmp_path)
+    monkeypatch.setattr(opcodes, "_FOLDER", tmp_path)
+    opcodes.store(tmp_path)
+    with monkeypatch.context() as without:
+        without.setattr(opcode_tables, "make", lambda: pytest.fail("the stored tables were not taken"))
+        assert opcodes._load() == opcodes.TABLES
+    # Other sources: what is stored is stale.
+    with (tmp_path / opcodes.SOURCES[0]).open("a") as source:
+        source.write("# one more line\n")
+    changed = opcodes.TABLES._replace(arpl=1)
+    monkeypatch.setattr(opcode_tables, "make", lambda: tuple(changed))
+    assert opcodes._load() == changed
+    (tmp_path / opcodes.STORED).write_bytes(b"cut short")
+    assert opcodes._load() == changed

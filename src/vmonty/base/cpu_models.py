@@ -7,7 +7,7 @@ its KVM. Sources: SDM, "CPUID—CPU Identification"; APM, "Function 8000_0001h".
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vmonty.base.errors import UsageError
 
@@ -133,8 +133,7 @@ _EPYC = (
 _MAXIMUM = " ".join(FEATURES)
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """One row of the catalogue: vendor string, family/model/stepping, features, highest leaves, brand string."""
 
     name: str
@@ -184,13 +183,12 @@ NEEDS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Configuration:
+class Configuration(NamedTuple):
     """A model with its flags applied."""
 
     model: Model
     features: frozenset[str]
-    missing: frozenset[str] = field(default=frozenset())  # of the model's own features: not to be had here
+    missing: frozenset[str] = frozenset()  # of the model's own features: not to be had here
 
 
 def canonical_name(flag: str) -> str:

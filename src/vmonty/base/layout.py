@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import typing
 from ctypes import Array, Structure, Union
-from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 __all__ = [
     "Array", "Structure", "Union", "array", "bits", "flexible", "i8", "i8s", "i16", "i32", "i64", "layout",
@@ -43,13 +43,11 @@ i8s = Array[ctypes.c_int8]
 S = TypeVar("S", bound="Structure | Union")
 
 
-@dataclass(frozen=True)
-class _Dimensions:
+class _Dimensions(NamedTuple):
     counts: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Bits:
+class _Bits(NamedTuple):
     width: int
 
 
@@ -69,8 +67,24 @@ def _scalar(hint: Any) -> Any:
     return typing.get_args(hint)[1] if typing.get_origin(hint) is Annotated else hint
 
 
+# By identity: what nearly every field is of.
+_SCALARS = {
+    id(hint): _scalar(hint)
+    for hint in (u8, u16, u32, u64, i8, i16, i32, i64, u8s, u16s, u32s, u64s, i8s)
+}  # fmt: skip
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Field → annotation, evaluated. Nearly all are names of the module, and looking those up is much the cheapest."""
+    names = vars(sys.modules[cls.__module__])
+    try:
+        return {field: names[text] for field, text in cls.__annotations__.items()}
+    except (KeyError, TypeError):
+        return typing.get_type_hints(cls, include_extras=True)
+
+
 def _field(cls: type, name: str, hint: Any) -> tuple[Any, ...]:
-    kind = _scalar(hint)
+    kind = _SCALARS.get(id(hint)) or _scalar(hint)
     match cls.__dict__.get(name):
         case _Dimensions(counts):
             delattr(cls, name)
@@ -89,7 +103,7 @@ def layout(cls: type[S]) -> type[S]:
 
     Raises TypeError when an annotation is no C type.
     """
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     cls._fields_ = [_field(cls, name, hints[name]) for name in cls.__annotations__]
     return cls
 

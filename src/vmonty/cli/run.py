@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -17,10 +18,8 @@ import click
 
 from vmonty.base.errors import BootImageError, UsageError
 from vmonty.cli.observe import Observation, TraceFile
-from vmonty.cli.progress import terminal_progress
 from vmonty.cli.sizes import Size
 from vmonty.cli.terminal import MOST_BACKLOG, Console
-from vmonty.guests import busybox
 from vmonty.vmm import accel, boards, catalogue
 from vmonty.vmm import cpu as cpu_model
 from vmonty.vmm.machine import Config, Machine
@@ -28,7 +27,7 @@ from vmonty.vmm.memory import check_size
 from vmonty.vmm.outcome import Ending, Outcome
 from vmonty.vmm.peripherals import Disk, Network
 
-STATUS_TIMEOUT, STATUS_FAILED = 124, 1
+STATUS_TIMEOUT, STATUS_FAILED, FIRST_SIGNAL_STATUS = 124, 1, 128
 MOST_SECONDS = 10**9  # Python's timers end somewhat above
 STATUS = {
     Ending.POWER_OFF: 0, Ending.RESET: 0, Ending.STOPPED: 0, Ending.SHUTDOWN: 1, Ending.HALTED: 1, Ending.ERROR: 1,
@@ -222,6 +221,7 @@ def only_given(values: dict[str, Any]) -> dict[str, Any]:
 def run_file(file: Path, given: dict[str, Any], grace: float, trace: Path | None, trace_only: tuple[str, ...]) -> int:
     """Run what *file* describes, with *given* in place of its settings, as ``vmonty.VM.from_file`` does."""
     # Not for everybody: checking settings needs code that a plain start should not wait for.
+    from vmonty.cli.progress import terminal_progress
     from vmonty.vm.build import Build
     from vmonty.vm.settings import read_file, settings
 
@@ -247,6 +247,9 @@ def asked_for_help(board: str, cpu: str, devices: tuple[str, ...]) -> str | None
 
 def default_guest(command_line: str | None, parts: dict[str, Any]) -> Config:
     """The busybox guest, fetched and built when it is not in the cache."""
+    from vmonty.cli.progress import terminal_progress
+    from vmonty.guests import busybox
+
     with terminal_progress() as progress:
         guest = busybox.build(progress=progress)
     line = command_line if command_line is not None else "console=ttyS0 quiet cryptomgr.notests=1"
@@ -322,9 +325,17 @@ class Session:
     def run(self, timeout: float | None) -> Outcome:
         """Boot and wait for the end."""
 
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            (self.power_down if number == signal.SIGTERM else self.stop)(128 + number)
+        # Not in the handler: it may interrupt this thread while that holds a lock that an ending takes.
+        signals: SimpleQueue[int | None] = SimpleQueue()
 
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            signals.put(number)
+
+        def obey() -> None:
+            while (number := signals.get()) is not None:
+                (self.power_down if number == signal.SIGTERM else self.stop)(FIRST_SIGNAL_STATUS + number)
+
+        listener = threading.Thread(target=obey, name="signals", daemon=True)
         console = Console(self._receive, self.stop, self._backlog)
         # Built before the terminal changes: what it refuses is told on a terminal in order.
         self._machine = self._make(console.write)
@@ -334,6 +345,7 @@ class Session:
         }
         clock = threading.Timer(timeout, self.stop, (STATUS_TIMEOUT,)) if timeout else None
         try:
+            listener.start()
             if console.interactive:
                 click.echo("vmonty: booting; leave with Ctrl-A x, help with Ctrl-A h", err=True)
             with console:
@@ -351,13 +363,18 @@ class Session:
         finally:
             self.failure = console.failure
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                # By a signal it ends with that status: one more during the rest would only change the status.
+                by_signal = self.status is not None and self.status > FIRST_SIGNAL_STATUS
+                signal.signal(number, signal.SIG_IGN if by_signal else handler)
+            signals.put(None)
+            listener.join()
 
     def _loop(self, console: Console) -> Outcome:
         while True:
             assert self._machine is not None
             with self._machine as machine, Observation(machine, self.trace):
                 machine.start()
+                gc.enable()  # see cli.main
                 if self._stopping.is_set():
                     machine.stop()
                 # A wait with a time limit lets Python run signal handlers between two.

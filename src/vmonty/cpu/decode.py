@@ -1,13 +1,13 @@
 """The instruction decoder.
 
-``isa.ROWS`` becomes three C tables at import time: ``ROW`` (one entry per row), ``ROOT`` indexed by [VEX][map]
+``isa.ROWS`` is three C tables here: ``ROW`` (one entry per row), ``ROOT`` indexed by [VEX][map]
 [opcode][mandatory prefix], and ``GROUP`` for opcodes that the modrm byte tells apart (8 memory forms, then 64
 register forms). A group is marked by the top bit of a ``ROOT`` entry; 0 is the invalid row.
 """
 
 import cython
 
-from vmonty.cpu import isa, opcodes
+from vmonty.cpu import opcodes
 
 
 @cython.cfunc
@@ -22,12 +22,12 @@ def _copy(to: cython.p_uchar, room: cython.size_t, data: bytes) -> object:
 
 
 def _build():
-    rows, root, groups = opcodes.tables()
-    _copy(cython.cast(cython.p_uchar, cython.address(ROW[1])), cython.sizeof(ROW) - cython.sizeof(OpRow), rows)
-    _copy(cython.cast(cython.p_uchar, cython.address(ROOT[0][0][0][0])), cython.sizeof(ROOT), root)
-    _copy(cython.cast(cython.p_uchar, cython.address(GROUP[0][0])), cython.sizeof(GROUP), groups)
+    tables = opcodes.TABLES
+    _copy(cython.cast(cython.p_uchar, cython.address(ROW[1])), cython.sizeof(ROW) - cython.sizeof(OpRow), tables.rows)
+    _copy(cython.cast(cython.p_uchar, cython.address(ROOT[0][0][0][0])), cython.sizeof(ROOT), tables.root)
+    _copy(cython.cast(cython.p_uchar, cython.address(GROUP[0][0])), cython.sizeof(GROUP), tables.groups)
     sizes = cython.cast(cython.p_uchar, cython.address(OPERAND_BYTES[0][0]))
-    _copy(sizes, cython.sizeof(OPERAND_BYTES), opcodes.operand_sizes())
+    _copy(sizes, cython.sizeof(OPERAND_BYTES), tables.operand_sizes)
     for byte in (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3):
         PREFIX[byte] = 1
     for byte in range(0x40, 0x50):
@@ -616,6 +616,8 @@ def decode_bytes(code: bytes, rip: int = 0, code_size: int = 8) -> dict[str, obj
     n: cython.int = decode(buffer, min(len(code), 16), rip, code_size, cython.address(i))
     if n <= 0:
         return n
+    from vmonty.cpu import isa  # no guest needs it
+
     row = isa.ROWS[i.row - 1]
     return {
         "length": n, "name": row.name, "row": row, "operand_size": i.operand_size, "address_size": i.address_size,

@@ -1,129 +1,53 @@
-"""The decoder's tables, made from ``isa.ROWS`` as plain bytes that ``decode`` copies into C arrays."""
+"""The decoder's tables as plain bytes that ``decode`` copies into C arrays, and the features that rows name.
+
+Making them from ``isa`` takes a third of a start, so the build stores them beside this module, with a digest of what
+they were made of. Without the file, or with another digest, they are made here: stale tables are never used.
+"""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
+import contextlib
+import marshal
+from importlib.util import source_hash
+from pathlib import Path
+from typing import NamedTuple
 
-from vmonty.cpu import isa
-
-# decode.A_*
-ATTRIBUTES = {
-    "lock": 1, "cl": 2, "wcx": 4, "d64": 8, "f64": 16, "i64": 32, "o64": 64, "W0": 128, "W1": 256, "L0": 512,
-    "L1": 1024, "trap": 2048, "al": 4096, "shift": 8192, "y2": 131072, "r2": 262144,
-    "sse": 524288,
-}  # fmt: skip
-MODRM, VECTOR, X87 = 16384, 32768, 65536
-MEMORY, REGISTER, VVVV, VSIB, SIZED, SIMPLE = (1 << bit for bit in range(20, 26))
-SIZE_512 = 251  # the one size code that is no single letter
-GROUPED = 0x8000  # in ROOT: the rest is an index into GROUP
-# Number 0 is no feature. decode.pxd has names for some of these numbers.
-ARPL = next(number for number, row in enumerate(isa.ROWS, 1) if row.name == "ARPL")
-FEATURES = ("", *sorted({row.feature for row in isa.ROWS if row.feature} | {"cx16", "xgetbv1"}))
+STORED = "opcodes.tables"
+SOURCES = ("isa.py", "opcode_tables.py")
+_FOLDER = Path(__file__).parent
 
 
-def _operand_size(letter: str, operand_size: int, w: int, wide: int) -> int:
-    """Bytes of an operand. ``n`` is an address only."""
-    fixed = {"b": 1, "1": 1, "w": 2, "2": 2, "d": 4, "4": 4, "q": 8, "o": 16, "t": 10, "v": operand_size}
-    by_w = {"y": (4, 8), "c": (8, 16)}
-    by_l = {"x": (16, 32), "h": (8, 16), "f": (4, 8), "e": (2, 4), "k": (8, 32)}
-    if letter == "z":
-        return min(operand_size, 4)
-    if letter in by_w:
-        return by_w[letter][w]
-    return by_l[letter][wide] if letter in by_l else fixed.get(letter, 0)
+class Tables(NamedTuple):
+    """*features* by their number, the row of *arpl*, and the arrays of ``decode``."""
+
+    features: tuple[str, ...]
+    arpl: int
+    rows: bytes  # from number 1 on
+    root: bytes  # [VEX][map][opcode][prefix]
+    groups: bytes  # [n][72]
+    operand_sizes: bytes
 
 
-def operand_sizes() -> bytes:
-    """Give OPERAND_BYTES [letter][operand size >> 2 | W << 2 | L << 3]."""
-    return bytes(
-        _operand_size(chr(letter), (2, 4, 8, 0)[k & 3], k >> 2 & 1, k >> 3) for letter in range(256) for k in range(16)
-    )
+def sources_digest() -> bytes:
+    """A digest of the modules that the tables are made by."""
+    return b"".join(source_hash((_FOLDER / name).read_bytes()) for name in SOURCES)
 
 
-def _position(row: isa.Row, letters: str) -> int:
-    """The number, from 1 on, of the operand with one of these letters; 0 when there is none."""
-    found = [number for number, operand in enumerate(row.operands, 1) if operand.letter in letters]
-    if len(found) > 1:
-        raise ValueError(f"{row.name}: two operands of {letters}")
-    return found[0] if found else 0
+def _load() -> Tables:
+    # No build, or one that was cut short: the sources have all.
+    with contextlib.suppress(OSError, EOFError, ValueError, TypeError):
+        digest, stored = marshal.loads((_FOLDER / STORED).read_bytes())
+        if digest == sources_digest():
+            return Tables(*stored)
+    from vmonty.cpu import opcode_tables
+
+    return Tables(*opcode_tables.make())
 
 
-def pack_row(row: isa.Row) -> bytes:
-    """Pack one row as struct OpRow (32 bytes)."""
-    letters = bytes(ord(o.letter) for o in row.operands)
-    sizes = bytes(SIZE_512 if o.size == "512" else ord(o.size) for o in row.operands)
-    access = bytes(o.access for o in row.operands)
-    bits = sum(ATTRIBUTES[name] for name in row.attributes)
-    if row.has_modrm:
-        bits |= MODRM
-    if any(o.letter in "VWHUPQNL" for o in row.operands):
-        bits |= VECTOR
-    if any(o.letter in "VWHUL" for o in row.operands) or "sse" in row.attributes:
-        bits |= VECTOR | ATTRIBUTES["sse"]
-    if row.map == 0 and 0xD8 <= row.opcode <= 0xDF:
-        bits |= X87
-    for flag, wanted in ((MEMORY, "M"), (REGISTER, "RUN"), (VVVV, "HB"), (VSIB, "X")):
-        if any(o.letter in wanted for o in row.operands):
-            bits |= flag
-    if any(o.size in "vz" for o in row.operands) or (row.map == 0 and not row.operands):
-        bits |= SIZED
-    simple = row.map < 2 and not row.vex and not {"i64", "W0", "W1"} & set(row.attributes)
-    if simple and all(o.letter in "EGZIJVWPQM" for o in row.operands) and row.cls != "gather":
-        bits |= SIMPLE
-    return struct.pack(
-        "<BB4s4s4sBBBBbBI6B2x", isa.CLASSES.index(row.cls), len(row.operands), letters, sizes, access, row.flags_read,
-        row.flags_written, row.flags_undefined, row.flags_maybe, row.prefix, FEATURES.index(row.feature), bits,
-        _position(row, "EWMQ"), _position(row, "GZ"), _position(row, "ER"), _position(row, "B"),
-        sum(1 << number for number, o in enumerate(row.operands) if o.letter in "IJOLA"),
-        bool(row.operands) and row.operands[0].letter == "Z",
-    )  # fmt: skip
+TABLES = _load()
+FEATURES, ARPL = TABLES.features, TABLES.arpl
 
 
-def _slots(row: isa.Row) -> Iterator[int]:
-    """Give the places of a row in its group: modrm.reg of memory forms, then 8 + the low six bits of modrm."""
-    if row.modrm >= 0:
-        yield row.modrm - 0xC0 + 8 if row.modrm >= 0xC0 else row.modrm >> 3 & 7
-        return
-    for reg in range(8) if row.reg < 0 else [row.reg]:
-        if row.form != "r":
-            yield reg
-        if row.form != "m":
-            yield from range(8 + reg * 8, 16 + reg * 8)
-
-
-def _specificity(item: tuple[int, isa.Row]) -> tuple[bool, ...]:
-    row = item[1]
-    # Of two rows for one opcode the one of 64-bit mode stands in the table; decode knows the other (ARPL).
-    return (row.prefix >= 0, row.modrm >= 0, row.reg >= 0, row.form != "", "i64" not in row.attributes)
-
-
-def tables() -> tuple[bytes, bytes, bytes]:
-    """Give ROW (from number 1 on), ROOT [VEX][map][opcode][prefix], and GROUP [n][72], as their bytes."""
-    by_opcode: dict[tuple[bool, int, int], list[tuple[int, isa.Row]]] = {}
-    for number, row in enumerate(isa.ROWS, 1):
-        by_opcode.setdefault((row.vex, row.map, row.opcode), []).append((number, row))
-    root = [0] * (2 * 4 * 256 * 4)
-    groups: dict[tuple[int, ...], int] = {}
-    for (vex, opcode_map, opcode), rows in by_opcode.items():
-        for prefix in range(4):
-            found = sorted(
-                (i for i in rows if i[1].prefix == prefix or (i[1].prefix < 0 and not vex)), key=_specificity
-            )
-            if not found:
-                continue
-            at = ((vex * 4 + opcode_map) * 256 + opcode) * 4 + prefix
-            if all(r.reg < 0 and r.modrm < 0 and not r.form for _, r in found):
-                root[at] = found[-1][0]
-                continue
-            slots = [0] * 72
-            for number, row in found:
-                for slot in _slots(row):
-                    slots[slot] = number
-            root[at] = GROUPED | groups.setdefault(tuple(slots), len(groups))
-    flat = [number for slots in groups for number in slots]
-    return (
-        b"".join(pack_row(row) for row in isa.ROWS),
-        struct.pack(f"<{len(root)}H", *root),
-        struct.pack(f"<{len(flat)}H", *flat),
-    )
+def store(package: Path) -> None:
+    """Write the tables into *package*, a directory that is or becomes ``vmonty.cpu``."""
+    (package / STORED).write_bytes(marshal.dumps((sources_digest(), tuple(TABLES))))

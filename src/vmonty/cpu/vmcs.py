@@ -15,9 +15,9 @@ fields (16-bit exit information) come first and hold the header: revision identi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
+from typing import NamedTuple
 
 REVISION = 0x766D6F6E  # IA32_VMX_BASIC bits 30:0
 REGION_SIZE = 4096
@@ -171,8 +171,7 @@ KINDS = ("control", "exit information", "guest state", "host state")
 WIDTHS = (16, 64, 32, 64)
 
 
-@dataclass(frozen=True)
-class FieldInfo:
+class FieldInfo(NamedTuple):
     """What an encoding says: width in bits, kind (one of KINDS), read-only, byte offset in our region."""
 
     name: str

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import time
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from vmonty import kvm
 from vmonty.base.errors import KvmError, KvmUnavailable, UsageError
@@ -60,8 +60,7 @@ def measure_cpl0(system: System, seconds: float = MEASURE_SECONDS) -> float:
             return vcpu.get_regs().rcx * _LOOP_INSTRUCTIONS / elapsed / 1e6
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """An opened accelerator and the one line that says why it was taken."""
 
     name: str
@@ -87,7 +86,7 @@ def choose(request: str) -> Choice:
             try:
                 choice = _open(candidate, measured=name == "auto" and candidate != "soft")
                 if refusals:
-                    return replace(choice, reason=f"using {candidate}: {_brief(refusals[-1])}")
+                    return choice._replace(reason=f"using {candidate}: {_brief(refusals[-1])}")
                 return choice
             except KvmUnavailable as refusal:
                 refusals.append(refusal)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vmonty.base.errors import UsageError
 
@@ -41,8 +40,7 @@ class Part:
         self._device.write(self._offset + offset, size, value)
 
 
-@dataclass(frozen=True, order=True)
-class Range:
+class Range(NamedTuple):
     """Where a device stands: *size* addresses from *base*."""
 
     base: int
@@ -55,8 +53,7 @@ class Range:
         return self.base + self.size
 
 
-@dataclass(frozen=True)
-class _Map:
+class _Map(NamedTuple):
     """All that is placed at one moment, by address. Never changed: a reader needs no lock."""
 
     bases: tuple[int, ...] = ()

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from vmonty.base.cpu_models import MODELS
 from vmonty.base.errors import UsageError
 from vmonty.kvm.api import System
 from vmonty.vmm.accel import ACCELERATORS
-from vmonty.vmm.boards import BOARDS
-from vmonty.vmm.boards.legacy import COM_PORTS
+from vmonty.vmm.boards import board_class
+from vmonty.vmm.boards.ports import COM_PORTS
 from vmonty.vmm.boot.smbios import NOT_SET
 from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.hw.debug_ports import DebugConsole, DebugExit
-from vmonty.vmm.hw.pci import PcieRootPort
 from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.peripherals import add_virtio
 from vmonty.vmm.qom import Property, TypeInfo, TypeRegistry, boolean, number
-from vmonty.vmm.virtio.balloon import Balloon
-from vmonty.vmm.virtio.console import Console, Port
-from vmonty.vmm.virtio.device import VirtioDevice
-from vmonty.vmm.virtio.rng import Rng
+
+# The makers import what they make: a machine without it should not wait for its code.
+if TYPE_CHECKING:
+    from vmonty.vmm.hw.pci import PcieRootPort
+    from vmonty.vmm.virtio.device import VirtioDevice
 
 
 def _uuid(text: str) -> UUID:
@@ -45,7 +45,7 @@ def _up_to(most: int) -> Callable[[str], int]:
 
 def _board(name: str) -> Callable[..., Machine]:
     def make(system: System, config: Config, console: Callable[[bytes], None], **properties: Any) -> Machine:
-        return BOARDS[name](system, config, console, properties)
+        return board_class(name)(system, config, console, properties)
 
     return make
 
@@ -127,20 +127,28 @@ def _com(text: str) -> int:
 
 
 def _root_port(machine: Machine, id: str, slot: int | None) -> PcieRootPort:  # noqa: A002  # QEMU's word for it
+    from vmonty.vmm.hw.pci import PcieRootPort
+
     port = PcieRootPort(id, slot or 0)
     machine.add_device(port, slot)
     return port
 
 
 def _rng(machine: Machine) -> VirtioDevice:
+    from vmonty.vmm.virtio.rng import Rng
+
     return _add(machine, Rng(machine.memory, machine.loop))
 
 
 def _balloon(machine: Machine, deflate_on_oom: bool) -> VirtioDevice:
+    from vmonty.vmm.virtio.balloon import Balloon
+
     return _add(machine, Balloon(machine.memory, machine.loop, deflate_on_oom=deflate_on_oom))
 
 
 def _port(machine: Machine, name: str, file: str | None) -> VirtioDevice:
+    from vmonty.vmm.virtio.console import Console, Port
+
     if file is None:
         raise UsageError("virtio-serial needs file=…, where the port's output goes")
     port = Port(_file_output(machine, file, "virtio-serial"), name=name)
@@ -148,6 +156,8 @@ def _port(machine: Machine, name: str, file: str | None) -> VirtioDevice:
 
 
 def _terminal(machine: Machine) -> VirtioDevice:
+    from vmonty.vmm.virtio.console import Console, Port
+
     # A loop of its own: a terminal that is stopped holds the guest's console up, and nothing else.
     loop = EventLoop("virtio-console")
     loop.start()

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 from vmonty.base.errors import UsageError
 from vmonty.kvm.api import CpuidEntry, System, Vcpu
@@ -21,13 +21,15 @@ from vmonty.vmm import cpu
 from vmonty.vmm.boot import acpi, loader
 from vmonty.vmm.bus import Bus, BusDevice
 from vmonty.vmm.eventloop import EventLoop
-from vmonty.vmm.hw.pci import PciDevice
 from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.irq import InterruptLines, Line
 from vmonty.vmm.memory import LOW_RAM_LIMIT, GuestMemory, check_size
 from vmonty.vmm.messages import Messages
 from vmonty.vmm.outcome import Ending, Outcome
 from vmonty.vmm.vcpu import VcpuThread
+
+if TYPE_CHECKING:
+    from vmonty.vmm.hw.pci import PciDevice
 
 # An xAPIC's ID is a byte, and 0xFF is everybody.
 MOST_VCPUS = 255
@@ -71,8 +73,7 @@ class Terminal(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class MmioSlot:
+class MmioSlot(NamedTuple):
     """A place for one virtio-mmio device: where its registers stand, and its interrupt line (level-triggered)."""
 
     base: int
@@ -122,6 +123,7 @@ class Machine(ABC):
     name: ClassVar[str]
     low_ram_limit: ClassVar[int] = LOW_RAM_LIMIT
     pit: ClassVar[bool] = True
+    has_pci: ClassVar[bool] = False
     serial: Serial
 
     def __init__(

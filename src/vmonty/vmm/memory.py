@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmonty.base.errors import GuestMemoryError, UsageError
 from vmonty.base.ram import PAGE_SIZE, Ram
@@ -19,8 +19,7 @@ def host_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """*size* bytes of RAM at guest-physical *base*, which are those from *offset* of the machine's Ram."""
 
     base: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from enum import Enum
+from types import MappingProxyType
+from typing import NamedTuple
 
 
 class Ending(Enum):
@@ -19,8 +21,7 @@ class Ending(Enum):
     STOPPED = "stopped"
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """An ending, one line about it, and the registers of the vCPU that met it, where they matter.
 
     *status* is the exit status that the guest itself chose, by isa-debug-exit.
@@ -28,7 +29,7 @@ class Outcome:
 
     ending: Ending
     detail: str
-    registers: dict[str, int] = field(default_factory=dict)
+    registers: Mapping[str, int] = MappingProxyType({})
     status: int | None = None
 
     def register_dump(self) -> str:

@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmonty.base.errors import UsageError
-from vmonty.vmm.boards.pci_host import PciMachine
 from vmonty.vmm.bus import BusDevice
 from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.machine import Machine, MmioSlot
-from vmonty.vmm.virtio.device import VirtioDevice
-from vmonty.vmm.virtio.mmio import MmioTransport
-from vmonty.vmm.virtio.pci import VirtioPci
 
 if TYPE_CHECKING:
     from vmonty.vmm.block.device import BlockDevice
     from vmonty.vmm.net.backend import NetBackend
     from vmonty.vmm.net.user.config import UserConfig
     from vmonty.vmm.virtio.blk import Blk
+    from vmonty.vmm.virtio.device import VirtioDevice
     from vmonty.vmm.virtio.net import Net
 
 # Locally administered, QEMU's prefix; the last byte is the card's number.
@@ -155,11 +152,15 @@ def add_virtio(machine: Machine, device: VirtioDevice) -> None:
     Before the machine starts. Raises UsageError when no slot is free.
     """
     machine.resources.callback(device.loop.run, device.close)
-    if isinstance(machine, PciMachine):
+    if machine.has_pci:
+        from vmonty.vmm.virtio.pci import VirtioPci
+
         function = VirtioPci(device, machine.vm)
         machine.resources.callback(function.close)
         machine.add_device(function)
         return
+
+    from vmonty.vmm.virtio.mmio import MmioTransport
 
     def make(slot: MmioSlot) -> BusDevice:
         transport = MmioTransport(device, slot.line)

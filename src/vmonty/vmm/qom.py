@@ -11,9 +11,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from vmonty.base.errors import UsageError
 
@@ -36,8 +35,7 @@ def number(text: str) -> int:
         raise ValueError("a number") from None
 
 
-@dataclass(frozen=True)
-class Property:
+class Property(NamedTuple):
     """One property of an instance. *convert* makes its value from text, or raises ValueError with what it takes."""
 
     name: str
@@ -46,8 +44,7 @@ class Property:
     convert: Callable[[str], Any] = str
 
 
-@dataclass(frozen=True)
-class TypeInfo:
+class TypeInfo(NamedTuple):
     """One type. *make* builds the thing from what it is realized in, with the properties as keyword arguments.
 
     *class_properties* are the same for all instances, and inherited.
@@ -58,7 +55,7 @@ class TypeInfo:
     help: str = ""
     abstract: bool = False
     properties: tuple[Property, ...] = ()
-    class_properties: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    class_properties: Mapping[str, Any] = MappingProxyType({})
     make: Callable[..., Any] | None = None
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 from vmonty.base.errors import VmontyError
 from vmonty.kvm.uapi import flags
@@ -18,8 +18,7 @@ _UNITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Descriptor:
+class Descriptor(NamedTuple):
     """One statistic: *size* values of 64 bits at *offset*, in *unit* times base ** *exponent*."""
 
     name: str

@@ -7,7 +7,7 @@ import time
 
 from vmonty.kvm.soft.files import KvmFile, answers
 from vmonty.kvm.soft.modules import Module
-from vmonty.kvm.soft.tsc import HOST_TSC_KHZ, check_tsc_khz, read_tsc
+from vmonty.kvm.soft.tsc import check_tsc_khz, host_tsc_khz, read_tsc
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.uapi import Requests
 from vmonty.kvm.uapi.flags import KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE
@@ -22,7 +22,7 @@ class ClockIoctls(KvmFile):
 
     def __init__(self) -> None:
         self._kvmclock_offset = -time.monotonic_ns()
-        self.default_tsc_khz = HOST_TSC_KHZ
+        self.default_tsc_khz = host_tsc_khz()
 
     @answers(Requests.KVM_SET_TSC_KHZ)
     def set_tsc_khz(self, argument: Argument) -> None:
@@ -32,7 +32,7 @@ class ClockIoctls(KvmFile):
         khz = check_tsc_khz(argument.number & 0xFFFF_FFFF)
         if self.created_vcpus:
             raise OSError(errno.EINVAL, "there are vCPUs already")
-        self.default_tsc_khz = khz or HOST_TSC_KHZ
+        self.default_tsc_khz = khz or host_tsc_khz()
 
     @answers(Requests.KVM_GET_TSC_KHZ)
     def get_tsc_khz(self, argument: Argument) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmonty.kvm.soft.mmu.guest_walk import walk
 from vmonty.kvm.soft.mmu.shadow import ShadowMmu
@@ -27,8 +26,7 @@ EXIT_NAMES: dict[int, str] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ExitRecord:
+class ExitRecord(NamedTuple):
     """One exit: the vCPU, when its guest was entered and left (host's monotonic nanoseconds), why, and where."""
 
     vcpu: int
@@ -43,8 +41,7 @@ class ExitRecord:
 Tracer = Callable[[ExitRecord], None]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step of a translation: what kind of table, its level (0: none), where the entry is, and what it holds."""
 
     table: str
@@ -53,8 +50,7 @@ class Step:
     value: int
 
 
-@dataclass(frozen=True)
-class Translation:
+class Translation(NamedTuple):
     """GVA → GPA → HVA → HPA; None from where it ends. The software's host-physical address is one of the process."""
 
     gva: int

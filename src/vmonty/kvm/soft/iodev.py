@@ -15,7 +15,7 @@ import errno
 import os
 import threading
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 __all__ = ["NR_IOBUS_DEVS", "IoDevice", "KvmIoBus", "KvmIoBuses"]
 
@@ -37,8 +37,7 @@ class IoDevice(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Range:
+class _Range(NamedTuple):
     start: int
     length: int
     device: IoDevice

@@ -13,7 +13,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmonty.kvm.soft.apicdef import (
     ALL_BUT_SELF,
@@ -60,8 +60,7 @@ KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID = 1
 _PIC_PINS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """Where a GSI goes: a pin of a chip (a slave's counted from 8), or a message."""
 
     gsi: int

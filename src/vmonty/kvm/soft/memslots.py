@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vmonty.kvm.uapi.flags import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 
@@ -82,8 +83,7 @@ class Memslot:
                 self.dirty[page >> 3] &= ~(1 << (page & 7))
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """What a request did: *old* must be unmapped, *new* may be used."""
 
     old: Memslot | None

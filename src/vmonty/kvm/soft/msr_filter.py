@@ -6,7 +6,7 @@ Source: arch/x86/kvm/x86.c, kvm_vm_ioctl_set_msr_filter(), kvm_msr_allowed(), kv
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.uapi import flags
@@ -39,8 +39,7 @@ def reason(error: OSError) -> int:
     return flags.KVM_MSR_EXIT_REASON_INVAL
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """MSRs *base* to *base* + *nmsrs* - 1; *access* is READ, WRITE or both; a bit of *allowed* for each of them."""
 
     base: int
@@ -49,8 +48,7 @@ class Range:
     allowed: int
 
 
-@dataclass(frozen=True)
-class MsrFilter:
+class MsrFilter(NamedTuple):
     """What user space has set. It is replaced, never changed."""
 
     default_allow: bool

@@ -18,8 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from vmonty.cpu import models
 from vmonty.cpu.core import Cpu
@@ -75,8 +74,7 @@ class PhysicalCpu:
             self.holder = None
 
 
-@dataclass(frozen=True)
-class HotplugState:
+class HotplugState(NamedTuple):
     """What must be done on each processor that comes up, and undone before it goes down."""
 
     name: str
@@ -84,8 +82,7 @@ class HotplugState:
     teardown: Callable[[PhysicalCpu], None]
 
 
-@dataclass(frozen=True)
-class SyscoreOps:
+class SyscoreOps(NamedTuple):
     """What is done last before the host sleeps, and first when it wakes up."""
 
     suspend: Callable[[], None]

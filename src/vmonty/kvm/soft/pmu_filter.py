@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.uapi import flags
@@ -19,8 +19,7 @@ MAX_EVENTS = 300
 MASKED_EVENT = 0xFF | 0xF << 32 | 0xFF << 8 | 0xFF << 56 | 1 << 55
 
 
-@dataclass(frozen=True)
-class PmuFilter:
+class PmuFilter(NamedTuple):
     """Allow or deny *events*, and the fixed counters whose bits are set."""
 
     action: int

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmonty.kvm.uapi import flags
 from vmonty.kvm.uapi.vm import kvm_stats_desc, kvm_stats_header
@@ -20,8 +20,7 @@ NAME_SIZE = 48
 HALT_BUCKETS = 32
 
 
-@dataclass(frozen=True)
-class Statistic:
+class Statistic(NamedTuple):
     """One statistic: *size* values of 64 bits, in its unit times 10 ** *exponent*."""
 
     name: str

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import errno
+import functools
 import time
 
 from vmonty.base.hostcall import read_tsc
 
-__all__ = ["HOST_TSC_KHZ", "check_tsc_khz", "read_tsc"]
+__all__ = ["check_tsc_khz", "host_tsc_khz", "read_tsc"]
 # As a signed number of 32 bits.
 MAX_GUEST_TSC_KHZ = 0x7FFF_FFFF
 
 
-def _measure() -> int:
-    """kHz, by comparison with the monotonic clock over 20 ms."""
-    begin_ns, begin = time.monotonic_ns(), read_tsc()
-    while time.monotonic_ns() - begin_ns < 20_000_000:
+MEASURED_NS = 20_000_000
+_BEGIN = time.monotonic_ns(), read_tsc()
+
+
+@functools.cache
+def host_tsc_khz() -> int:
+    """kHz, by comparison with the monotonic clock since this module was imported, 20 ms at least.
+
+    Usually those have passed when somebody asks first: nobody waits for the measurement.
+    """
+    begin_ns, begin = _BEGIN
+    while time.monotonic_ns() - begin_ns < MEASURED_NS:
         pass
     end_ns, end = time.monotonic_ns(), read_tsc()
     return (end - begin) * 1_000_000 // (end_ns - begin_ns)
-
-
-HOST_TSC_KHZ = _measure()
 
 
 def check_tsc_khz(wanted: int) -> int:

@@ -40,7 +40,7 @@ from vmonty.kvm.soft.stats import (
     TLB_FLUSH,
 )
 from vmonty.kvm.soft.timer import Timer
-from vmonty.kvm.soft.tsc import HOST_TSC_KHZ, check_tsc_khz, read_tsc
+from vmonty.kvm.soft.tsc import check_tsc_khz, host_tsc_khz, read_tsc
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.uapi import Cap, Exit, Requests, flags
 from vmonty.kvm.uapi.exits import KVM_EXIT_HYPERCALL_LONG_MODE, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
@@ -86,7 +86,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         self._completion: Callable[[], bool] | None = None
         self._tsc_offset = 0
         self._tsc_ratio = TSC_UNITY
-        self.tsc_khz = HOST_TSC_KHZ
+        self.tsc_khz = host_tsc_khz()
         self._cr8 = 0
         self.pending_ioapic_eoi: list[int] = []
         # KVM_TPR_ACCESS_REPORTING: rip and whether a write, of an access that user space must see.
@@ -264,13 +264,13 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def set_tsc_frequency(self, khz: int) -> None:
         """Scale, unless it is the host's within the module's tolerance."""
-        khz = khz or HOST_TSC_KHZ
+        khz = khz or host_tsc_khz()
         module = self.kvm.module
         ratio = TSC_UNITY
-        if abs(khz - HOST_TSC_KHZ) * 1_000_000 > HOST_TSC_KHZ * module.kvm.tsc_tolerance_ppm:
+        if abs(khz - host_tsc_khz()) * 1_000_000 > host_tsc_khz() * module.kvm.tsc_tolerance_ppm:
             if not module.ops.tsc_scaling:
                 raise OSError(errno.EINVAL, "the guest's TSC runs at the host's frequency")
-            ratio = (khz << TSC_FRACTION_BITS) // HOST_TSC_KHZ
+            ratio = (khz << TSC_FRACTION_BITS) // host_tsc_khz()
         self.tsc_khz, self._tsc_ratio = khz, ratio
         self.vendor.set_tsc_multiplier(self._tsc_ratio)
         self.pvclock.update()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
+from vmonty.vmm.boards.ports import COM_PORTS
 from vmonty.vmm.boot import aml, dsdt
 from vmonty.vmm.bus import Part
 from vmonty.vmm.hw import i8042
@@ -17,7 +18,6 @@ from vmonty.vmm.hw.pvpanic import Pvpanic
 from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.machine import Machine
 
-COM_PORTS = ((0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
 I8042_DATA, KEYBOARD_IRQ, MOUSE_IRQ = 0x60, 1, 12
 RTC, RTC_IRQ = 0x70, 8
 POST, FAST_A20, PVPANIC = 0x80, 0x92, 0x505
@@ -27,8 +27,7 @@ CMOS_PROCESSORS = 0x5F
 COMMAND_BYTE = i8042.INTERRUPT_KEYBOARD | i8042.SYSTEM_FLAG | i8042.TRANSLATE
 
 
-@dataclass(frozen=True)
-class LegacyDevices:
+class LegacyDevices(NamedTuple):
     """What was placed."""
 
     serial: Serial

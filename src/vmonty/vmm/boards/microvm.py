@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vmonty.base.errors import UsageError
-from vmonty.vmm.boards.legacy import COM_PORTS
+from vmonty.vmm.boards.ports import COM_PORTS
 from vmonty.vmm.boot import acpi, dsdt
 from vmonty.vmm.bus import BusDevice
 from vmonty.vmm.hw import acpi_ged

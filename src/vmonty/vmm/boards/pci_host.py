@@ -38,6 +38,7 @@ def describe_fw_cfg() -> bytes:
 class PciMachine(Machine):
     """A machine with a PCI root bus ``pci``, which the board makes in ``build``."""
 
+    has_pci = True
     pci: PciBus
     acpi_pm: AcpiPm
 

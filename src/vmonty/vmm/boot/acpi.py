@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vmonty.vmm.boot import aml
 from vmonty.vmm.hw import acpi_ged, acpi_pm
@@ -40,8 +41,7 @@ def soft_off() -> bytes:
     return aml.name("\\_S5", aml.package(acpi_pm.SLEEP_TYPE_S5, acpi_pm.SLEEP_TYPE_S5, 0, 0))
 
 
-@dataclass(frozen=True)
-class Platform:
+class Platform(NamedTuple):
     """What the tables tell of a board.
 
     *pm_base* is the port where the PM registers stand, None on a hardware-reduced board, which has a generic event

@@ -5,6 +5,7 @@ Source: ACPI Specification 6.5, "ACPI Machine Language (AML) Specification", and
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ SYSTEM_MEMORY, SYSTEM_IO, PCI_CONFIG = 0, 1, 2
 BYTE_ACCESS, WORD_ACCESS, DWORD_ACCESS = 1, 2, 3
 
 
+@functools.cache
 def path(name: str) -> bytes:
     r"""A NameString such as ``_HID``, ``\_SB.PCI0`` or ``^LNKA``; segments are padded to four characters."""
     prefix = ""

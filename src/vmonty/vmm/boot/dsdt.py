@@ -7,7 +7,7 @@ PCI Firmware Specification, "_PRT"; "ACPI Generic Event Device".
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmonty.vmm.boot import aml
 from vmonty.vmm.hw import acpi_ged
@@ -21,8 +21,7 @@ STATUS_PRESENT, STATUS_ENABLED = 0x09, 0x0B
 NO_GSI = 0
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """Addresses that a PCI root passes on: from *first* to *last*, both inside."""
 
     first: int

@@ -6,7 +6,7 @@ Source: System V ABI, "Object Files", "Program Loading".
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmonty.base.errors import BootImageError
 from vmonty.vmm.memory import GuestMemory
@@ -19,8 +19,7 @@ _LOAD, _NOTE = 1, 4
 _MOST_NOTE_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """*file_size* bytes at *offset* of the file go to *physical*; up to *memory_size* zeroes follow."""
 
     physical: int
@@ -30,8 +29,7 @@ class Segment:
     memory_size: int
 
 
-@dataclass(frozen=True)
-class Elf:
+class Elf(NamedTuple):
     """An executable for x86; every segment lies inside the file."""
 
     bits: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from enum import Enum
+from types import MappingProxyType
+from typing import NamedTuple
 
 from vmonty.kvm.api import Vcpu
 from vmonty.vmm.boot import longmode, protected
@@ -19,13 +21,12 @@ class Mode(Enum):
     LONG = 64
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A guest-physical address, and the general registers that are not zero there, by KVM's names."""
 
     mode: Mode
     address: int
-    registers: dict[str, int] = field(default_factory=dict)
+    registers: Mapping[str, int] = MappingProxyType({})
 
     def write_tables(self, memory: GuestMemory) -> None:
         """Put the tables of the mode into low RAM."""

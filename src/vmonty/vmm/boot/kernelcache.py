@@ -8,11 +8,9 @@ works as well.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import mmap
 import os
 import struct
-import tempfile
 from pathlib import Path
 
 from vmonty.base.cachedir import cache_root
@@ -25,6 +23,8 @@ _MARK = b"vmlinux1"
 
 def unpack(compressed: bytes) -> bytes | memoryview | None:
     """As payload.decompress(), from the cache when it is there."""
+    import hashlib  # which begins with OpenSSL
+
     path = cache_root() / "kernels" / hashlib.sha256(compressed).hexdigest()
     cached = _map(path)
     if cached is not None:
@@ -52,6 +52,8 @@ def _map(path: Path) -> memoryview | None:
 
 
 def _write(path: Path, kernel: bytes) -> None:
+    import tempfile  # and much with it, for a kernel's first boot only
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
     try:

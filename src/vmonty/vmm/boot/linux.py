@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmonty.base.errors import BootImageError, GuestMemoryError
 from vmonty.vmm.boot import acpi, elf, payload
@@ -36,8 +36,7 @@ _NEWEST_VERSION = 0x20F
 Unpack = Callable[[bytes], "bytes | memoryview | None"]
 
 
-@dataclass(frozen=True)
-class SetupHeader:
+class SetupHeader(NamedTuple):
     """The fields of the setup header that a loader needs; addresses and sizes in bytes."""
 
     raw: bytes
@@ -109,8 +108,7 @@ def elf_header() -> SetupHeader:
     return SetupHeader(bytes(raw), 0, _NEWEST_VERSION, HIGH_MEMORY, PAGE, 0, 2047, 0x7FFF_FFFF, False, True, (0, 0))
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """Where a kernel and its initrd go, in bytes; *initrd* is 0 when there is none."""
 
     header: SetupHeader

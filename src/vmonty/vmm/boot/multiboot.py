@@ -6,7 +6,7 @@ Source: Multiboot Specification 0.6.96, "OS image format", "Machine state", "Boo
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmonty.base.errors import BootImageError, GuestMemoryError
 from vmonty.vmm.boot import acpi, elf
@@ -32,8 +32,7 @@ _HAS_MEMORY, _HAS_COMMAND_LINE, _HAS_MODULES, _HAS_MAP, _HAS_NAME = 1, 4, 8, 64,
 _NAME = b"vmonty\0"
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """A kernel and the segments that it loads; *entry* is in 32-bit mode without paging."""
 
     kernel: elf.Elf

@@ -5,16 +5,10 @@ Source: Documentation/arch/x86/boot.rst, fields payload_offset and payload_lengt
 
 from __future__ import annotations
 
-import bz2
-import lzma
 import struct
 import zlib
 
-import lz4.block
-
-from vmonty.base import zstd
 from vmonty.base.errors import BootImageError
-from vmonty.vmm.boot import lzo
 from vmonty.vmm.boot.elf import MAGIC
 
 MOST_BYTES = 512 << 20
@@ -35,22 +29,15 @@ def decompress(payload: bytes) -> bytes | None:
         raise BootImageError(f"the kernel says that it is {size >> 20} MiB when decompressed; it is damaged")
     try:
         data = method(payload, size)
-    except (
-        zlib.error,
-        OSError,
-        EOFError,
-        ValueError,
-        lzma.LZMAError,
-        zstd.ZstdError,
-        lz4.block.LZ4BlockError,
-    ) as error:
+    except (zlib.error, OSError, EOFError, ValueError) as error:
         raise BootImageError(f"the kernel's compressed part is damaged: {error}") from error
     if len(data) != size:
         raise BootImageError(f"the kernel's compressed part is damaged: it has {len(data)} of {size} bytes")
     return data if data.startswith(MAGIC) else None
 
 
-# Each makes no more than a little above *size* bytes, whatever it is given.
+# Each makes no more than a little above *size* bytes, whatever it is given, and raises ValueError or its kin when that
+# is damaged. A kernel has one format: only its library is imported.
 
 
 def _gzip(payload: bytes, size: int) -> bytes:
@@ -58,19 +45,39 @@ def _gzip(payload: bytes, size: int) -> bytes:
 
 
 def _bzip2(payload: bytes, size: int) -> bytes:
+    import bz2
+
     return bz2.BZ2Decompressor().decompress(payload, size)
 
 
 def _lzma(payload: bytes, size: int) -> bytes:
-    return lzma.LZMADecompressor(memlimit=1 << 30).decompress(payload, size)
+    import lzma
+
+    try:
+        return lzma.LZMADecompressor(memlimit=1 << 30).decompress(payload, size)
+    except lzma.LZMAError as error:
+        raise ValueError(error) from error
 
 
 def _zstd(payload: bytes, size: int) -> bytes:
-    return zstd.ZstdDecompressor().decompress(payload, size)
+    from vmonty.base import zstd
+
+    try:
+        return zstd.ZstdDecompressor().decompress(payload, size)
+    except zstd.ZstdError as error:
+        raise ValueError(error) from error
+
+
+def _lzo(payload: bytes, size: int) -> bytes:
+    from vmonty.vmm.boot import lzo
+
+    return lzo.decompress_file(payload, size)
 
 
 def _lz4(payload: bytes, size: int) -> bytes:
     """The legacy frame: blocks of 8 MiB, each behind its compressed size."""
+    import lz4.block
+
     parts: list[bytes] = []
     made, at = 0, 4
     while made < size:
@@ -78,7 +85,10 @@ def _lz4(payload: bytes, size: int) -> bytes:
         at += 4
         if not length or at + length > len(payload):
             raise ValueError("a block is cut off")
-        part = lz4.block.decompress(payload[at : at + length], uncompressed_size=min(_LZ4_BLOCK, size - made))
+        try:
+            part = lz4.block.decompress(payload[at : at + length], uncompressed_size=min(_LZ4_BLOCK, size - made))
+        except lz4.block.LZ4BlockError as error:
+            raise ValueError(error) from error
         parts.append(part)
         made += len(part)
         at += length
@@ -92,7 +102,7 @@ _METHODS = [
     (b"BZh", _bzip2),
     (b"\xfd7zXZ\0", _lzma),
     (b"\x5d\0\0", _lzma),
-    (b"\x89LZO\0\r\n\x1a\n", lzo.decompress_file),
+    (b"\x89LZO\0\r\n\x1a\n", _lzo),
     (b"\x02!L\x18", _lz4),
     (b"\x28\xb5\x2f\xfd", _zstd),
 ]

@@ -6,7 +6,7 @@ Source: DMTF DSP0134, System Management BIOS Reference Specification 2.8.0, "Ent
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 from uuid import UUID
 
 ANCHOR_SIZE = 0x1F
@@ -19,8 +19,7 @@ LARGEST_SMALL_ARRAY = 0x8000_0000
 NOT_SET = UUID(int=0)
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """What the owner of a machine may choose; an empty string is left out."""
 
     manufacturer: str = "vmonty"

@@ -7,7 +7,7 @@ and dirty bits are the processor's business.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 PRESENT, WRITABLE, USER, LARGE = 1, 2, 4, 0x80
 CR0_PG, CR4_PSE, CR4_PAE, CR4_LA57, EFER_LMA = 1 << 31, 1 << 4, 1 << 5, 1 << 12, 1 << 10
@@ -20,8 +20,7 @@ class GuestMemory(Protocol):
     def read_gpa(self, gpa: int, size: int) -> bytes | None: ...
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One entry that the walk read: the level it is of (1: leaf), where it is, and what it holds."""
 
     level: int

@@ -7,6 +7,7 @@ Flags".
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vmonty.base import hostcall
 from vmonty.kvm.soft.memslots import PAGE_SHIFT, Memslots
@@ -21,8 +22,7 @@ PHYSICAL_BITS = 46
 RESERVED_ADDRESS = (1 << 52) - (1 << PHYSICAL_BITS)
 
 
-@dataclass(frozen=True)
-class Registers:
+class Registers(NamedTuple):
     """The guest's control registers that its paging depends on, and the PDPTEs loaded with CR3 (PAE)."""
 
     cr0: int

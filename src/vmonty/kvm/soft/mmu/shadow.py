@@ -15,9 +15,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmonty.base import hostcall
 from vmonty.kvm.soft.memslots import PAGE_SHIFT, Memslot
@@ -68,8 +67,7 @@ class Outcome(Enum):
     WRITES_ROOT = 4  # a table that the very access needs
 
 
-@dataclass(frozen=True)
-class Role:
+class Role(NamedTuple):
     """union kvm_mmu_page_role: what a shadow page depends on besides its gfn."""
 
     level: int

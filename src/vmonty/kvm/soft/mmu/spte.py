@@ -8,14 +8,13 @@ Source: SDM, "EPT Translation Mechanism"; APM, "Nested Paging"; in the kernel ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 ADDRESS = 0x000F_FFFF_FFFF_F000
 WRITE = 2  # in both formats
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """What an entry has beside its address. Accessed and dirty flags are set from the start: nobody asks for them."""
 
     table: int

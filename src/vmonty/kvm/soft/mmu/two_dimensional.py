@@ -6,17 +6,15 @@ The kernel has its instruction emulator for these, and hardware without EPT. Her
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from vmonty.kvm.soft.mmu.context import MmuContext
     from vmonty.kvm.soft.x86 import VcpuX86
 
 
-@dataclass(frozen=True)
-class NestedFault:
+class NestedFault(NamedTuple):
     """What the second dimension refused: an access of the guest, or (*walk*) of the processor to the guest's tables."""
 
     gpa: int

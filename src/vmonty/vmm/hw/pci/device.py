@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmonty.vmm.bus import Bus, BusDevice
 from vmonty.vmm.hw.pci import config as cfg
@@ -22,8 +23,7 @@ ROM = 6  # the expansion ROM's place among the BARs
 FIRST_EXTENDED = 0x100
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """What a bus gives a function: its address decoder, interrupt pins (pin 0 is INTA#, level) and message bus.
 
     ``forward_intx`` is for bridges: (pin, source, level), where each pin is raised while any of its sources is.
