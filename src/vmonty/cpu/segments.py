@@ -95,6 +95,9 @@ def set_real(s, index, selector):
     """Load a segment register in real or virtual-8086 mode."""
     s.segs[index].selector = selector & 0xFFFF
     s.segs[index].base = cython.cast(uint64_t, selector & 0xFFFF) << 4
+    if cython.cast(uint32_t, s.segs[index].limit + 1) == 0:
+        # Firmware keeps limits of 4 GiB in real mode: only the base decides then whether a segment is flat.
+        mode_changed(s)
 
 
 def set_null(s, index, selector):
