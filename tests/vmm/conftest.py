@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -30,6 +30,11 @@ class Screen:
         with self._more:
             self.text += data
             self._more.notify_all()
+
+    def wait_until(self, holds: Callable[[bytes], bool], limit_s: float) -> bool:
+        """Whether *holds* became true of the text in time."""
+        with self._more:
+            return self._more.wait_for(lambda: holds(bytes(self.text)), limit_s)
 
     def wait_for(self, text: bytes, limit_s: float = LIMIT_S) -> None:
         with self._more:

@@ -80,9 +80,9 @@ LEGACY = [
     ("pvpanic", 0x505), ("fw_cfg", 0x510), ("acpi-pm", PM_BASE), ("pci-config", 0xCF8),
 ]  # fmt: skip
 STANDS = {
-    "pc": [*LEGACY, ("hpet", 0xFED0_0000)],
-    "pc,hpet=off": LEGACY,
-    "q35": [*LEGACY, ("ecam", 0xB000_0000), ("hpet", 0xFED0_0000)],
+    "pc": [*LEGACY, ("shadow-ram", 0xC_0000), ("hpet", 0xFED0_0000)],
+    "pc,hpet=off": [*LEGACY, ("shadow-ram", 0xC_0000)],
+    "q35": [*LEGACY, ("shadow-ram", 0xC_0000), ("ecam", 0xB000_0000), ("hpet", 0xFED0_0000)],
     "microvm": [("serial", 0x3F8), ("acpi-ged", 0xFEA0_0000)],
 }
 

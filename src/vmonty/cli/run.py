@@ -22,6 +22,8 @@ from vmonty.cli.sizes import Size
 from vmonty.cli.terminal import MOST_BACKLOG, Console
 from vmonty.vmm import accel, boards, catalogue
 from vmonty.vmm import cpu as cpu_model
+from vmonty.vmm.firmware import BootOptions
+from vmonty.vmm.firmware import read as read_firmware
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.outcome import Ending, Outcome
@@ -53,6 +55,16 @@ def read_image(path: Path, what: str) -> bytes:
 @click.option("--kernel", type=click.Path(path_type=Path), help="A Linux bzImage.")
 @click.option("--initrd", type=click.Path(path_type=Path), help="Its initial RAM disk.")
 @click.option("--append", "command_line", metavar="LINE", help="Its command line.  [default: console=ttyS0]")
+@click.option(
+    "--firmware", metavar="bios|FILE", help="Start firmware in place of a kernel: SeaBIOS, or the ROM in FILE."
+)
+@click.option(
+    "--boot",
+    "boot",
+    metavar="menu=on,wait=MS",
+    default="",
+    help="Firmware's boot menu, and how long it waits for a key.",
+)
 @click.option("--memory", "-m", type=Size(), default="512M", show_default=True, help="Guest RAM, such as 512M or 2G.")
 @click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="Number of vCPUs.")
 @click.option(
@@ -101,6 +113,8 @@ def run(
     kernel: Path | None,
     initrd: Path | None,
     command_line: str | None,
+    firmware: str | None,
+    boot: str,
     memory: int,
     cpus: int,
     accelerator: str,
@@ -132,13 +146,18 @@ def run(
         raise UsageError("--initrd needs --kernel")
     if kernel is not None and name is not None:
         raise UsageError("give either NAME or --kernel")
+    if firmware is not None and (kernel is not None or name is not None):
+        raise UsageError("--firmware boots what is on the disks: give no NAME and no --kernel with it")
+    if boot and firmware is None:
+        raise UsageError("--boot needs --firmware")
     if timeout is not None and not 0 < timeout <= MOST_SECONDS:
         raise UsageError(f"--timeout needs a number of seconds above 0, {MOST_SECONDS} at most")
     if not 0 <= grace <= MOST_SECONDS:
         raise UsageError(f"--grace needs a number of seconds from 0 to {MOST_SECONDS}")
     given: dict[str, Any] = {
         "guest": name, "kernel": kernel, "initrd": initrd, "append": command_line, "memory": memory, "cpus": cpus,
-        "accel": accelerator, "machine": board, "cpu": cpu, "devices": devices, "disks": disk_options,
+        "firmware": firmware, "boot": boot, "accel": accelerator, "machine": board, "cpu": cpu, "devices": devices,
+        "disks": disk_options,
         "net": [network for network in networks if network != "none"], "reboot": not no_reboot, "timeout": timeout,
     }  # fmt: skip
     if file is not None:
@@ -151,10 +170,13 @@ def run(
         Network.parse(text)
     wanted = [Disk.parse(text) for text in disk_options]
     config = None
+    options = BootOptions.parse(boot)
     parts: dict[str, Any] = {
         "memory": memory, "cpus": cpus, "machine": board, "cpu": cpu, "devices": devices, "networks": networks,
     }  # fmt: skip
-    if kernel is not None:
+    if firmware is not None:
+        config = Config(firmware=read_firmware(firmware), boot=options, **parts)
+    elif kernel is not None:
         image, disk = read_image(kernel, "kernel"), read_image(initrd, "initrd") if initrd else None
         line = command_line if command_line is not None else "console=ttyS0"
         config = Config(image, disk, line, **parts)

@@ -13,6 +13,8 @@ from vmonty.vm.settings import Network, Settings, UserNetwork
 from vmonty.vmm import boards
 from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.block.image import open_image
+from vmonty.vmm.firmware import BootOptions, Firmware
+from vmonty.vmm.firmware import read as read_firmware
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.net.backend import NetBackend
 from vmonty.vmm.net.pcap import PcapBackend, PcapFile
@@ -46,7 +48,9 @@ class Build:
         self.user_networks: list[UserBackend] = []
         self._config: Config | None = None
         self._disks: list[BlockDevice] = []
-        if settings.kernel is not None:
+        if settings.firmware is not None:
+            self._config = self._boot(None, None, "", read_firmware(settings.firmware))
+        elif settings.kernel is not None:
             initrd = read_image(settings.initrd, "initrd") if settings.initrd is not None else None
             self._config = self._boot(read_image(settings.kernel, "kernel"), initrd, DEFAULT_APPEND)
         try:
@@ -58,10 +62,15 @@ class Build:
             self.close()
             raise
 
-    def _boot(self, kernel: bytes, initrd: bytes | None, append: str) -> Config:
+    def _boot(
+        self, kernel: bytes | None, initrd: bytes | None, append: str, firmware: Firmware | None = None
+    ) -> Config:
         wanted = self.settings
         line = wanted.append if wanted.append is not None else append
-        return Config(kernel, initrd, line, wanted.memory, wanted.cpus, wanted.machine, wanted.cpu, wanted.devices)
+        return Config(
+            kernel, initrd, line, wanted.memory, wanted.cpus, wanted.machine, wanted.cpu, wanted.devices,
+            firmware=firmware, boot=BootOptions.parse(wanted.boot),
+        )  # fmt: skip
 
     def fetch(self, progress: Progress = silent) -> None:
         """Get the guest that vmonty builds, if it is that. Raises GuestError."""

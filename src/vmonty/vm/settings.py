@@ -14,6 +14,7 @@ from vmonty.base.errors import UsageError
 from vmonty.base.sizes import parse_size
 from vmonty.vmm import catalogue
 from vmonty.vmm import cpu as cpu_model
+from vmonty.vmm.firmware import NAMES, BootOptions
 from vmonty.vmm.machine import MOST_VCPUS
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.net.user.config import Forward, UserConfig
@@ -123,14 +124,17 @@ Network = Annotated[Annotated[UserNetwork | TapNetwork, Field(discriminator="typ
 class Settings(_Model):
     """A virtual machine. Sizes in bytes, or as text such as 512M.
 
-    Without *kernel* it is the *guest* that vmonty builds itself. *machine*, *cpu* and *devices* are text as the command
-    line has it (``q35,root-ports=2``). *disks* and *net* take one or several, as text or as tables.
+    Without *kernel* and *firmware* it is the *guest* that vmonty builds itself. *machine*, *cpu* and *devices* are
+    text as the command line has it (``q35,root-ports=2``). *disks* and *net* take one or several, as text or as
+    tables. *firmware* is ``bios`` or a file, and *boot* its options (``menu=on``).
     """
 
     guest: Literal["busybox"] | None = None
     kernel: Path | None = None
     initrd: Path | None = None
     append: str | None = None
+    firmware: str | None = None
+    boot: str = ""
     memory: Annotated[int, BeforeValidator(_size)] = 512 << 20
     cpus: int = 1
     machine: str = "pc"
@@ -169,6 +173,12 @@ class Settings(_Model):
         _as_value_error(lambda: cpu_model.check(value))
         return value
 
+    @field_validator("boot")
+    @classmethod
+    def _known_options(cls, value: str) -> str:
+        _as_value_error(lambda: BootOptions.parse(value))
+        return value
+
     @field_validator("machine")
     @classmethod
     def _known_board(cls, value: str) -> str:
@@ -186,6 +196,10 @@ class Settings(_Model):
             raise ValueError("initrd needs kernel")
         if self.kernel is not None and self.guest is not None:
             raise ValueError("give either guest or kernel")
+        if self.firmware is not None and (self.kernel is not None or self.guest is not None):
+            raise ValueError("firmware boots what is on the disks: give no guest and no kernel with it")
+        if self.boot and self.firmware is None:
+            raise ValueError("boot needs firmware")
         return self
 
 
@@ -238,7 +252,7 @@ def read_file(path: Path) -> dict[str, Any]:
     return {name: _beside(path.parent, name, value) for name, value in fields.items()}
 
 
-_PATHS = ("kernel", "initrd", "console_log", "file", "tftp", "pcap")
+_PATHS = ("kernel", "initrd", "firmware", "console_log", "file", "tftp", "pcap")
 
 
 def _beside(folder: Path, name: str, value: Any) -> Any:
@@ -250,4 +264,6 @@ def _beside(folder: Path, name: str, value: Any) -> Any:
         return value
     if name == "disks":
         return {**_disk(value), "file": str(folder / str(_disk(value)["file"]))}
+    if name == "firmware" and value in NAMES:
+        return value
     return str(folder / value) if name in _PATHS else value

@@ -9,7 +9,7 @@ import contextlib
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -21,6 +21,7 @@ from vmonty.vmm import cpu
 from vmonty.vmm.boot import acpi, loader
 from vmonty.vmm.bus import Bus, BusDevice
 from vmonty.vmm.eventloop import EventLoop
+from vmonty.vmm.firmware import BootOptions, Firmware
 from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.irq import InterruptLines, Line
 from vmonty.vmm.memory import LOW_RAM_LIMIT, GuestMemory, check_size
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 # An xAPIC's ID is a byte, and 0xFF is everybody.
 MOST_VCPUS = 255
 
-# Three pages for kvm-intel's real mode and one for its identity map, out of any RAM's way.
-TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFFFB_D000, 0xFFFB_C000
+# Three pages for kvm-intel's real mode and one for its identity map, out of the way of any RAM and ROM.
+TSS_ADDRESS, IDENTITY_MAP_ADDRESS = 0xFEFF_D000, 0xFEFF_C000
 
 MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRINGS = 0x1A0, 1
 APIC_LVT_LINT0, APIC_LVT_LINT1 = 0x350, 0x360
@@ -86,12 +87,13 @@ class MmioSlot(NamedTuple):
 class Config:
     """What a machine is made of; sizes in bytes. Raises UsageError and its kin for what no machine can have.
 
-    *machine* is a board with properties (``q35,root-ports=2``), *cpu* a model with flags (``Haswell,-pcid``),
-    *devices* are devices by name (``isa-debug-exit,iobase=0xf4``): see ``vmonty.vmm.catalogue``; *networks* are network
-    cards by what they are connected to (``user,hostfwd=tcp::2222-:22``): see ``vmonty.vmm.peripherals.Network``.
+    It enters *kernel* directly, or starts *firmware*, which looks for something to boot as *boot* says. *machine* is a
+    board with properties (``q35,root-ports=2``), *cpu* a model with flags (``Haswell,-pcid``), *devices* are devices by
+    name (``isa-debug-exit,iobase=0xf4``): see ``vmonty.vmm.catalogue``; *networks* are network cards by what they are
+    connected to (``user,hostfwd=tcp::2222-:22``): see ``vmonty.vmm.peripherals.Network``.
     """
 
-    kernel: bytes
+    kernel: bytes | None = None
     initrd: bytes | None = None
     command_line: str = "console=ttyS0"
     memory: int = 512 << 20
@@ -100,13 +102,18 @@ class Config:
     cpu: str = cpu.DEFAULT
     devices: tuple[str, ...] = ()
     networks: tuple[str, ...] = ()
+    firmware: Firmware | None = None
+    boot: BootOptions = field(default_factory=BootOptions)
 
     def __post_init__(self) -> None:
         check_size(self.memory)
         if not 1 <= self.cpus <= MOST_VCPUS:
             raise UsageError(f"{self.cpus} vCPUs: a machine has 1 to {MOST_VCPUS}")
         cpu.check(self.cpu)
-        loader.check(self.kernel, self.initrd, self.command_line, min(self.memory, LOW_RAM_LIMIT))
+        if (self.kernel is None) == (self.firmware is None):
+            raise UsageError("a machine boots a kernel, or what its firmware finds: give one of the two")
+        if self.kernel is not None:
+            loader.check(self.kernel, self.initrd, self.command_line, min(self.memory, LOW_RAM_LIMIT))
 
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -124,6 +131,7 @@ class Machine(ABC):
     low_ram_limit: ClassVar[int] = LOW_RAM_LIMIT
     pit: ClassVar[bool] = True
     has_pci: ClassVar[bool] = False
+    isa_hole: ClassVar[bool] = False  # is there none of the RAM from 0xA0000 to 0xFFFFF but what the board puts there?
     serial: Serial
 
     def __init__(
@@ -148,7 +156,7 @@ class Machine(ABC):
         self.vm = system.create_vm()
         try:
             self._create_chips()
-            self.memory.attach(self.vm)
+            self.memory.attach(self.vm, isa_hole=self.isa_hole)
             self.ports = Bus("the port space", 0x1_0000)
             self.mmio = Bus("the memory space", 1 << 52)
             self.lines = InterruptLines(self.vm)
@@ -174,6 +182,10 @@ class Machine(ABC):
     @abstractmethod
     def prepare(self) -> None:
         """Do to the chips what firmware would have done before a kernel starts."""
+
+    def publish(self) -> None:
+        """Tell firmware, before it starts, what there is. Raises UsageError on a board that cannot have any."""
+        raise UsageError(f"a {self.name} has no firmware: give it a kernel, or take pc or q35")
 
     @abstractmethod
     def press_power_button(self) -> None:
@@ -253,9 +265,12 @@ class Machine(ABC):
         self._end(Outcome(Ending.PANICKED, "the guest's kernel panicked", registers))
 
     def _boot(self) -> None:
-        """Do what firmware would do, and enter the kernel."""
-        self.prepare()
+        """Let the firmware start; or do what it would do, and enter the kernel."""
         config = self.config
+        if config.kernel is None:
+            self.publish()
+            return
+        self.prepare()
         entry = loader.load(self.memory, config.kernel, config.initrd, config.command_line, self.platform())
         entry.enter(self.vcpus[0].vcpu)
 

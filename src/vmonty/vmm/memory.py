@@ -1,4 +1,4 @@
-"""Guest-physical memory: RAM below and above the hole for devices under 4 GiB."""
+"""Guest-physical memory: RAM below and above the hole for devices under 4 GiB, and below and above a PC's ISA hole."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from vmonty.kvm.api import Provider, Vm
 # Where a pc's RAM below 4 GiB ends at the latest: PCI, the I/O APIC and local APICs lie above.
 LOW_RAM_LIMIT = 0xC000_0000
 HIGH_RAM_BASE = 0x1_0000_0000
+# The screen's memory, option ROMs and the BIOS of a PC: see shadow.py.
+ISA_HOLE, ISA_HOLE_END = 0xA_0000, 0x10_0000
+# Memory slots of KVM: below this one the RAM's.
+FIRST_FREE_SLOT = 8
 
 
 def host_memory() -> int:
@@ -59,10 +63,16 @@ class GuestMemory:
         """The first address behind the RAM below 4 GiB."""
         return self.blocks[0].size
 
-    def attach(self, vm: Vm) -> None:
-        """Give each block its memory slot in *vm*."""
+    def attach(self, vm: Vm, *, isa_hole: bool = False) -> None:
+        """Give each block its memory slot in *vm*; with *isa_hole* none from 0xA0000 to 0xFFFFF."""
         self._provider = vm.provider
-        for slot, block in enumerate(self.blocks):
+        blocks = self.blocks
+        if isa_hole:
+            low = blocks[0]
+            below = Block(0, min(low.size, ISA_HOLE), 0)
+            above = Block(ISA_HOLE_END, low.size - ISA_HOLE_END, ISA_HOLE_END)
+            blocks = [block for block in (below, above, *blocks[1:]) if block.size > 0]
+        for slot, block in enumerate(blocks):
             vm.set_user_memory_region(slot, block.base, self.ram, block.offset, block.size)
 
     def _locate(self, address: int, size: int) -> int:

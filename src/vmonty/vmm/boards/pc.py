@@ -10,7 +10,7 @@ from __future__ import annotations
 from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices, prepare_legacy_devices
 from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine, describe_fw_cfg
 from vmonty.vmm.boot import acpi, dsdt
-from vmonty.vmm.hw import hpet, piix4_pm
+from vmonty.vmm.hw import hpet, i440fx, piix4_pm
 from vmonty.vmm.hw.i440fx import I440fx
 from vmonty.vmm.hw.piix3 import PIRQ_ROUTES, PIRQS, Piix3
 from vmonty.vmm.hw.piix4_pm import Piix4Pm
@@ -30,9 +30,10 @@ class Pc(PciMachine):
     def build(self) -> None:
         """The build order."""
         bus = self._add_root_bus()
+        self.host_bridge = I440fx(self._add_shadow_ram())
         self.piix3 = Piix3([self.lines.source(irq) for irq in range(16)])
         self.piix4_pm = Piix4Pm(self._pm_registers())
-        bus.add(I440fx(), slot=0)
+        bus.add(self.host_bridge, slot=0)
         bus.add(self.piix3, slot=SOUTH_BRIDGE_SLOT)
         bus.add(self.piix4_pm, slot=SOUTH_BRIDGE_SLOT, function=3)
         self.legacy = add_legacy_devices(self)
@@ -54,7 +55,8 @@ class Pc(PciMachine):
         self.piix4_pm.config_write(piix4_pm.PM_MISC, 1, piix4_pm.PM_IO_ENABLE)
         prepare_legacy_devices(self.legacy)
         self._assign_addresses()
-        self._publish()
+        self._prepare_memory(self.host_bridge, i440fx.PAM)
+        self.publish()
 
     def platform(self) -> acpi.Platform:
         """The ACPI tables' contents."""
@@ -70,7 +72,8 @@ class Pc(PciMachine):
             describe_fw_cfg(),
         )  # fmt: skip
         return acpi.Platform(
-            cpus=self.config.cpus, pm_base=PM_BASE, sci=SCI_IRQ, hpet=self.hpet, hpet_id=hpet.IDENTITY,
+            cpus=self.config.cpus, pm_base=self.piix4_pm.base or PM_BASE, sci=SCI_IRQ,
+            hpet=self.hpet, hpet_id=hpet.IDENTITY,
             dsdt=acpi.soft_off()
             + dsdt.system_bus(
                 dsdt.processors(self.config.cpus), dsdt.pci_root(self.windows, routing, bridge), *links,

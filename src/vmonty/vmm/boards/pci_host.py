@@ -5,7 +5,10 @@ from __future__ import annotations
 import struct
 from abc import abstractmethod
 
+from vmonty.base.ram import PAGE_SIZE, Ram
 from vmonty.kvm.uapi import flags
+from vmonty.vmm import shadow
+from vmonty.vmm.boards.ports import COM_PORTS
 from vmonty.vmm.boot import acpi, aml, dsdt, lowmem, pci_setup, smbios
 from vmonty.vmm.boot.dsdt import Window
 from vmonty.vmm.boot.smbios import NOT_SET, Identity
@@ -16,7 +19,9 @@ from vmonty.vmm.hw.cmos import Cmos
 from vmonty.vmm.hw.fw_cfg import FwCfg
 from vmonty.vmm.hw.hpet import Hpet
 from vmonty.vmm.hw.pci import ConfigPorts, Decoder, PciBus, PciDevice
+from vmonty.vmm.hw.pci.pam import READ_WRITE, REGISTERS
 from vmonty.vmm.machine import Machine
+from vmonty.vmm.shadow import ShadowRam
 
 CONFIG_PORTS = 0xCF8
 FW_CFG = 0x510
@@ -27,6 +32,8 @@ SMBIOS_ADDRESS, SMBIOS_ANCHOR_ROOM = 0xF_0000, 0x20
 PM_BASE, SCI_IRQ = 0x600, 9
 # Above RAM's low part and below the I/O APIC; the other one above all RAM.
 LOW_WINDOW = Window(0xC000_0000, 0xFEBF_FFFF)
+WINDOW_UNIT = 16 << 20
+TABLES_SLACK = 1024
 HIGH_WINDOW_SIZE, HIGH_WINDOW_UNIT = 32 << 30, 32 << 30
 
 
@@ -39,12 +46,23 @@ class PciMachine(Machine):
     """A machine with a PCI root bus ``pci``, which the board makes in ``build``."""
 
     has_pci = True
+    isa_hole = True
     pci: PciBus
     acpi_pm: AcpiPm
+    _tables_size = 0
 
     def add_device(self, device: PciDevice, slot: int | None = None) -> int:
         """Plug *device* in; see Machine.add_device."""
         return self.pci.add(device, slot)
+
+    def _add_shadow_ram(self) -> ShadowRam:
+        firmware, rom = self.config.firmware, None
+        if firmware is not None:
+            rom = Ram(len(firmware.code), "vmonty-rom")
+            rom.write(0, firmware.code)
+        memory = ShadowRam(self.vm, self.memory, rom)
+        self.mmio.place(shadow.BASE, shadow.SIZE, memory, "shadow-ram")
+        return memory
 
     def _add_hpet(self, cmos: Cmos) -> None:
         """Place the event timer, unless the machine was asked for without."""
@@ -77,8 +95,8 @@ class PciMachine(Machine):
         self.ports.place(FW_CFG, fw_cfg.SIZE, self.fw_cfg, "fw_cfg")
         return self.fw_cfg
 
-    def _publish(self) -> None:
-        """Tell firmware what there is, and put SMBIOS where firmware would."""
+    def publish(self) -> None:
+        """The items of the firmware configuration device."""
         config, device = self.config, self.fw_cfg
         cpus = struct.pack("<H", config.cpus)
         device.add(fw_cfg.UUID, self.identity.uuid.bytes)
@@ -86,13 +104,38 @@ class PciMachine(Machine):
         device.add(fw_cfg.CPU_COUNT, cpus)
         device.add(fw_cfg.MAX_CPUS, cpus)
         device.add(IRQ0_OVERRIDE, b"\1\0\0\0")
-        blocks = [(block.base, block.size) for block in self.memory.blocks]
-        device.add_file("etc/e820", b"".join(struct.pack("<QQI", *block, lowmem.E820_RAM) for block in blocks))
-        for name, data in acpi.firmware_files(self.platform()).items():
-            device.add_file(name, data)
-        structures, count = smbios.tables(self.identity, config.cpus, blocks, *self.cpu_identity())
+        device.add(fw_cfg.BOOT_MENU, struct.pack("<H", config.boot.menu))
+        if config.boot.wait_ms is not None:
+            device.add_file("etc/boot-menu-wait", struct.pack("<H", config.boot.wait_ms))
+        # Nobody can see a screen: the BIOS draws on the serial port, and reads keys there.
+        device.add(fw_cfg.NO_GRAPHICS, struct.pack("<H", 1))
+        device.add_file("etc/sercon-port", struct.pack("<H", COM_PORTS[0][0]))
+        device.add_file("etc/e820", b"".join(struct.pack("<QQI", *block, lowmem.E820_RAM) for block in self._blocks))
+        device.add_late_files(self._acpi_files)
+        structures, count = self._smbios()
         device.add_file("etc/smbios/smbios-tables", structures)
         device.add_file("etc/smbios/smbios-anchor", smbios.anchor(structures, count, 0))
+
+    def _acpi_files(self) -> dict[str, bytes]:
+        files = acpi.firmware_files(self.platform())
+        tables = files[acpi.TABLES_FILE]
+        # Firmware learns the size before it sets up what the tables tell of: numbers may get longer until then.
+        self._tables_size = self._tables_size or -(-(len(tables) + TABLES_SLACK) // PAGE_SIZE) * PAGE_SIZE
+        files[acpi.TABLES_FILE] = tables.ljust(self._tables_size, b"\0")
+        return files
+
+    @property
+    def _blocks(self) -> list[tuple[int, int]]:
+        return [(block.base, block.size) for block in self.memory.blocks]
+
+    def _smbios(self) -> tuple[bytes, int]:
+        return smbios.tables(self.identity, self.config.cpus, self._blocks, *self.cpu_identity())
+
+    def _prepare_memory(self, bridge: PciDevice, pam: int) -> None:
+        """What firmware does to memory: all is RAM, by the PAM registers at *pam* of *bridge*, with SMBIOS in it."""
+        for register in range(REGISTERS):
+            bridge.config_write(pam + register, 1, READ_WRITE)
+        structures, count = self._smbios()
         address = SMBIOS_ADDRESS + SMBIOS_ANCHOR_ROOM
         self.memory.write(SMBIOS_ADDRESS, smbios.anchor(structures, count, address))
         self.memory.write(address, structures)
@@ -128,8 +171,20 @@ class PciMachine(Machine):
 
     @property
     def windows(self) -> list[Window]:
-        """All memory that the root passes on."""
-        return [LOW_WINDOW, self.high_window]
+        """All memory that the root passes on: what lies before and behind the configuration space, and above RAM."""
+        if self.config.firmware is None:
+            return [LOW_WINDOW, self.high_window]
+        # Each firmware gives out addresses by rules of its own: it may have all that RAM leaves.
+        first, hole = -(-self.memory.low_end // WINDOW_UNIT) * WINDOW_UNIT, self.ecam_window
+        low = [Window(first, LOW_WINDOW.last)]
+        if hole is not None:
+            low = [Window(first, hole.first - 1), Window(hole.last + 1, LOW_WINDOW.last)]
+        return [window for window in low if window.first < window.last] + [self.high_window]
+
+    @property
+    def ecam_window(self) -> Window | None:
+        """Where configuration space shows in memory, None on a board where it does not."""
+        return None
 
     def _assign_addresses(self) -> None:
         pci_setup.assign(self.pci, LOW_WINDOW, self.high_window, self._interrupt_line)

@@ -7,8 +7,9 @@ slot 31.0   ICH9 LPC bridge: power management at port 0x600, PIRQA to PIRQH on G
 from __future__ import annotations
 
 from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices, prepare_legacy_devices
-from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine, describe_fw_cfg
+from vmonty.vmm.boards.pci_host import LOW_WINDOW, PM_BASE, SCI_IRQ, PciMachine, describe_fw_cfg
 from vmonty.vmm.boot import acpi, aml, dsdt
+from vmonty.vmm.boot.dsdt import Window
 from vmonty.vmm.hw import hpet, ich9_lpc, q35_mch
 from vmonty.vmm.hw.ich9_lpc import FIRST_INTERNAL_SLOT, Ich9Lpc
 from vmonty.vmm.hw.pci import Ecam, PcieRootPort
@@ -33,7 +34,7 @@ class Q35(PciMachine):
     def build(self) -> None:
         """The build order."""
         bus = self._add_root_bus()
-        self.mch = Q35Mch(Ecam(bus))
+        self.mch = Q35Mch(Ecam(bus), self._add_shadow_ram())
         self.lpc = Ich9Lpc(
             self._pm_registers(),
             [self.lines.source(irq) for irq in range(16)],
@@ -62,16 +63,26 @@ class Q35(PciMachine):
         self.lpc.config_write(ich9_lpc.ACPI_CONTROL, 1, ich9_lpc.ACPI_ENABLE)
         prepare_legacy_devices(self.legacy)
         self._assign_addresses()
-        self._publish()
+        self._prepare_memory(self.mch, q35_mch.PAM)
+        self.publish()
+
+    @property
+    def ecam_window(self) -> Window:
+        """Where firmware put it; before, where it usually does."""
+        first = self.mch.ecam_base or ECAM
+        if first > LOW_WINDOW.last:
+            first = ECAM  # where no firmware puts it
+        return Window(first, first + ECAM_SIZE - 1)
 
     def platform(self) -> acpi.Platform:
         """The ACPI tables' contents."""
         routing = dsdt.routing_by_gsi(lambda slot, pin: FIRST_PIRQ_GSI + pirq_of(slot, pin))
         bridge = dsdt.isa_bridge(LPC_SLOT, describe_legacy_devices(self.serial_ports), describe_fw_cfg())
         # Linux believes in the window only when a motherboard device reserves it.
-        reserved = dsdt.plain_device("MEMC", "PNP0C02", aml.fixed_memory(ECAM, ECAM_SIZE), uid=1)
+        reserved = dsdt.plain_device("MEMC", "PNP0C02", aml.fixed_memory(self.ecam_window.first, ECAM_SIZE), uid=1)
         return acpi.Platform(
-            cpus=self.config.cpus, pm_base=PM_BASE, sci=SCI_IRQ, hpet=self.hpet, hpet_id=hpet.IDENTITY, ecam=ECAM,
+            cpus=self.config.cpus, pm_base=self.lpc.pm_base or PM_BASE, sci=SCI_IRQ,
+            hpet=self.hpet, hpet_id=hpet.IDENTITY, ecam=self.ecam_window.first,
             dsdt=acpi.soft_off()
             + dsdt.system_bus(
                 dsdt.processors(self.config.cpus), dsdt.pci_root(self.windows, routing, bridge, express=True), reserved,

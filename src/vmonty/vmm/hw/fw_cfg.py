@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from vmonty.base.errors import GuestMemoryError
@@ -15,7 +16,8 @@ from vmonty.base.errors import GuestMemoryError
 SELECTOR, DATA, DMA = 0, 1, 4
 SIZE = 12
 
-SIGNATURE, INTERFACE, UUID, RAM_SIZE, CPU_COUNT, MAX_CPUS, FILE_DIRECTORY = 0x00, 0x01, 0x02, 0x03, 0x05, 0x0F, 0x19
+SIGNATURE, INTERFACE, UUID, RAM_SIZE, NO_GRAPHICS, CPU_COUNT = range(6)
+BOOT_MENU, MAX_CPUS, FILE_DIRECTORY = 0x0E, 0x0F, 0x19
 FIRST_FILE, LAST_FILE = 0x20, 0x3FFF
 INTERFACE_TRADITIONAL, INTERFACE_DMA = 1, 2
 NAME_SIZE = 56
@@ -53,6 +55,8 @@ class FwCfg:
             INTERFACE: struct.pack("<I", INTERFACE_TRADITIONAL | INTERFACE_DMA),
         }
         self._files: dict[str, bytes] = {}
+        self._late: Callable[[], dict[str, bytes]] | None = None
+        self._late_names: frozenset[str] = frozenset()
         self._selected = INVALID
         self._offset = 0
         self._address = 0
@@ -74,6 +78,28 @@ class FwCfg:
             self._items[key] = contents
             entries.append(struct.pack(f">IHH{NAME_SIZE}s", len(contents), key, 0, label.encode()))
         self._items[FILE_DIRECTORY] = b"".join(entries)
+
+    def add_late_files(self, make: Callable[[], dict[str, bytes]]) -> None:
+        """Files that tell what firmware itself has set up: *make* is called now for their sizes, and again, on the
+        vCPU's thread, whenever one of them is selected. It must return the same names and sizes.
+        """
+        files = make()
+        for name, data in files.items():
+            self.add_file(name, data)
+        self._late, self._late_names = make, frozenset(files)
+
+    def _make_late(self, key: int) -> None:
+        names = sorted(self._files)
+        if (
+            self._late is None
+            or not 0 <= key - FIRST_FILE < len(names)
+            or names[key - FIRST_FILE] not in self._late_names
+        ):
+            return
+        for name, data in self._late().items():
+            if len(data) != len(self._files[name]):
+                raise ValueError(f"the fw_cfg file {name} has {len(data)} bytes, and said {len(self._files[name])}")
+            self._files[name] = self._items[FIRST_FILE + names.index(name)] = data
 
     # ---- ports --------------------------------------------------------------------------------------------------
 
@@ -102,6 +128,7 @@ class FwCfg:
 
     def _select(self, key: int) -> None:
         self._selected, self._offset = key & 0xBFFF, 0  # bit 14 asked for writing in old machines
+        self._make_late(self._selected)
 
     def _take(self, size: int) -> bytes:
         data = self._items.get(self._selected, b"")[self._offset : self._offset + size]

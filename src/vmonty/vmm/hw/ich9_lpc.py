@@ -14,6 +14,8 @@ ISA_BRIDGE = 0x06_0100
 PM_BASE, PM_SIZE = 0x40, 128
 ACPI_CONTROL, ACPI_ENABLE = 0x44, 0x80
 PIRQ_ROUTES = (0x60, 0x61, 0x62, 0x63, 0x68, 0x69, 0x6A, 0x6B)
+# Says to firmware that system management mode was set up already: there is none here.
+SMI_ENABLE, SMI_BY_APM = 0x30, 0x20
 ROOT_COMPLEX_BASE, ROOT_COMPLEX_SIZE = 0xF0, 1 << 14
 # Of the slots, 25 to 31 are inside the chip and use PIRQA to PIRQD; the others are on the board's PIRQE to PIRQH.
 FIRST_INTERNAL_SLOT = 25
@@ -32,6 +34,22 @@ class _RootComplex:
         self._bytes[offset : offset + size] = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
 
 
+class _PowerManagement:
+    """ACPI's registers, and SMI_EN behind them."""
+
+    def __init__(self, registers: BusDevice) -> None:
+        self._registers = registers
+
+    def read(self, offset: int, size: int) -> int:
+        if SMI_ENABLE <= offset < SMI_ENABLE + 4:
+            return SMI_BY_APM >> 8 * (offset - SMI_ENABLE)
+        return self._registers.read(offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if offset < SMI_ENABLE:
+            self._registers.write(offset, size, value)
+
+
 class Ich9Lpc(PciDevice):
     """*registers* are ACPI's, at PMBASE; *isa* the ends of ISA interrupts 0 to 15, *gsi* those of GSI 16 to 23."""
 
@@ -43,7 +61,7 @@ class Ich9Lpc(PciDevice):
             subsystem_vendor_id=0x1AF4, subsystem_id=0x1100, multifunction=True,
         )  # fmt: skip
         self.router = PirqRouter(len(PIRQ_ROUTES), isa, gsi)
-        self._pm = Window("acpi-pm", Space.IO, PM_SIZE, registers)
+        self._pm = Window("acpi-pm", Space.IO, PM_SIZE, _PowerManagement(registers))
         self._root_complex = Window("rcba", Space.MEMORY, ROOT_COMPLEX_SIZE, _RootComplex())
         self.config.put(0x04, 2, 7)
         self.config.set(PM_BASE, 4, 1, writable=0xFF80)
@@ -60,14 +78,18 @@ class Ich9Lpc(PciDevice):
         pirq = pin % 4 if slot >= FIRST_INTERNAL_SLOT else 4 + (slot + pin) % 4
         self.router.set(pirq, (slot, pin), level)
 
+    @property
+    def pm_base(self) -> int | None:
+        """The port where ACPI's registers stand, None while they do not answer."""
+        base = self.config.get(PM_BASE, 2) & 0xFF80
+        return base if self.config.data[ACPI_CONTROL] & ACPI_ENABLE and base else None
+
     def update_decoding(self) -> None:
         """PMBASE and RCBA move their registers."""
         super().update_decoding()
         if self._slot is None:
             return
-        base = self.config.get(PM_BASE, 2) & 0xFF80
-        enabled = self.config.data[ACPI_CONTROL] & ACPI_ENABLE and base
-        self._slot.decoder.move(self._pm, base if enabled else None)
+        self._slot.decoder.move(self._pm, self.pm_base)
         root = self.config.get(ROOT_COMPLEX_BASE, 4)
         self._slot.decoder.move(self._root_complex, root & 0xFFFF_C000 if root & 1 else None)
 

@@ -34,10 +34,14 @@ class Piix4Pm(PciDevice):
         self.config.set(SMBUS_BASE, 4, 1, writable=0xFFF0)
         self.config.set(SMBUS_HOST_CONFIG, 1, 0, writable=0x0F)
 
+    @property
+    def base(self) -> int | None:
+        """The port where the registers stand, None while they do not answer."""
+        base = self.config.get(PM_BASE, 2) & 0xFFC0
+        return base if self.config.data[PM_MISC] & PM_IO_ENABLE and base else None
+
     def update_decoding(self) -> None:
         """PMBA moves the registers."""
         super().update_decoding()
         if self._slot is not None:
-            base = self.config.get(PM_BASE, 2) & 0xFFC0
-            enabled = self.config.data[PM_MISC] & PM_IO_ENABLE and base
-            self._slot.decoder.move(self._window, base if enabled else None)
+            self._slot.decoder.move(self._window, self.base)

@@ -26,11 +26,13 @@ class Serial:
 
     *output* takes what the guest sends, on the vCPU's thread. ``receive()`` queues what it shall get; it is
     handed over only while the guest listens (receive interrupt on, OUT2 set), so that input that comes before
-    the guest's driver is not lost. *irq* is called with the new level of the interrupt line.
+    the guest's driver is not lost. With *polled*, for firmware and boot loaders, also to one that only asks for the
+    line status. *irq* is called with the new level of the interrupt line.
     """
 
-    def __init__(self, irq: Callable[[int], None], output: Callable[[bytes], None]) -> None:
+    def __init__(self, irq: Callable[[int], None], output: Callable[[bytes], None], *, polled: bool = False) -> None:
         self._irq = irq
+        self._polled = polled
         self._output = output
         self._lock = threading.Lock()
         self._level = 0
@@ -59,8 +61,8 @@ class Serial:
     def _depth(self) -> int:
         return FIFO_SIZE if self._fcr & FCR_ENABLE else 1
 
-    def _refill(self) -> None:
-        while self._waiting and len(self._fifo) < self._depth() and self._listening():
+    def _refill(self, *, asked: bool = False) -> None:
+        while self._waiting and len(self._fifo) < self._depth() and (asked or self._listening()):
             self._fifo.append(self._waiting.popleft())
 
     def _pending(self) -> int:
@@ -107,6 +109,7 @@ class Serial:
             case 4:
                 return self._mcr
             case 5:
+                self._refill(asked=self._polled and not self._mcr & MCR_LOOP)
                 status = LSR_TRANSMIT_EMPTY | LSR_IDLE | (LSR_DATA_READY if self._fifo else 0) | self._overrun
                 self._overrun = 0
                 return status
@@ -153,9 +156,9 @@ class Serial:
                     self._transmit_interrupt = True
                 self._ier = value & 0xF
             case 2:
-                if value & FCR_CLEAR_RECEIVE:
+                if value & FCR_CLEAR_RECEIVE and (not self._polled or self._mcr & MCR_LOOP):
                     self._fifo.clear()
-                elif (value ^ self._fcr) & FCR_ENABLE:
+                elif value & FCR_CLEAR_RECEIVE or (value ^ self._fcr) & FCR_ENABLE:
                     # The switch empties the FIFO. A real line loses what it held; ours can wait a moment more.
                     self._waiting.extendleft(reversed(self._fifo))
                     self._fifo.clear()
