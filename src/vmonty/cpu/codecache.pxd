@@ -99,7 +99,8 @@ cdef struct CodeCache:
     uint64_t leave_link
     uint64_t leave_indirect
     uint64_t leave_poll
-    uint64_t leave_system
+    uint64_t leave_system    # r15 = number: the dispatcher executes that instruction
+    uint64_t execute_system  # the same here, going on with the next block if nothing is in the way
     uint64_t leave_next
     uint64_t leave_fault
     uint64_t trap
@@ -159,7 +160,7 @@ cdef void drain_writes(CpuState *s) noexcept nogil
 
 cdef int32_t displacement(CpuState *s, void *field) noexcept nogil
 cdef CodeCache *cache_new(CpuState *s, uint64_t size, void *memory_slow, void *careful_access, void *careful_commit,
-                          void *call_helper, void *to_linear) noexcept nogil
+                          void *call_helper, void *to_linear, void *execute_system) noexcept nogil
 cdef void cache_free(CpuState *s) noexcept nogil
 cdef void cache_flush(CpuState *s) noexcept nogil
 cdef void cache_prepare(CodeCache *c) noexcept nogil

@@ -280,6 +280,39 @@ def _call_c(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), function:
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
+def _execute_stub(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), function: cython.p_void,
+                  leave_saved: uint64_t) -> uint64_t:  # fmt: skip
+    """Emit a stub that calls function(state, r15) at the end of a block, and goes where the result says or leaves."""
+    a: cython.pointer(Assembler) = cython.address(c.a)
+    address: uint64_t = here(a)
+    at: cython.p_uchar
+    _save_all(a, s)
+    lea(a, 7, 5, NONE, 0, -128)
+    mov_rr(a, 6, 15)
+    store(a, 4, 5, displacement(s, cython.address(s.shadow_top)))
+    load(a, 4, 5, displacement(s, cython.address(s.host_rsp)))
+    put8(a, 0xFC)
+    mov_imm(a, 0, cython.cast(uint64_t, function))
+    put8(a, 0xFF)  # call rax
+    put8(a, 0xD0)
+    load(a, 4, 5, displacement(s, cython.address(s.shadow_top)))
+    op_reg(a, 0, 1, 0x85, 0, 0)  # test rax, rax
+    put8(a, 0x75)
+    at = a.at
+    put8(a, 0)
+    jmp_to(a, leave_saved)
+    at[0] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, at) - 1
+    mov_rr(a, 12, 0)
+    _load_all(a, s)
+    put8(a, 0x41)  # jmp r12
+    put8(a, 0xFF)
+    put8(a, 0xE4)
+    return address
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
 def _fpu_stubs(c: cython.pointer(CodeCache)) -> cython.void:
     """Emit void f(buffer, mask) for each state instruction; see fpu for the numbering."""
     a: cython.pointer(Assembler) = cython.address(c.a)
@@ -333,6 +366,7 @@ def _memory_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), sav
     c.careful_commit = _call_c(c, s, functions[2], 0, saved, 0)
     c.call_helper = _call_c(c, s, functions[3], 1, saved, 0)
     c.to_linear = _call_c(c, s, functions[4], 2, saved, 1)
+    c.execute_system = _execute_stub(c, s, functions[5], saved)
     k: cython.int
     for k in range(TLB_SETS):
         c.lookup[k] = here(a)
@@ -397,7 +431,7 @@ def _memory_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), sav
     put8(a, 0xC3)
 
 
-def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper, to_linear):
+def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper, to_linear, execute_system):
     """Make the cache and its stubs; NULL when the host gives no memory. ``size`` in bytes."""
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), _map(cython.sizeof(CodeCache)))
     if c == cython.NULL:
@@ -442,6 +476,7 @@ def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper,
     functions[2] = careful_commit
     functions[3] = call_helper
     functions[4] = to_linear
+    functions[5] = execute_system
     _enter_leave(c, s)
     c.first = c.a.at - c.writable
     s.translator = c

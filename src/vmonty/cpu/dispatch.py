@@ -27,7 +27,6 @@ from cython.cimports.vmonty.cpu.codecache import (
     drain_writes,
     enter_function,
     guard_function,
-    jump_cache_clear,
     link_to,
     register_processor,
     shadow_reset,
@@ -50,6 +49,7 @@ from cython.cimports.vmonty.cpu.mmio import mmio_answer, mmio_done, mmio_report
 from cython.cimports.vmonty.cpu.paging import swap32
 from cython.cimports.vmonty.cpu.ports import complete
 from cython.cimports.vmonty.cpu.preemption import preemption_free
+from cython.cimports.vmonty.cpu.resume import cached_code, execute_system, new_key
 from cython.cimports.vmonty.cpu.state import (
     CS,
     EXIT_BUDGET,
@@ -169,28 +169,13 @@ def _trap(s: cython.pointer(CpuState)) -> cython.int:
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _remember(
-    s: cython.pointer(CpuState), page: cython.pointer(FetchEntry), rip: uint64_t, code: uint64_t
-) -> cython.void:
+def _remember(s: cython.pointer(CpuState), is_global: uint64_t, rip: uint64_t, code: uint64_t) -> cython.void:
     """Enter a block into the jump cache of the current TLB set."""
     h: cython.int = (rip >> 2) & (JUMP_CACHE_ENTRIES - 1)
     s.jump_negated[s.tlb_set][h] = 0 - rip
     s.jump_code[s.tlb_set][h] = code
-    if not page.is_global:
+    if not is_global:
         note_local(s, LOCAL_JUMP, cython.address(s.local_jump[0]), s.tlb_set << JUMP_CACHE_BITS | h)
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _new_key(s: cython.pointer(CpuState)) -> cython.void:
-    """Drop what the old mode's predictions say: translations of another key must not be reached by them."""
-    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
-    if (s.last_key ^ s.block_key) & ~cython.cast(uint32_t, 0x38):
-        jump_cache_clear(s)
-    s.last_key = s.block_key
-    s.lookup_now = c.lookup[s.tlb_set]
-    shadow_reset(s)
 
 
 @cython.cfunc
@@ -238,11 +223,70 @@ def _after_helper(s: cython.pointer(CpuState), i: cython.pointer(Insn), r: cytho
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
-    """Run until there is something to report in ``exit``."""
+def _translation(s: cython.pointer(CpuState), single: uint32_t, plain: uint32_t, link: cython.long,
+                 why: cython.p_int) -> uint64_t:  # fmt: skip
+    """Find or make the translation of rip, and connect the exit ``link`` or the jump cache to it.
+
+    Gives 0 with an exception recorded, when it is to be tried again, or with LEAVE_EXIT in ``why``.
+    """
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     page: cython.pointer(FetchEntry)
     b: cython.pointer(Block)
+    linear: uint64_t = s.rip
+    limit: uint64_t = ~cython.cast(uint64_t, 0)
+    flushes: uint64_t = c.flushes
+    code: uint64_t
+    why[0] = 0
+    if s.mode != MODE_LONG64:
+        limit = s.segs[CS].limit
+        if s.rip > limit:
+            raise_error(s, 13, 0)
+            return 0
+        linear = cython.cast(uint32_t, s.rip + s.segs[CS].base)
+    page = fetch_page(s, linear, why)
+    if page == cython.NULL or page.host == 0:
+        if page != cython.NULL:
+            s.exit.reason = EXIT_INTERNAL
+            s.exit.data = 1
+            why[0] = LEAVE_EXIT
+        return 0
+    b = block_find(
+        c,
+        s.rip,
+        linear,
+        limit,
+        page.host,
+        s.block_key | (KEY_SINGLE if single else (KEY_PLAIN if plain else 0)),
+    )
+    if b == cython.NULL:
+        b = translate_block(s, s.rip, page, single, plain, why)
+        if b == cython.NULL:
+            if why[0] == 0:
+                s.exit.reason = EXIT_INTERNAL
+                s.exit.data = 1
+                why[0] = LEAVE_EXIT
+            return 0
+        if flushes != c.flushes:
+            link = -1
+    if b.host_page2 and not _second_page(s, b, why):  # it may be mapped elsewhere by now
+        return 0
+    s.fetch_second = b.host_page2
+    code = cython.cast(uint64_t, c.executable) + b.entry
+    if not single and not plain:
+        if link >= 0:
+            if not c.links[link].cross_page or page.is_global:
+                link_to(c, link, b)
+        elif s.mode == MODE_LONG64:
+            _remember(s, page.is_global and not b.host_page2, s.rip, code)
+    return code
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
+    """Run until there is something to report in ``exit``."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     i: cython.pointer(Insn)
     why: cython.int = 0
     out: cython.int
@@ -252,9 +296,6 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
     before: uint64_t
     shadow: uint32_t
     link: cython.long
-    flushes: uint64_t
-    linear: uint64_t
-    limit: uint64_t
     code_base: uint64_t = 1
     code: uint64_t
     enter: enter_function = cython.cast(enter_function, cython.cast(cython.p_void, c.enter))
@@ -298,7 +339,7 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
                 continue
         if s.block_key != s.last_key:
             link = -1
-            _new_key(s)
+            new_key(s)
         shadow = s.interruptibility & (SHADOW_STI | SHADOW_MOV_SS)
         single = 1 if s.careful_next or s.budget or shadow or stepping(s) else 0
         before = s.rflags
@@ -309,55 +350,20 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             s.rflags &= ~cython.cast(uint64_t, FLAG_RF)  # it has nothing to suppress
         s.watch_hits = 0
         s.careful_next = 0
-        linear = s.rip
-        limit = ~cython.cast(uint64_t, 0)
-        if s.mode != MODE_LONG64:
-            limit = s.segs[CS].limit
-            if s.rip > limit:
-                raise_error(s, 13, 0)
-                continue
-            linear = cython.cast(uint32_t, s.rip + s.segs[CS].base)
-            if s.segs[CS].base != code_base:  # return predictions hold offsets
+        if single:
+            plain = 0
+        code = 0
+        if link < 0 and not single and not plain:
+            code = cached_code(s)
+        if code == 0:
+            if s.segs[CS].base != code_base and s.mode != MODE_LONG64:  # return predictions hold offsets
                 code_base = s.segs[CS].base
                 shadow_reset(s)
-        page = fetch_page(s, linear, cython.address(why))
-        if page == cython.NULL or page.host == 0:
-            if page != cython.NULL:
-                s.exit.reason = EXIT_INTERNAL
-                s.exit.data = 1
-                return
+            code = _translation(s, single, plain, link, cython.address(why))
+        if code == 0:
             if why == LEAVE_EXIT:
                 return
             continue
-        if single:
-            plain = 0
-        b = block_find(
-            c,
-            s.rip,
-            linear,
-            limit,
-            page.host,
-            s.block_key | (KEY_SINGLE if single else (KEY_PLAIN if plain else 0)),
-        )
-        if b == cython.NULL:
-            flushes = c.flushes
-            b = translate_block(s, s.rip, page, single, plain, cython.address(why))
-            if b == cython.NULL:
-                if why == LEAVE_EXIT:
-                    return
-                if why == 0:
-                    s.exit.reason = EXIT_INTERNAL
-                    s.exit.data = 1
-                    return
-                continue
-            if flushes != c.flushes:
-                link = -1
-        if b.host_page2:  # the second page may be mapped elsewhere by now
-            if not _second_page(s, b, cython.address(why)):
-                if why == LEAVE_EXIT:
-                    return
-                continue
-        code = cython.cast(uint64_t, c.executable) + b.entry
         if single:
             s.careful_count = 0
             if s.observe:
@@ -365,18 +371,11 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
                 s.access_bytes = 0
                 s.exit.reason = EXIT_NONE
                 s.observed_rip = s.rip
-                s.fetch_second = b.host_page2
                 if not s.observe_again:
                     _observe(s, OBSERVE_INSTRUCTION)
                 s.observe_again = 0
                 if s.exit.reason == EXIT_DEBUG:
                     return
-        elif not plain:
-            if link >= 0:
-                if not c.links[link].cross_page or page.is_global:
-                    link_to(c, link, b)
-            elif s.mode == MODE_LONG64:
-                _remember(s, page, s.rip, code)
         link = -1
         plain = 0
         s.code_page_written = 0
@@ -562,6 +561,7 @@ def cpu_new(cache_size):
             cython.cast(cython.p_void, careful_commit),
             cython.cast(cython.p_void, _call_helper),
             cython.cast(cython.p_void, to_linear),
+            cython.cast(cython.p_void, execute_system),
         )
         == cython.NULL
     ):

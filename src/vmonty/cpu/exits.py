@@ -113,9 +113,9 @@ def leave_fault(w, i, vector):
 
 
 def leave_system(w, i):
-    """End the block: the dispatcher executes the instruction."""
+    """End the block with an instruction that a helper executes; a single one goes back to the dispatcher for it."""
     mov_imm(w.a, S2, _side(w, i))
-    jmp_to(w.a, w.c.leave_system)
+    jmp_to(w.a, w.c.leave_system if w.single else w.c.execute_system)
     w.closed = 1
 
 

@@ -3,6 +3,7 @@
 import cython
 from cython.cimports.vmonty.cpu.assembler import (
     NONE,
+    load,
     mov_rr,
     op_mem,
     op_reg,
@@ -62,6 +63,7 @@ from cython.cimports.vmonty.cpu.exits import call_helper, leave_fault, leave_sys
 from cython.cimports.vmonty.cpu.operands import (
     RBP_HOST,
     S0,
+    S1,
     S2,
     access_op,
     ea_of,
@@ -81,7 +83,7 @@ from cython.cimports.vmonty.cpu.stack import (
     push_constant,
     push_memory,
 )
-from cython.cimports.vmonty.cpu.state import MODE_LONG64
+from cython.cimports.vmonty.cpu.state import GS, MODE_LONG64
 from cython.cimports.vmonty.cpu.translate import EA_XLAT, Ea, Work
 from cython.cimports.vmonty.cpu.vmx_exit import INTERCEPT_PAUSE, INTERCEPT_RDRAND, INTERCEPT_RDSEED
 
@@ -188,6 +190,19 @@ def _zero_low_vectors(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cytho
         vex3(w.a, 1, 1, 0, 0, k if i.l else 0, 0, 0, 0)  # vpxor k, k, k or vmovdqa k, k, of 16 bytes
         put8(w.a, 0xEF if i.l else 0x6F)
         put8(w.a, 0xC0 | (k << 3) | k)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _swap_gs(w: cython.pointer(Work)) -> cython.void:
+    """SWAPGS at CPL 0 in 64-bit mode; nobody intercepts it."""
+    base: int32_t = displacement(w.s, cython.address(w.s.segs[GS].base))
+    other: int32_t = displacement(w.s, cython.address(w.s.kernel_gs_base))
+    load(w.a, S0, RBP_HOST, base)
+    load(w.a, S1, RBP_HOST, other)
+    store(w.a, S1, RBP_HOST, base)
+    store(w.a, S0, RBP_HOST, other)
 
 
 @cython.cfunc
@@ -304,6 +319,8 @@ def emit_instruction(w, i):
             leave_system(w, i)
     elif cls == C_MASKMOV:
         _masked_move(w, i)
+    elif i.map == 1 and i.opcode == 0x01 and i.modrm == 0xF8 and w.s.cpl == 0 and w.s.mode == MODE_LONG64:
+        _swap_gs(w)
     elif cls in (C_SYS, C_STRING, C_FPU, C_PUSHF, C_ENTER, C_GATHER, C_MASKED):
         call_helper(w, i)
     elif cls == C_UD:
