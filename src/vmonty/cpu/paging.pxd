@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from vmonty.cpu.state cimport CpuState
+from vmonty.cpu.state cimport NESTED_ENTRIES, CpuState, NestedEntry, TableEntry
 
 cdef extern from *:
     # Compiler built-ins: page-table entries are changed by several processors at once.
@@ -60,6 +60,19 @@ cdef uint64_t physical_to_host(CpuState *s, uint64_t physical, int write) noexce
 cdef uint64_t nested_host(CpuState *s, uint64_t physical, uint32_t wanted, Translation *t, uint64_t *size,
                           uint32_t *granted) noexcept nogil
 
+
+cdef inline uint64_t known_host(CpuState *s, uint64_t physical, uint32_t wanted) noexcept nogil:
+    """What nested_host would answer for an entry of a paging structure, if it is at hand; else 0."""
+    cdef NestedEntry *e = &s.nested_pages[(physical >> 12) & (NESTED_ENTRIES - 1)]
+    if s.nested == 0:
+        return physical if s.direct else 0
+    if s.nested == 2:
+        wanted |= NESTED_WRITE
+    if e.tag == ((physical & ~<uint64_t> 0xFFF) | 1) and (wanted & 7 & ~e.granted) == 0:
+        return e.host + (physical & 0xFFF)
+    return 0
+
+
 cdef uint64_t _region_host(CpuState *s, uint64_t physical, uint32_t wanted, uint64_t *size,
                            uint32_t *granted) noexcept nogil
 cdef bint _missing_memory(CpuState *s, Translation *t) noexcept nogil
@@ -82,5 +95,7 @@ cdef uint32_t _finish(CpuState *s, Translation *t, uint32_t access, uint64_t siz
 cdef bint _permitted(CpuState *s, uint32_t access, uint64_t rights, uint64_t no_execute) noexcept nogil
 cdef uint32_t _complete(CpuState *s, uint32_t access, Translation *t, Step *steps, uint32_t count, uint64_t rights,
                         uint64_t no_execute, uint32_t shift, bint wide) noexcept nogil
+cdef void _remember_table(TableEntry *known, uint64_t va, Step *step, uint64_t rights,
+                          uint64_t no_execute) noexcept nogil
 cdef uint32_t _walk_wide(CpuState *s, uint64_t va, uint32_t access, Translation *t) noexcept nogil
 cdef uint32_t _walk_32(CpuState *s, uint64_t va, uint32_t access, Translation *t) noexcept nogil

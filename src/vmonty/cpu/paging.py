@@ -61,7 +61,8 @@ def _missing_memory(s, t):
 def walk(s, va, access, t):
     """Describe what a linear address is for one kind of access; Translation.fault is returned."""
     fault: uint32_t = WALK_RETRY
-    known: cython.pointer(TableEntry)
+    known: cython.pointer(TableEntry) = cython.address(s.tables[(va >> 21) & (TABLE_ENTRIES - 1)])
+    cached: cython.bint
     while fault == WALK_RETRY:
         t.linear = va
         t.user = 0
@@ -72,9 +73,9 @@ def walk(s, va, access, t):
             t.user = 1
             fault = _finish(s, t, access, cython.cast(uint64_t, 1) << 30, True, True)
         elif s.cr4 & CR4_PAE:
+            cached = known.tag & 1 and (known.tag ^ va) >> 21 == 0
             fault = _walk_wide(s, va, access, t)
-            known = cython.address(s.tables[(va >> 21) & (TABLE_ENTRIES - 1)])
-            if fault == WALK_PAGE_FAULT and known.tag & 1 and (known.tag ^ va) >> 21 == 0:
+            if fault == WALK_PAGE_FAULT and cached:
                 # A page fault forgets what is cached for its address. SDM, "Operations that Invalidate TLBs and
                 # Paging-Structure Caches"
                 known.tag = 0
@@ -364,10 +365,14 @@ def _entry_host(s, physical, t):
     """Where a paging-structure entry lies; 0 with t.fault, or 0 without when the bare processor has nothing there."""
     size: uint64_t
     granted: uint32_t
+    host: uint64_t
     wanted: uint32_t = NESTED_READ | NESTED_LINEAR
     if s.nested == 1 and (s.nested_root & 0x40):
         # With EPT A/D flags such an access counts as a write. SDM, "Accessed and Dirty Flags for EPT".
         wanted |= NESTED_WRITE
+    host = known_host(s, physical, wanted)
+    if host:
+        return host
     return nested_host(s, physical, wanted, t, cython.address(size), cython.address(granted))
 
 
@@ -465,6 +470,20 @@ def _complete(s, access, t, steps, count, rights, no_execute, shift, wide):
     )
 
 
+def _remember_table(known, va, step, rights, no_execute):
+    """Cache where the last table for an address is. All entries above it are present and accessed.
+
+    SDM, "Paging-Structure Caches".
+    """
+    if step.host == 0:
+        return
+    known.tag = (va & ~cython.cast(uint64_t, 0x1FFFFF)) | 1
+    known.host = step.host & ~cython.cast(uint64_t, 0xFFF)
+    known.physical = step.physical & ~cython.cast(uint64_t, 0xFFF)
+    known.rights = rights
+    known.no_execute = no_execute
+
+
 def _walk_wide(s, va, access, t):
     """PAE, 4-level and 5-level paging: entries of 8 bytes."""
     steps: Step[5]
@@ -476,6 +495,7 @@ def _walk_wide(s, va, access, t):
     no_execute: uint64_t = 0
     upper_rights: uint64_t = 0
     upper_no_execute: uint64_t = 0
+    accessed: uint64_t = 0x20
     known: cython.pointer(TableEntry)
     reserved: uint64_t
     value: uint64_t
@@ -526,6 +546,8 @@ def _walk_wide(s, va, access, t):
             value = cython.cast(cython.pointer(uint64_t), steps[count].host)[0]
         steps[count].value = value
         if (value & 1) == 0:
+            if level == 1 and count and accessed:  # the next walk to this table is short, whoever fills it
+                _remember_table(known, va, cython.address(steps[count]), rights, no_execute)
             return _page_fault(s, t, access, 0)
         if (value & reserved) or _reserved_address_bits(level, value):
             return _page_fault(s, t, access, 9)
@@ -533,6 +555,7 @@ def _walk_wide(s, va, access, t):
         upper_no_execute = no_execute
         rights &= value
         no_execute |= value >> 63
+        accessed &= value & 0x20
         count += 1
         if level == 1 or (value & 0x80):
             break
@@ -542,11 +565,7 @@ def _walk_wide(s, va, access, t):
     table = value & cython.cast(uint64_t, 0xFFFFFFFFFF000) & ~((cython.cast(uint64_t, 1) << shift) - 1)
     t.physical = table | (va & ((cython.cast(uint64_t, 1) << shift) - 1))
     if _complete(s, access, t, steps, count, rights, no_execute, shift, True) == WALK_OK and count > 1 and level == 1:
-        known.tag = (va & ~cython.cast(uint64_t, 0x1FFFFF)) | 1
-        known.host = steps[count - 1].host & ~cython.cast(uint64_t, 0xFFF)
-        known.physical = steps[count - 1].physical & ~cython.cast(uint64_t, 0xFFF)
-        known.rights = upper_rights
-        known.no_execute = upper_no_execute
+        _remember_table(known, va, cython.address(steps[count - 1]), upper_rights, upper_no_execute)
     return t.fault
 
 

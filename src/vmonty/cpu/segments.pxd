@@ -8,7 +8,7 @@ descriptor-table instruction
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from vmonty.cpu.state cimport ACCESS_IMPLICIT, CpuState, Segment
+from vmonty.cpu.state cimport ACCESS_IMPLICIT, TLB_ENTRIES, CpuState, Segment, TlbEntry
 from vmonty.cpu.tlb cimport read_value
 
 # MOV/POP to ES, SS, DS, FS, GS and LDS etc. Never CS. GO_ON or LEAVE_EVENT.
@@ -58,9 +58,9 @@ cdef inline bint long_mode(CpuState *s) noexcept nogil:
 
 cdef inline int implicit_read(CpuState *s, uint64_t linear, uint32_t size, uint64_t *value) noexcept nogil:
     """Read a system data structure with supervisor rights; 8-byte reads try the supervisor TLB first."""
-    cdef uint64_t page = linear & ~<uint64_t> 0xFFF
-    if size == 8 and s.tlb_read[0][(linear >> 12) & 1023].negated_tag + page == 0 and (linear & 0xFFF) <= 0xFF8:
-        value[0] = (<uint64_t *> (s.tlb_read[0][(linear >> 12) & 1023].host + (linear & 0xFFF)))[0]
+    cdef TlbEntry *e = &s.tlb_read[0][(linear >> 12) & (TLB_ENTRIES - 1)]
+    if size == 8 and e.negated_tag + (linear & ~<uint64_t> 0xFFF) == 0 and (linear & 0xFFF) <= 0xFF8 and not s.observe:
+        value[0] = (<uint64_t *> (e.host + (linear & 0xFFF)))[0]
         return 0
     return read_value(s, linear, size, ACCESS_IMPLICIT, value)
 

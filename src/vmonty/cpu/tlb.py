@@ -127,24 +127,26 @@ def _canonical(s: cython.pointer(CpuState), va: uint64_t, stack: cython.int) -> 
 @cython.nogil
 @cython.exceptval(check=False)
 def _look(s: cython.pointer(CpuState), va: uint64_t, access: cython.int, t: cython.pointer(Translation)) -> cython.int:
-    """Translate one page, entering what may enter into the tables."""
-    set_: cython.int = s.tlb_set
+    """Translate one page, entering what may enter into the tables.
+
+    Implicit accesses are those of a supervisor without EFLAGS.AC, whatever the CPL: table set 0.
+    """
+    set_: cython.int = 0 if access & ACCESS_IMPLICIT else s.tlb_set
     index: cython.int = (va >> 12) & (TLB_ENTRIES - 1)
     page: uint64_t = _page(va)
     r: cython.int
     e: cython.pointer(TlbEntry)
-    if not access & ACCESS_IMPLICIT:
-        e = cython.address(s.tlb_read[set_][index])
-        if access & ACCESS_WRITE:
-            e = cython.address(s.tlb_write[set_][index])
-        if e.negated_tag + page == 0 and not s.observe:
-            t.host = e.host
-            t.may_write = 1
-            return 0
+    e = cython.address(s.tlb_read[set_][index])
+    if access & ACCESS_WRITE:
+        e = cython.address(s.tlb_write[set_][index])
+    if e.negated_tag + page == 0 and not s.observe:
+        t.host = e.host
+        t.may_write = 1
+        return 0
     r = translate(s, va, access, t)
     if r:
         return r
-    if t.host and not access & ACCESS_IMPLICIT and not (s.watch and watched_page(s, page)):
+    if t.host and not (s.watch and watched_page(s, page)):
         if not t.is_global:
             note_local(s, LOCAL_TLB, cython.address(s.local_tlb[0]), set_ << TLB_BITS | index)
         e = cython.address(s.tlb_read[set_][index])
@@ -611,7 +613,7 @@ def mode_changed(s):
 
     block_key: bits 0-2 mode, 3 user, 4-5 TLB set; outside 64-bit mode 6 stack is 32 bits wide, 7 flat data
     segments (bases 0, full limits), 8 flat code segment; 9 CR0.TS or EM (vector instructions trap), 10 CR0.EM,
-    11 CR4.OSFXSR, 12 AVX enabled, 13 CR4.TSD with CPL > 0, 14 CR0.MP and TS (FWAIT), 16-18 INTERCEPT_*.
+    11 CR4.OSFXSR, 12 AVX enabled, 14 CR0.MP and TS (FWAIT), 15 CPL 1 or 2, 16-18 INTERCEPT_*.
     """
     key: uint32_t
     rights: uint32_t = s.segs[CS].access_rights
@@ -653,4 +655,6 @@ def mode_changed(s):
         key |= 0x1000
     if s.cr0 & 0xA == 0xA:
         key |= 0x4000
+    if s.cpl == 1 or s.cpl == 2:
+        key |= 0x8000
     s.block_key = key | s.intercepts
