@@ -147,7 +147,9 @@ def test_what_is_imported_at_run_time_is_a_dependency() -> None:
     }
     # Three packages are imported by other names than their own.
     run |= {"vmonty", "compression"}
-    run |= {called for name, called in (("pyyaml", "yaml"), ("pillow", "PIL"), ("pycryptodome", "Crypto")) if name in run}
+    run |= {
+        called for name, called in (("pyyaml", "yaml"), ("pillow", "PIL"), ("pycryptodome", "Crypto")) if name in run
+    }
     for path in ROOT.glob("src/vmonty/**/*.py"):
         # A compiled module's import of cython is the compiler's business.
         allowed = run | {"cython"} if path.with_suffix(".pxd").exists() else run

@@ -24,6 +24,7 @@ from vmonty.vmm.qom import Property, TypeInfo, TypeRegistry, boolean, number
 # The makers import what they make: a machine without it should not wait for its code.
 if TYPE_CHECKING:
     from vmonty.vmm.hw.pci import PcieRootPort
+    from vmonty.vmm.hw.vga.card import VgaCard
     from vmonty.vmm.virtio.device import VirtioDevice
 
 
@@ -171,7 +172,26 @@ def _add(machine: Machine, device: VirtioDevice) -> VirtioDevice:
     return device
 
 
+def _vga(machine: Machine, romfile: str | None) -> VgaCard:
+    from vmonty.vmm.boards.pci_host import PciMachine
+    from vmonty.vmm.boards.vga import add_vga
+
+    if not isinstance(machine, PciMachine):
+        raise UsageError(f"VGA: a {machine.name} has no PCI; take pc or q35")
+    path = Path(romfile) if romfile is not None else VGA_BIOS
+    try:
+        rom = path.read_bytes()
+    except OSError as error:
+        if romfile is None and isinstance(error, FileNotFoundError):
+            raise UsageError(f"there is no video BIOS at {path}: apt-get install seabios, or give romfile=") from None
+        raise UsageError(f"VGA: the video BIOS {path} cannot be read: {error.strerror}") from error
+    if not 0 < len(rom) <= MOST_VGA_BIOS:
+        raise UsageError(f"VGA: the video BIOS {path} has {len(rom)} bytes; it must have 1 to {MOST_VGA_BIOS}")
+    return add_vga(machine, rom)
+
+
 PORT = _up_to(0xFFFF)
+VGA_BIOS, MOST_VGA_BIOS = Path("/usr/share/seabios/vgabios-stdvga.bin"), 1 << 20
 DEVICES = (
     TypeInfo("device", abstract=True),
     TypeInfo("isa-device", "device", abstract=True),
@@ -194,6 +214,10 @@ DEVICES = (
     TypeInfo(
         "pcie-root-port", "pci-device", "a PCI Express root port", make=_root_port,
         properties=(Property("id", "its name", "root-port"), Property("slot", "where it goes", None, _up_to(31))),
+    ),
+    TypeInfo(
+        "VGA", "pci-device", "the display adapter: VGA, and linear modes", make=_vga,
+        properties=(Property("romfile", "its video BIOS; else that of Debian's seabios package"),),
     ),
     TypeInfo("virtio-rng", "virtio-device", "random numbers of the host", make=_rng),
     TypeInfo(

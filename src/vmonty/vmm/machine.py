@@ -30,6 +30,7 @@ from vmonty.vmm.outcome import Ending, Outcome
 from vmonty.vmm.vcpu import VcpuThread
 
 if TYPE_CHECKING:
+    from vmonty.vmm.display.screen import Screen
     from vmonty.vmm.hw.pci import PciDevice
 
 # An xAPIC's ID is a byte, and 0xFF is everybody.
@@ -146,6 +147,7 @@ class Machine(ABC):
         self.properties = properties
         self.console = console
         self.memory = GuestMemory(config.memory, self.low_ram_limit)
+        self.screen: Screen | None = None
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._outcome_lock = threading.Lock()

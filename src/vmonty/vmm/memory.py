@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from vmonty.base.errors import GuestMemoryError, UsageError
+from vmonty.base.errors import GuestMemoryError, KvmError, UsageError
 from vmonty.base.ram import PAGE_SIZE, Ram
 from vmonty.kvm.api import Provider, Vm
+from vmonty.kvm.uapi.flags import KVM_MEM_READONLY
 
 # Where a pc's RAM below 4 GiB ends at the latest: PCI, the I/O APIC and local APICs lie above.
 LOW_RAM_LIMIT = 0xC000_0000
@@ -39,6 +40,29 @@ def check_size(size: int) -> None:
         raise UsageError(
             f"memory of {size >> 20} MiB is more than this host has ({host_memory() >> 20} MiB); give less"
         )
+
+
+class DeviceMemory:
+    """A memory slot of *vm* for what a device has: *number* is the slot's."""
+
+    def __init__(self, vm: Vm, number: int) -> None:
+        self._vm = vm
+        self._number = number
+        self._shown = False
+
+    def place(self, ram: Ram, address: int | None, writable: bool = True) -> None:
+        """Let the guest find *ram* at *address*, None for nowhere."""
+        if self._shown:
+            self._vm.set_user_memory_region(self._number, 0, None)
+            self._shown = False
+        if address is not None:
+            flags = 0 if writable else KVM_MEM_READONLY
+            try:
+                self._vm.set_user_memory_region(self._number, address, ram, 0, ram.size, flags)
+            except KvmError:
+                # Over RAM, where a guest may put it: the RAM stays.
+                return
+            self._shown = True
 
 
 class GuestMemory:

@@ -26,7 +26,7 @@ MODE_4 = (
 Tables = tuple[str, str, str, str, str]
 
 
-def unplaced(ram: object, address: int | None) -> None:
+def unplaced(ram: object, address: int | None, *, writable: bool = True) -> None:
     """The frame buffer of a card that is in no machine is nowhere."""
 
 

@@ -107,9 +107,10 @@ class PciMachine(Machine):
         device.add(fw_cfg.BOOT_MENU, struct.pack("<H", config.boot.menu))
         if config.boot.wait_ms is not None:
             device.add_file("etc/boot-menu-wait", struct.pack("<H", config.boot.wait_ms))
-        # Nobody can see a screen: the BIOS draws on the serial port, and reads keys there.
-        device.add(fw_cfg.NO_GRAPHICS, struct.pack("<H", 1))
-        device.add_file("etc/sercon-port", struct.pack("<H", COM_PORTS[0][0]))
+        if self.screen is None:
+            # The BIOS draws on the serial port, and reads keys there.
+            device.add(fw_cfg.NO_GRAPHICS, struct.pack("<H", 1))
+            device.add_file("etc/sercon-port", struct.pack("<H", COM_PORTS[0][0]))
         device.add_file("etc/e820", b"".join(struct.pack("<QQI", *block, lowmem.E820_RAM) for block in self._blocks))
         device.add_late_files(self._acpi_files)
         structures, count = self._smbios()

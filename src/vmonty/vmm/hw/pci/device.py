@@ -117,12 +117,12 @@ class PciDevice:
         self.bars.append(bar)
         return bar
 
-    def add_rom(self, device: BusDevice, size: int) -> Bar:
-        """The expansion ROM of *size* bytes, a power of two of 2 KiB or more."""
+    def add_rom(self, device: BusDevice, size: int, moved: Callable[[int | None], None] | None = None) -> Bar:
+        """The expansion ROM of *size* bytes, a power of two of 2 KiB or more; *moved* as for ``add_bar``."""
         if size < 2048 or size & (size - 1):
             raise ValueError(f"{self.name}: a ROM of {size} bytes; it must be a power of two, 2048 or more")
         self.config.set(cfg.ROM_ADDRESS, 4, 0, writable=(1 << 32) - size | ROM_ENABLE)
-        bar = Bar(ROM, cfg.ROM_ADDRESS, False, Window(f"{self.name}.rom", Space.MEMORY, size, device))
+        bar = Bar(ROM, cfg.ROM_ADDRESS, False, Window(f"{self.name}.rom", Space.MEMORY, size, device, moved))
         self.bars.append(bar)
         return bar
 

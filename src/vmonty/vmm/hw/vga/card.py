@@ -26,9 +26,9 @@ _FIRST_OF_BAR = 0x3C0 - 0x3B0
 
 
 class MapMemory(Protocol):
-    """Lets a guest reach *ram* at an address, None for nowhere."""
+    """Lets a guest reach *ram* at an address, to read or also to write; None for nowhere."""
 
-    def __call__(self, ram: Ram, address: int | None) -> None: ...
+    def __call__(self, ram: Ram, address: int | None, *, writable: bool = True) -> None: ...
 
 
 class VgaCard(PciDevice):
@@ -52,8 +52,11 @@ class VgaCard(PciDevice):
         area.place(EXTENDED_REGISTERS, 8, _Extended(), "extended")
         self.add_bar(2, area, REGISTERS_SIZE)
         if rom:
-            size = max(2048, 1 << (len(rom) - 1).bit_length())
-            self.add_rom(_Rom(rom.ljust(size, b"\xff")), size)
+            # Firmware reads all of it: as memory, not byte for byte.
+            contents = Ram(max(4096, 1 << (len(rom) - 1).bit_length()), "vmonty-vga-rom")
+            contents.fill(0, contents.size, 0xFF)
+            contents.write(0, rom)
+            self.add_rom(_Rom(contents), contents.size, lambda base: map_memory(contents, base, writable=False))
 
     def mode(self) -> scanout.Mode | None:
         """What is on the screen; None when it is dark."""
@@ -122,11 +125,11 @@ class _Extended:
 class _Rom:
     """An option ROM."""
 
-    def __init__(self, contents: bytes) -> None:
+    def __init__(self, contents: Ram) -> None:
         self._contents = contents
 
     def read(self, offset: int, size: int) -> int:
-        return int.from_bytes(self._contents[offset : offset + size], "little")
+        return int.from_bytes(self._contents.read(offset, size), "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
         pass  # it is read-only

@@ -1,0 +1,28 @@
+"""The display adapter's place in a PC."""
+
+from __future__ import annotations
+
+from vmonty.base.errors import UsageError
+from vmonty.vmm import shadow
+from vmonty.vmm.boards.pci_host import PciMachine
+from vmonty.vmm.display.screen import Screen
+from vmonty.vmm.hw.vga import dispi, planes, registers
+from vmonty.vmm.hw.vga.card import VgaCard
+from vmonty.vmm.memory import DeviceMemory
+
+# Of KVM: the frame buffer, then the video BIOS.
+FIRST_SLOT = shadow.NEXT_FREE_SLOT
+
+
+def add_vga(machine: PciMachine, rom: bytes) -> VgaCard:
+    """Plug it in, with its video BIOS *rom*; the machine has a screen then. Raises UsageError for a second one."""
+    if machine.screen is not None:
+        raise UsageError("a machine has one display adapter")
+    slots = {True: DeviceMemory(machine.vm, FIRST_SLOT), False: DeviceMemory(machine.vm, FIRST_SLOT + 1)}
+    card = VgaCard(lambda ram, address, *, writable=True: slots[writable].place(ram, address, writable), rom)
+    machine.add_device(card)
+    machine.ports.place(registers.FIRST_PORT, registers.PORTS, card.registers, "vga")
+    machine.ports.place(dispi.INDEX_PORT, dispi.PORTS, card.dispi, "vga-dispi")
+    machine.mmio.place(planes.WINDOW, planes.WINDOW_SIZE, card.window, "vga-window")
+    machine.screen = Screen(card.mode, card.memory)
+    return card
