@@ -8,6 +8,8 @@ from vmonty.cpu.svm_exit cimport SvmState
 
 # VMRUN until the #VMEXIT; EXIT_VM, or EXIT_* when the processor stopped without one.
 cdef int svm_run(CpuState *s, uint64_t vmcb) noexcept nogil
+# The middle of it, between enter_svm_guest and leave_svm_guest; see vmx_run_guest.
+cdef int svm_run_guest(CpuState *s) noexcept nogil
 # Execute instructions of the guest one by one, with missing memory as MMIO.
 cdef int svm_emulate(CpuState *s, uint64_t vmcb, bint resume, uint64_t instructions, bint mmio) noexcept nogil
 

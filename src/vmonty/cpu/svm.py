@@ -20,19 +20,10 @@ from cython.cimports.vmonty.cpu.vmcb import SVM_INTR, VMCB_EXITCODE, get64
 from vmonty.cpu.core import EXIT_REASONS
 
 
-def svm_run(s, vmcb):
-    """Enter the guest and run it until the #VMEXIT."""
+def svm_run_guest(s):
+    """Run the guest that is in place until the #VMEXIT; EXIT_VM, or why it stopped without one."""
     v: cython.pointer(SvmState) = cython.cast(cython.pointer(SvmState), s.svm)
-    reason: cython.int
-    v.vmcb = cython.cast(cython.pointer(uint8_t), vmcb)
-    v.vmcb_pointer = vmcb
-    v.guest_code = 0
-    if not enter_svm_guest(s):
-        return EXIT_VM
-    if s.exit.reason == EXIT_VM:
-        reason = EXIT_VM
-    else:
-        reason = run_cpu(s)
+    reason: cython.int = run_cpu(s)
     while reason == EXIT_RUN_FLAG:
         if s.interrupt_line:
             svm_exit(s, SVM_INTR, 0, 0, 0)
@@ -46,6 +37,19 @@ def svm_run(s, vmcb):
         reason = EXIT_VM
     elif reason == EXIT_VM and get64(v.vmcb, VMCB_EXITCODE) == SVM_INTR:
         s.interrupt_line = 0  # the host takes it
+    return reason
+
+
+def svm_run(s, vmcb):
+    """Enter the guest and run it until the #VMEXIT."""
+    v: cython.pointer(SvmState) = cython.cast(cython.pointer(SvmState), s.svm)
+    reason: cython.int
+    v.vmcb = cython.cast(cython.pointer(uint8_t), vmcb)
+    v.vmcb_pointer = vmcb
+    v.guest_code = 0
+    if not enter_svm_guest(s):
+        return EXIT_VM
+    reason = EXIT_VM if s.exit.reason == EXIT_VM else svm_run_guest(s)
     leave_svm_guest(s)
     return reason
 
@@ -99,7 +103,8 @@ class Svm:
         if vmcb == 0 or vmcb & 0xFFF:
             raise ValueError(f"{instruction} takes the address of a page, not {vmcb:#x}: it would raise #GP")
 
-    def _outcome(self, reason):
+    def outcome(self, reason: cython.int) -> int:
+        """What vmrun() gives or raises for *reason* of svm_run()."""
         if reason == EXIT_VM:
             return get64(self.v.vmcb, VMCB_EXITCODE)
         raise RuntimeError(
@@ -115,7 +120,7 @@ class Svm:
         self._page("VMRUN", vmcb)
         with cython.nogil:
             reason = svm_run(self.s, vmcb)
-        return self._outcome(reason)
+        return self.outcome(reason)
 
     def enter(self, vmcb: cython.ulonglong) -> int:
         """VMLOAD, VMRUN and VMSAVE of one VMCB: what a hypervisor's entry code does."""
@@ -125,7 +130,7 @@ class Svm:
             load_state(self.s, cython.cast(cython.pointer(uint8_t), vmcb))
             reason = svm_run(self.s, vmcb)
             save_state(self.s, cython.cast(cython.pointer(uint8_t), vmcb))
-        return self._outcome(reason)
+        return self.outcome(reason)
 
     def vmload(self, vmcb: cython.ulonglong) -> None:
         """VMLOAD."""

@@ -12,6 +12,9 @@ cdef enum:
     RUN_STOPPED = -0x1000
 
 cdef int64_t vmx_run(CpuState *s, uint32_t launch) noexcept nogil
+# The middle of it, between enter_guest and leave_guest: EXIT_VM, or EXIT_* when it stopped without a VM exit. A
+# hypervisor that can answer an exit from the processor's own state may call it again at once, with exit.reason cleared.
+cdef int vmx_run_guest(CpuState *s) noexcept nogil
 cdef int64_t vmx_emulate(CpuState *s, bint resume, uint64_t instructions, bint mmio) noexcept nogil
 cdef VmxState *vmx_new(CpuState *s) noexcept nogil
 cdef void vmx_free(CpuState *s) noexcept nogil

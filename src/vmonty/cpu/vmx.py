@@ -70,18 +70,9 @@ def vmx_free(s):
     s.vmx = cython.NULL
 
 
-def vmx_run(s, launch):
-    """Enter the guest and run it until the VM exit."""
-    v: cython.pointer(VmxState) = cython.cast(cython.pointer(VmxState), s.vmx)
-    error: uint32_t = enter_guest(s, launch)
-    reason: cython.int
-    if error == ENTRY_FAILED:
-        return cython.cast(int64_t, get(v.vmcs, VM_EXIT_REASON))
-    if error:
-        if error != ENTRY_NO_VMCS:
-            put(v.vmcs, VM_INSTRUCTION_ERROR, error)
-        return -cython.cast(int64_t, error)
-    reason = run_cpu(s)
+def vmx_run_guest(s):
+    """Run the guest that is in place until the VM exit; EXIT_VM, or why it stopped without one."""
+    reason: cython.int = run_cpu(s)
     while reason in (EXIT_RUN_FLAG, EXIT_HALT) or (reason == EXIT_SHUTDOWN and s.activity):
         if reason != EXIT_RUN_FLAG:  # an activity state that only an event ends
             halted_wait(s)
@@ -97,6 +88,21 @@ def vmx_run(s, launch):
         vm_exit(s, REASON_EXTERNAL_INTERRUPT, 0, 0)  # the host has something to look at
         s.lost_memory = s.trap_address | 1
         reason = EXIT_VM
+    return reason
+
+
+def vmx_run(s, launch):
+    """Enter the guest and run it until the VM exit."""
+    v: cython.pointer(VmxState) = cython.cast(cython.pointer(VmxState), s.vmx)
+    error: uint32_t = enter_guest(s, launch)
+    reason: cython.int
+    if error == ENTRY_FAILED:
+        return cython.cast(int64_t, get(v.vmcs, VM_EXIT_REASON))
+    if error:
+        if error != ENTRY_NO_VMCS:
+            put(v.vmcs, VM_INSTRUCTION_ERROR, error)
+        return -cython.cast(int64_t, error)
+    reason = vmx_run_guest(s)
     leave_guest(s)
     if reason != EXIT_VM:
         return RUN_STOPPED - reason
@@ -272,7 +278,7 @@ class Vmx:
             launch = _is_clear(self.v.vmcs)
         with cython.nogil:
             result = vmx_run(self.s, launch)
-        return self._outcome(result)
+        return self.outcome(result)
 
     def emulate(self, resume: bool = False, instructions: cython.ulonglong = 1, devices: bool = True) -> str:
         """Execute the guest's next instruction (or several) here, with accesses to where no memory is mapped as MMIO.
@@ -316,7 +322,7 @@ class Vmx:
         self._check("vmlaunch")
         with cython.nogil:
             result = vmx_run(self.s, 1)
-        return self._outcome(result)
+        return self.outcome(result)
 
     def vmresume(self) -> int:
         """VMRESUME."""
@@ -324,9 +330,10 @@ class Vmx:
         self._check("vmresume")
         with cython.nogil:
             result = vmx_run(self.s, 0)
-        return self._outcome(result)
+        return self.outcome(result)
 
-    def _outcome(self, result):
+    def outcome(self, result: cython.longlong) -> int:
+        """What run() gives or raises for *result* of vmx_run()."""
         if self.cpu.observer is not None:
             self.cpu.observer.check()
         if result >= 0:
