@@ -144,6 +144,22 @@ def test_read_only(guest: TinyGuest, mode: Mode) -> None:
     assert rom.read_u8(0) == 0x31
 
 
+@pytest.mark.needs(Cap.READONLY_MEM)
+@pytest.mark.parametrize("flags", [KVM_MEM_READONLY, KVM_MEM_READONLY | KVM_MEM_LOG_DIRTY_PAGES])
+def test_read_and_write_of_read_only(guest: TinyGuest, flags: int) -> None:
+    """One instruction that does both, to a page that nothing has touched: memory's value, and a write exit."""
+    rom = Ram(PAGE_SIZE)
+    rom.write_u8(0, 0x31)
+    guest.vm.set_user_memory_region(1, MMIO, rom, flags=flags)
+    guest.load(Mode.LONG, f"add byte [abs {MMIO:#x}], 5\n out 0x10, al")
+    reason = guest.run()
+    assert reason is Exit.MMIO, describe(guest.vcpu, reason)
+    mmio = guest.vcpu.kvm_run.u.mmio
+    assert (mmio.phys_addr, mmio.len, mmio.is_write, mmio.data[0]) == (MMIO, 1, 1, 0x36)
+    assert guest.out()[0] == 0x10
+    assert rom.read_u8(0) == 0x31
+
+
 REFUSED = [
     # id, slot, flags, guest_phys_addr, memory_size, userspace_addr offset, errno
     ("misaligned-gpa", 5, 0, EXTRA + 1, PAGE_SIZE, 0, errno.EINVAL),

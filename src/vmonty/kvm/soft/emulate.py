@@ -43,6 +43,7 @@ class Emulator:
         return self._run(resume=False)
 
     def _run(self, resume: bool) -> bool:
+        mapped = None
         while (ended := self._cpu.emulate(resume, self._instructions)) == "mmio":
             gpa, size, is_write, data = self._cpu.mmio()
             resume = True
@@ -50,8 +51,12 @@ class Emulator:
                 # Memory after all, which is not mapped yet: the instruction has several operands.
                 if is_write:
                     self._vcpu.kvm.write_gpa(gpa, data.to_bytes(8, "little")[:size])
-                else:
+                elif mapped != gpa:
                     self._cpu.forget_mmio()
+                    mapped = gpa
+                else:
+                    # It can be read only, and is to be written next: that will be the device's.
+                    self._cpu.answer_mmio(int.from_bytes(self._vcpu.kvm.read_gpa(gpa, size) or b"", "little"))
             elif is_write:
                 if not self._vcpu.mmio_write(gpa, data.to_bytes(8, "little")[:size], self._resume):
                     return False
