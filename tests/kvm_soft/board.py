@@ -10,6 +10,7 @@ from vmonty.kvm.soft.iodev import KvmIoBuses
 from vmonty.kvm.soft.irq_comm import IrqComm
 from vmonty.kvm.soft.lapic import Lapic
 from vmonty.kvm.soft.timer import HrTimers, VirtualTimers
+from vmonty.kvm.soft.vcpu_arch import VcpuArch
 from vmonty.kvm.uapi.irq import kvm_irq_routing_entry
 
 APIC_BASE = 0xFEE00000
@@ -24,6 +25,10 @@ class FakeVcpu:
     timers: HrTimers
     kicks: int = 0
     events: list[object] = field(default_factory=list)
+    arch: VcpuArch | None = None
+
+    def request_event(self) -> None:
+        self.kicks += 1
 
     def kick(self) -> None:
         self.kicks += 1

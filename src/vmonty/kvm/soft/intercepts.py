@@ -19,7 +19,6 @@ from vmonty.kvm.soft.msr_filter import reason
 from vmonty.kvm.soft.pv import KVM_EINVAL, KVM_ENOSYS, KVM_EPERM
 from vmonty.kvm.soft.stats import HYPERCALLS, INSN_EMULATION_FAIL, IO_EXITS, IRQ_EXITS
 from vmonty.kvm.uapi import Exit, flags
-from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
 
 if TYPE_CHECKING:
     from vmonty.kvm.soft.x86 import VcpuX86
@@ -48,7 +47,6 @@ class Intercepts:
         self.shadow: MmuContext | None = None
         self.two_dimensional = False  # while the emulator steps
         self.guest_controls = dict.fromkeys(CONTROLS, 0)
-        self.leaves: dict[tuple[int, int | None], kvm_cpuid_entry2] = {}
 
     def _skip(self) -> None:
         """skip_emulated_instruction(): the one that exited."""
@@ -110,22 +108,12 @@ class Intercepts:
         return True
 
     def cpuid(self, function: int, index: int) -> tuple[int, int, int, int]:
-        """kvm_cpuid(): the guest's leaf; beyond the highest one, as Intel does, the highest basic leaf."""
-        entry = self.leaves.get((function, index)) or self.leaves.get((function, None))
-        if entry is None:
-            base = function & 0x8000_0000
-            highest = max(
-                (leaf for leaf, _ in self.leaves if leaf & 0x8000_0000 == base and leaf >> 16 != 0x4000), default=0
-            )
-            if not base and function > highest:
-                entry = self.leaves.get((highest, index)) or self.leaves.get((highest, None))
-        if entry is None:
-            return 0, 0, (index & 0xFF if function in (0xB, 0x1F) else 0), 0
-        ecx = entry.ecx
+        """kvm_cpuid(): the guest's leaf."""
+        eax, ebx, ecx, edx = self.vcpu.arch.cpuid(function, index)
         if function == 1:
             os_xsave = self.vcpu.vendor.get_control("cr4") & CR4_OSXSAVE
             ecx = ecx & ~FEATURE_OSXSAVE | (FEATURE_OSXSAVE if os_xsave else 0)
-        return entry.eax, entry.ebx, ecx, entry.edx
+        return eax, ebx, ecx, edx
 
     def handle_halt(self) -> bool:
         self._skip()

@@ -60,6 +60,10 @@ class IoApicHost(Protocol):
         """Deliver a message; note in *taken* who took it, as which vector."""
         ...
 
+    def note_eoi_vector(self, vector: int) -> None:
+        """An entry has *vector*: from now on its EOIs are to be told."""
+        ...
+
     def notify_acked(self, irqchip: int, pin: int) -> None:
         """Pin *pin* was acknowledged."""
         ...
@@ -219,6 +223,7 @@ class IoApic:
         if not entry & LEVEL:
             # Guests make an entry edge-triggered for a moment to get rid of its remote IRR.
             entry &= ~REMOTE_IRR
+        self._host.note_eoi_vector(entry & 0xFF)
         self.redirtbl[pin] = entry
         if (old ^ entry) & MASKED:
             self._host.notify_masked(KVM_IRQCHIP_IOAPIC, pin, bool(entry & MASKED))
@@ -282,6 +287,8 @@ class IoApic:
         with self.lock:
             self.base_address, self.ioregsel, self.id = state.base_address, state.ioregsel, state.id
             self.redirtbl = [state.redirtbl[pin].bits for pin in range(KVM_IOAPIC_NUM_PINS)]
+            for entry in self.redirtbl:
+                self._host.note_eoi_vector(entry & 0xFF)
             self.irr = self._irr_delivered = 0
             self._rtc_pending.clear()
             for pin in range(KVM_IOAPIC_NUM_PINS):

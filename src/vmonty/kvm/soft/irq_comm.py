@@ -33,6 +33,7 @@ from vmonty.kvm.soft.ioapic import IoApic
 from vmonty.kvm.soft.iodev import KvmIoBuses
 from vmonty.kvm.soft.lapic import Lapic
 from vmonty.kvm.soft.timer import HrTimers
+from vmonty.kvm.soft.vcpu_arch import VmArch
 from vmonty.kvm.uapi.flags import (
     KVM_IOAPIC_NUM_PINS,
     KVM_IRQ_ROUTING_IRQCHIP,
@@ -105,6 +106,7 @@ class IrqComm:
         self.x2apic_broadcast_quirk_disabled = False
         self.vector_hashing = True
         self.apics: list[Lapic] = []
+        self.arch = VmArch()
         self._routes: dict[int, tuple[Route, ...]] = {}
         self._gsi_of: dict[tuple[int, int], int] = {}
         self._ack_notifiers: dict[int, list[Callable[[], None]]] = {}
@@ -132,20 +134,31 @@ class IrqComm:
         with self.lock:
             self.split = True
             self.reserved_ioapic_pins = reserved_ioapic_pins
+            self.arch.note_all_eois()
             self.set_routing([])
 
     def add_apic(self, apic: Lapic) -> None:
         """A vCPU is complete: messages reach it from now on."""
         with self.lock:
             self.apics = [*self.apics, apic]
+            self.apics_changed()
 
     def remove_apic(self, apic: Lapic) -> None:
         """A vCPU is gone."""
         with self.lock:
             self.apics = [other for other in self.apics if other is not apic]
+            self.apics_changed()
             if self.ioapic is not None:
                 self.ioapic.forget(apic)
             apic.close()
+
+    def apics_changed(self) -> None:
+        """kvm_recalculate_apic_map(): IPIs take the fast path while all APICs are in x2APIC mode."""
+        self.arch.count_apics(len(self.apics), sum(apic.x2apic_enabled for apic in self.apics))
+
+    def note_eoi_vector(self, vector: int) -> None:
+        """The I/O APIC has an entry with *vector*: it hears of its EOIs."""
+        self.arch.note_eoi_vector(vector)
 
     def _pic_output(self, level: bool) -> None:
         if level:

@@ -388,6 +388,7 @@ class KvmVcpuFile(VcpuX86):
         """Map the pages that user space maps too."""
         self.page = memoryview(mmap.mmap(fd, VCPU_MMAP_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE))
         self.run = kvm_run.from_buffer(self.page)
+        self.arch.set_run_page(self.page)
 
     def map_dirty_ring(self, fd: int, size: int) -> None:
         """Map the dirty ring, *size* bytes."""

@@ -13,9 +13,9 @@ section titles are cited. Choices that KVM has made, and we keep:
 Where KVM does nothing at all we follow the SDM: vectors below 16 never become pending, and are reported in the ESR
 and through LVT error ("Error Handling"); accesses to reserved registers as well.
 
-Registers that hold 256 vectors (IRR, ISR, TMR) are integers; all others lie in a list with a 32-bit word for each 16
-bytes of the page. All entries take the VM's chip lock, except the questions a vCPU asks before each entry, which only
-read. The owner is called with the lock held.
+The registers are in C (lapic_regs), where fastpath.py handles what is frequent: EOI, TPR, IPIs, the deadline. All
+entries here take the VM's chip lock, except what a vCPU asks and acknowledges before each entry. The owner is called
+with the lock held.
 """
 
 from __future__ import annotations
@@ -46,8 +46,6 @@ from vmonty.kvm.soft.apicdef import (
     ICR_BUSY,
     ID,
     INIT,
-    IRR,
-    ISR,
     LAPIC_MMIO_LENGTH,
     LDR,
     LOWEST,
@@ -72,7 +70,6 @@ from vmonty.kvm.soft.apicdef import (
     TDCR,
     TMCCT,
     TMICT,
-    TMR,
     TPR,
     TSC_DEADLINE,
     X2APIC_BROADCAST,
@@ -84,8 +81,10 @@ from vmonty.kvm.soft.apicdef import (
     XAPIC_ONLY,
     LapicIrq,
 )  # fmt: skip
+from vmonty.kvm.soft.lapic_regs import LapicRegs
 from vmonty.kvm.soft.lapic_timer import ApicTimer
 from vmonty.kvm.soft.timer import HrTimers
+from vmonty.kvm.soft.vcpu_arch import VcpuArch, VmArch
 from vmonty.kvm.uapi.irq import kvm_lapic_state
 
 _M32, _M64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
@@ -97,6 +96,15 @@ class ApicOwner(Protocol):
     @property
     def vcpu_id(self) -> int:
         """The id, and so the x2APIC ID."""
+        ...
+
+    @property
+    def arch(self) -> VcpuArch | None:
+        """The vCPU's compiled part, which uses the registers, too; None: there is none."""
+        ...
+
+    def request_event(self) -> None:
+        """KVM_REQ_EVENT: a fixed interrupt became pending. As a kick, but all there is to look at is the IRR."""
         ...
 
     def kick(self) -> None:
@@ -136,6 +144,11 @@ class ApicBus(Protocol):
     """What connects APICs with each other and the I/O APIC (irq_comm.IrqComm)."""
 
     x2apic_format: bool
+    arch: VmArch
+
+    def apics_changed(self) -> None:
+        """An APIC has changed its mode."""
+        ...
 
     def deliver_to_apics(self, irq: LapicIrq, source: Lapic | None = None) -> int:
         """Deliver a message; the number of APICs that took it, -1 when it had no destination."""
@@ -158,11 +171,8 @@ class Lapic:
         self.bus = bus
         self.lock: threading.RLock = timers.lock
         self.bsp = bsp
-        self._regs = [0] * 64
-        self.irr = self.isr = self.tmr = 0
-        # In x2APIC mode the ICR is one register of 64 bits.
-        self._icr64 = 0
-        self.apic_base = APIC_DEFAULT_PHYS_BASE | APICBASE_ENABLE | (APICBASE_BSP if bsp else 0)
+        self.regs = LapicRegs(owner.vcpu_id, bus.arch, owner.arch)
+        self.regs.apic_base = APIC_DEFAULT_PHYS_BASE | APICBASE_ENABLE | (APICBASE_BSP if bsp else 0)
         # What CPUID and capabilities say: configure().
         self._x2apic_allowed = self._directed_eoi = self._cmci = False
         self._phys_bits = 36
@@ -178,8 +188,8 @@ class Lapic:
         self.sipi_vector = 0
         self.arb_prio = 0
         self._esr = 0
-        self.timer = ApicTimer(timers, owner, lambda: self.local_deliver(LVTT))
-        self._regs[ID >> 4] = self._xapic_id()
+        self.timer = ApicTimer(timers, owner, self.regs, lambda: self.local_deliver(LVTT))
+        self.regs[ID] = self._xapic_id()
         self.reset(init_event=False)
 
     def configure(
@@ -199,27 +209,28 @@ class Lapic:
         """The state after power-up, or after INIT, which keeps the base MSR. SDM, "Local APIC State"."""
         with self.lock:
             if not init_event:
-                self.apic_base = APIC_DEFAULT_PHYS_BASE | APICBASE_ENABLE | (APICBASE_BSP if self.bsp else 0)
-                self._regs[ID >> 4] = self._xapic_id()
+                self.regs.apic_base = APIC_DEFAULT_PHYS_BASE | APICBASE_ENABLE | (APICBASE_BSP if self.bsp else 0)
+                self.regs[ID] = self._xapic_id()
                 self.init_pending = self.sipi_pending = False
             self.timer.reset()
             self._set_version()
             for lvt in LVT_BITS:
-                self._regs[lvt >> 4] = LVT_MASKED
+                self.regs[lvt] = LVT_MASKED
             if not self._cmci:
-                self._regs[LVT_CMCI >> 4] = 0
+                self.regs[LVT_CMCI] = 0
             self._update_timer_mode()
             if self.bsp and self.quirk_lint0_reenabled:
-                self._regs[LVT0 >> 4] = EXTINT << 8
-            self._regs[DFR >> 4] = _M32
-            self._regs[SVR >> 4] = 0xFF
+                self.regs[LVT0] = EXTINT << 8
+            self.regs[DFR] = _M32
+            self.regs[SVR] = 0xFF
             for register in (TPR, ESR, ICR, ICR2, TDCR, PPR):
-                self._regs[register >> 4] = 0
+                self.regs[register] = 0
             if not self.x2apic_enabled:
-                self._regs[LDR >> 4] = 0
-            self._icr64 = self._esr = 0
-            self.irr = self.isr = self.tmr = 0
+                self.regs[LDR] = 0
+            self._esr = self.regs.icr64 = 0
+            self.regs.irr = self.regs.isr = self.regs.tmr = 0
             self.arb_prio = 0
+            self.bus.apics_changed()
 
     def close(self) -> None:
         """Stop the timer."""
@@ -227,6 +238,26 @@ class Lapic:
             self.timer.stop()
 
     # ---- modes and addresses -------------------------------------------------------------------------
+
+    @property
+    def apic_base(self) -> int:
+        """IA32_APIC_BASE."""
+        return self.regs.apic_base
+
+    @property
+    def irr(self) -> int:
+        """What is pending, a bit for each vector."""
+        return self.regs.irr
+
+    @property
+    def isr(self) -> int:
+        """What is in service."""
+        return self.regs.isr
+
+    @property
+    def tmr(self) -> int:
+        """What came level-triggered."""
+        return self.regs.tmr
 
     @property
     def enabled(self) -> bool:
@@ -242,7 +273,7 @@ class Lapic:
     @property
     def sw_enabled(self) -> bool:
         """The spurious vector register's enable bit."""
-        return bool(self._regs[SVR >> 4] & SVR_ENABLED)
+        return bool(self.regs[SVR] & SVR_ENABLED)
 
     @property
     def base_address(self) -> int:
@@ -274,12 +305,13 @@ class Lapic:
                     return False
                 if not old and mode & APICBASE_EXTD:
                     return False
-            self.apic_base = value
+            self.regs.apic_base = value
             if mode and not old & APICBASE_ENABLE:
-                self._regs[ID >> 4] = self._xapic_id()
+                self.regs[ID] = self._xapic_id()
             if mode & APICBASE_EXTD and not old & APICBASE_EXTD:
-                self._regs[ID >> 4] = self.owner.vcpu_id & _M32
-                self._regs[LDR >> 4] = self._x2apic_ldr()
+                self.regs[ID] = self.owner.vcpu_id & _M32
+                self.regs[LDR] = self._x2apic_ldr()
+            self.bus.apics_changed()
             return True
 
     @property
@@ -287,19 +319,19 @@ class Lapic:
         """What its logical ID means: X2APIC_CLUSTER, or as the DFR says; None for a DFR that means nothing."""
         if self.x2apic_enabled:
             return X2APIC_CLUSTER
-        return {0xF: XAPIC_FLAT, 0: XAPIC_CLUSTER}.get(self._regs[DFR >> 4] >> 28)
+        return {0xF: XAPIC_FLAT, 0: XAPIC_CLUSTER}.get(self.regs[DFR] >> 28)
 
     @property
     def logical_id(self) -> int:
         """The logical destination register: the upper 8 bits, in x2APIC mode all 32."""
-        ldr = self._regs[LDR >> 4]
+        ldr = self.regs[LDR]
         return ldr if self.x2apic_enabled else ldr >> 24
 
     def has_id(self, dest_id: int) -> bool:
         """Whether this is its physical ID. One that needs more than 8 bits is reached in xAPIC mode, too."""
         if self.x2apic_enabled or dest_id > 0xFF:
             return dest_id == self.owner.vcpu_id
-        return dest_id == self._regs[ID >> 4] >> 24
+        return dest_id == self.regs[ID] >> 24
 
     def matches(self, dest_id: int, logical: bool) -> bool:
         """Whether a message to *dest_id* is for this APIC. SDM, "Determining IPI Destination"."""
@@ -349,27 +381,25 @@ class Lapic:
         if vector < 16:
             self._error(ESR_RECEIVE_ILLEGAL)
             return 1
-        bit = 1 << vector
-        self.tmr = self.tmr | bit if level_triggered else self.tmr & ~bit
-        self.irr |= bit
-        self.owner.kick()
+        self.regs.set_irr(vector, level_triggered)
+        self.owner.request_event()
         return 1
 
     def local_deliver(self, lvt: int) -> int:
         """Raise a local source (LVTT, LVT0, LVT1, LVT_PMC, LVT_THERMAL, …); 1 when accepted, 0 when masked."""
         with self.lock:
-            entry = self._regs[lvt >> 4]
+            entry = self.regs[lvt]
             if not self.enabled or entry & LVT_MASKED:
                 return 0
             result = self.accept_irq(entry >> 8 & 7, entry & 0xFF, 1, bool(entry >> 15 & 1))
             if result and lvt == LVT_PMC:
                 # SDM, "Local Vector Table": a performance interrupt masks its entry.
-                self._regs[lvt >> 4] |= LVT_MASKED
+                self.regs[lvt] |= LVT_MASKED
             return result
 
     def nmi_watchdog_tick(self) -> None:
         """The PIT's output at LINT0: an NMI if that is what LVT0 says."""
-        if self._regs[LVT0 >> 4] >> 8 & 7 == NMI:
+        if self.regs[LVT0] >> 8 & 7 == NMI:
             self.local_deliver(LVT0)
 
     def _error(self, bit: int) -> None:
@@ -384,57 +414,47 @@ class Lapic:
     @property
     def ppr(self) -> int:
         """The processor priority. SDM, "Task and Processor Priorities"."""
-        tpr = self._regs[TPR >> 4]
-        in_service = (self.isr.bit_length() - 1) & 0xF0 if self.isr else 0
-        return tpr & 0xFF if tpr & 0xF0 >= in_service else in_service
+        return self.regs.ppr
 
     def has_interrupt(self) -> int | None:
         """The vector that can be delivered now, or None. Takes no lock."""
-        irr = self.irr
-        if not irr or not self.apic_base & APICBASE_ENABLE:
-            return None
-        vector = irr.bit_length() - 1
-        return vector if vector & 0xF0 > self.ppr & 0xF0 else None
+        vector = self.regs.has_interrupt()
+        return None if vector < 0 else vector
 
     def get_interrupt(self) -> int | None:
-        """Acknowledge what has_interrupt() says: it is in service now."""
-        with self.lock:
-            vector = self.has_interrupt()
-            if vector is not None:
-                self.irr &= ~(1 << vector)
-                self.isr |= 1 << vector
-            return vector
+        """Acknowledge what has_interrupt() says: it is in service now. On the vCPU's thread."""
+        vector = self.regs.get_interrupt()
+        return None if vector < 0 else vector
 
     def set_eoi(self) -> int | None:
         """EOI: end the highest vector in service, and tell the I/O APIC. Return the vector, if there was one."""
         with self.lock:
-            if not self.isr:
+            vector = self.regs.set_eoi()
+            if vector < 0:
                 return None
-            vector = self.isr.bit_length() - 1
-            self.isr &= ~(1 << vector)
-            self.bus.eoi(self, vector, bool(self.tmr >> vector & 1))
+            self.bus.eoi(self, vector, self.regs.is_level_triggered(vector))
             return vector
 
     def pv_eoi_vector(self) -> int | None:
         """PV EOI: the vector in service whose EOI the guest may skip telling, or None: someone waits for it."""
         with self.lock:
-            if self.irr or not self.isr:
+            vector = self.regs.highest_isr
+            if vector < 0 or self.irr:
                 return None
-            vector = self.isr.bit_length() - 1
             return None if self.bus.handles_vector(self, vector) else vector
 
     def pending_eoi(self, vector: int) -> bool:
         """Whether *vector* is pending or in service."""
-        return bool((self.irr | self.isr) >> vector & 1)
+        return self.regs.is_pending(vector)
 
     @property
     def suppresses_eoi_broadcast(self) -> bool:
         """The spurious vector register's bit for directed EOI."""
-        return bool(self._regs[SVR >> 4] & DIRECTED_EOI_SVR)
+        return bool(self.regs[SVR] & DIRECTED_EOI_SVR)
 
     def accept_pic_intr(self) -> bool:
         """Whether the PIC's INTR reaches the processor: APIC off, or LINT0 unmasked as ExtINT. Takes no lock."""
-        lvt0 = self._regs[LVT0 >> 4]
+        lvt0 = self.regs[LVT0]
         return not self.enabled or (not lvt0 & LVT_MASKED and lvt0 >> 8 & 7 == EXTINT)
 
     def accept_events(self, allowed: bool = True) -> None:
@@ -458,23 +478,23 @@ class Lapic:
 
     def get_cr8(self) -> int:
         """The task priority class."""
-        return self._regs[TPR >> 4] >> 4 & 0xF
+        return self.regs[TPR] >> 4 & 0xF
 
     def set_cr8(self, value: int) -> None:
         """Set the task priority class; the lower four bits of the TPR become 0. SDM, "Interaction of TPR and CR8"."""
         with self.lock:
-            self._regs[TPR >> 4] = (value & 0xF) << 4
+            self.regs[TPR] = (value & 0xF) << 4
 
     def vapic_word(self) -> int:
         """What the guest finds at its vapic address: TPR, the class in service, and the highest vector pending."""
         in_service = (self.isr.bit_length() - 1) & 0xF0 if self.isr else 0
         pending = self.irr.bit_length() - 1 if self.irr else 0
-        return self._regs[TPR >> 4] & 0xFF | in_service << 8 | pending << 24
+        return self.regs[TPR] & 0xFF | in_service << 8 | pending << 24
 
     def set_tpr(self, value: int) -> None:
         """Set all eight bits of the task priority."""
         with self.lock:
-            self._regs[TPR >> 4] = value & 0xFF
+            self.regs[TPR] = value & 0xFF
 
     # ---- registers -----------------------------------------------------------------------------------
 
@@ -482,7 +502,7 @@ class Lapic:
         version = 0x60014 if self._cmci else 0x50014
         if self._directed_eoi:
             version |= DIRECTED_EOI_VERSION
-        self._regs[LVR >> 4] = version
+        self.regs[LVR] = version
         self._readable = READABLE | {LVT_CMCI} if self._cmci else READABLE
 
     def register(self, offset: int) -> int:
@@ -496,33 +516,30 @@ class Lapic:
         if offset == TMICT:
             return self.timer.initial_count
         if offset == ICR and self.x2apic_enabled:
-            return self._icr64 & _M32
-        if ISR <= offset < IRR + 0x80:
-            vectors = (self.isr, self.tmr, self.irr)[offset - ISR >> 7]
-            return vectors >> (offset >> 4 & 7) * 32 & _M32
-        return self._regs[offset >> 4]
+            return self.regs.icr64 & _M32
+        return self.regs[offset]
 
     def _write_register(self, offset: int, value: int) -> bool:
         """Write 32 bits; False when there is no such register, or x2APIC refuses the value."""
         x2apic = self.x2apic_enabled
-        regs = self._regs
+        regs = self.regs
         if offset == TPR:
-            regs[TPR >> 4] = value & 0xFF
+            regs[TPR] = value & 0xFF
         elif offset == EOI:
             self.set_eoi()
         elif offset in (ID, LDR, DFR, ICR2):
             if x2apic:
                 return False
-            regs[offset >> 4] = value | 0x0FFFFFFF if offset == DFR else value & 0xFF000000
+            regs[offset] = value | 0x0FFFFFFF if offset == DFR else value & 0xFF000000
         elif offset == SVR:
             self._write_svr(value)
         elif offset == ESR:
             if x2apic and value:
                 return False
-            regs[ESR >> 4], self._esr = self._esr, 0
+            regs[ESR], self._esr = self._esr, 0
         elif offset == ICR:
-            regs[ICR >> 4] = value & ~ICR_BUSY
-            self._send_ipi(value & ~ICR_BUSY, regs[ICR2 >> 4] >> 24)
+            regs[ICR] = value & ~ICR_BUSY
+            self._send_ipi(value & ~ICR_BUSY, regs[ICR2] >> 24)
         elif offset == SELF_IPI:
             if not x2apic or value & ~0xFF:
                 return False
@@ -530,19 +547,19 @@ class Lapic:
         elif offset == TMICT:
             self.timer.set_initial_count(value)
         elif offset == TDCR:
-            regs[TDCR >> 4] = value & 0xB
+            regs[TDCR] = value & 0xB
             self.timer.set_divide_configuration(value)
         else:
             return self._write_lvt(offset, value)
         return True
 
     def _write_svr(self, value: int) -> None:
-        self._regs[SVR >> 4] = value & (0x3FF | (DIRECTED_EOI_SVR if self._directed_eoi else 0))
+        self.regs[SVR] = value & (0x3FF | (DIRECTED_EOI_SVR if self._directed_eoi else 0))
         if not value & SVR_ENABLED:
             # SDM, "Local APIC State After It Has Been Software Disabled": the mask bits of all LVTs are set.
             for lvt in LVT_BITS:
                 if lvt in self._readable:
-                    self._regs[lvt >> 4] |= LVT_MASKED
+                    self.regs[lvt] |= LVT_MASKED
 
     def _write_lvt(self, offset: int, value: int) -> bool:
         writable = LVT_BITS.get(offset)
@@ -552,7 +569,7 @@ class Lapic:
             value |= LVT_MASKED
         if offset == LVTT:
             writable |= self._timer_modes
-        self._regs[offset >> 4] = value & writable
+        self.regs[offset] = value & writable
         if offset == LVTT:
             self._update_timer_mode()
         return True
@@ -622,7 +639,7 @@ class Lapic:
         if not self.x2apic_enabled or offset in XAPIC_ONLY or offset not in self._readable:
             return None
         with self.lock:
-            return self._icr64 if offset == ICR else self.register(offset)
+            return self.regs.icr64 if offset == ICR else self.register(offset)
 
     def write_msr(self, msr: int, value: int) -> bool:
         """WRMSR of 0x800–0x8FF; False: #GP."""
@@ -633,15 +650,15 @@ class Lapic:
             if offset == ICR:
                 if value & X2APIC_ICR_RESERVED:
                     return False
-                self._icr64 = value & _M64 & ~ICR_BUSY
-                self._send_ipi(self._icr64 & _M32, self._icr64 >> 32)
+                self.regs.icr64 = value & _M64 & ~ICR_BUSY
+                self._send_ipi(self.regs.icr64 & _M32, self.regs.icr64 >> 32)
                 return True
             return not value >> 32 and self._write_register(offset, value)
 
     # ---- the timer, IA32_TSC_DEADLINE ----------------------------------------------------------------
 
     def _update_timer_mode(self) -> None:
-        self.timer.set_mode(self._regs[LVTT >> 4] & self._timer_modes)
+        self.timer.set_mode(self.regs[LVTT] & self._timer_modes)
 
     def get_tsc_deadline(self) -> int:
         """IA32_TSC_DEADLINE: 0 in other modes, and once it has fired."""
@@ -653,6 +670,12 @@ class Lapic:
             if self.enabled and self.timer.mode == TSC_DEADLINE:
                 self.timer.set_tsc_deadline(value & _M64)
 
+    def tsc_changed(self) -> None:
+        """The guest's TSC has jumped, or runs at another speed: the deadline is another moment."""
+        with self.lock:
+            if self.timer.mode == TSC_DEADLINE:
+                self.timer.look_at_deadline()
+
     # ---- state ---------------------------------------------------------------------------------------
 
     def get_state(self) -> kvm_lapic_state:
@@ -661,10 +684,10 @@ class Lapic:
             page = bytearray(1024)
             for offset in range(0, 0x400, 0x10):
                 page[offset : offset + 4] = self.register(offset).to_bytes(4, "little")
-            page[ARBPRI : ARBPRI + 4] = self._regs[ARBPRI >> 4].to_bytes(4, "little")
+            page[ARBPRI : ARBPRI + 4] = self.regs[ARBPRI].to_bytes(4, "little")
             if self.x2apic_enabled:
-                page[ICR : ICR + 8] = self._icr64.to_bytes(8, "little")
-                page[ICR2 : ICR2 + 4] = (self._icr64 >> 32).to_bytes(4, "little")
+                page[ICR : ICR + 8] = self.regs.icr64.to_bytes(8, "little")
+                page[ICR2 : ICR2 + 4] = (self.regs.icr64 >> 32).to_bytes(4, "little")
                 if not self.bus.x2apic_format:
                     page[ID : ID + 4] = self._xapic_id().to_bytes(4, "little")
             return kvm_lapic_state.from_buffer_copy(page)
@@ -679,11 +702,9 @@ class Lapic:
                     return False
                 words[ID >> 4] = self.owner.vcpu_id
                 words[LDR >> 4] = self._x2apic_ldr()
-                self._icr64 = words[ICR >> 4] | words[ICR2 >> 4] << 32
-            self._regs = words
-            self.isr, self.tmr, self.irr = (
-                sum(words[(base >> 4) + part] << 32 * part for part in range(8)) for base in (ISR, TMR, IRR)
-            )
+                self.regs.icr64 = words[ICR >> 4] | words[ICR2 >> 4] << 32
+            for number, word in enumerate(words):
+                self.regs[number << 4] = word
             self._set_version()
             self._esr = 0
             self._update_timer_mode()

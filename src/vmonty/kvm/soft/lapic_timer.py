@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vmonty.kvm.soft.apicdef import MIN_PERIOD_NS, ONE_SHOT, PERIODIC, TSC_DEADLINE
+from vmonty.kvm.soft.lapic_regs import LapicRegs
 from vmonty.kvm.soft.timer import HrTimers, Timer
 
 __all__ = ["ApicTimer", "GuestTsc"]
@@ -30,10 +31,11 @@ class GuestTsc(Protocol):
 class ApicTimer:
     """Counts down; *fire* is called, under the chip lock, whenever it reaches zero."""
 
-    def __init__(self, timers: HrTimers, tsc: GuestTsc, fire: Callable[[], object]) -> None:
+    def __init__(self, timers: HrTimers, tsc: GuestTsc, regs: LapicRegs, fire: Callable[[], object]) -> None:
         self._timers = timers
         self._clock = timers.clock
         self._tsc = tsc
+        self._regs = regs
         self._fire = fire
         self._timer: Timer | None = None
         self.mode = ONE_SHOT
@@ -48,10 +50,16 @@ class ApicTimer:
         self.initial_count = 0
         # One period, and the end of the present one. They stay, at its end, for the current count to be 0.
         self._period_ns = self._target_ns = 0
-        self.tsc_deadline = 0
+        self._regs.tsc_deadline = 0
+
+    @property
+    def tsc_deadline(self) -> int:
+        """IA32_TSC_DEADLINE."""
+        return self._regs.tsc_deadline
 
     def stop(self) -> None:
         """Cancel what is armed."""
+        self._regs.armed_tsc = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -60,8 +68,9 @@ class ApicTimer:
         """LVTT's mode. Changing to or from TSC-deadline disarms; else counting goes on. SDM, "TSC-Deadline Mode"."""
         if (mode == TSC_DEADLINE) != (self.mode == TSC_DEADLINE):
             self.stop()
-            self.initial_count = self._period_ns = self.tsc_deadline = 0
+            self.initial_count = self._period_ns = self._regs.tsc_deadline = 0
         self.mode = mode
+        self._regs.deadline_mode = mode == TSC_DEADLINE
         self._limit_period()
 
     def set_initial_count(self, count: int) -> None:
@@ -83,13 +92,20 @@ class ApicTimer:
     def set_tsc_deadline(self, tsc: int) -> None:
         """IA32_TSC_DEADLINE, in its mode: fire when the guest's TSC is *tsc*, at once if it was; 0 disarms."""
         self.stop()
-        self.tsc_deadline = tsc
-        if not tsc:
-            return
-        if tsc <= self._tsc.guest_tsc():
-            self._expired()
-        else:
-            self._arm(self._tsc.tsc_deadline_to_ns(tsc))
+        self._regs.tsc_deadline = tsc
+        self.look_at_deadline()
+
+    def look_at_deadline(self) -> None:
+        """Fire if it has come, else arm the host's timer for it: also when the guest's TSC has jumped.
+
+        A guest that moves it to a later time does not come here (fastpath.py): then the host's timer is early.
+        """
+        self.stop()
+        if self._regs.take_deadline(self._tsc.guest_tsc()):
+            self._fire()
+        elif deadline := self._regs.tsc_deadline:
+            self._arm(self._tsc.tsc_deadline_to_ns(deadline))
+            self._regs.armed_tsc = deadline
 
     def current_count(self) -> int:
         """TMCCT; 0 in TSC-deadline mode."""
@@ -142,10 +158,11 @@ class ApicTimer:
 
     def _expired(self) -> None:
         self._timer = None
+        if self.mode == TSC_DEADLINE:
+            self.look_at_deadline()
+            return
         if self.mode == PERIODIC and self._period_ns:
             # Periods that passed unseen would have raised what is pending already.
             missed = max(0, self._clock.now_ns() - self._target_ns) // self._period_ns
             self._arm(self._target_ns + (missed + 1) * self._period_ns)
-        else:
-            self.tsc_deadline = 0
         self._fire()

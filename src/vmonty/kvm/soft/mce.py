@@ -38,7 +38,7 @@ class McIoctls(VcpuState):
             self.stored_msrs[MSR_MCG_CTL] = ALL_ONES
         for bank in range(banks):
             base = MSR_MC0_CTL + 4 * bank
-            self.stored_msrs |= {base: ALL_ONES, base + 1: 0, base + 2: 0, base + 3: 0}
+            self.stored_msrs.update({base: ALL_ONES, base + 1: 0, base + 2: 0, base + 3: 0})
 
     @answers(Requests.KVM_X86_SET_MCE)
     def set_mce(self, argument: Argument) -> None:
@@ -62,4 +62,4 @@ class McIoctls(VcpuState):
             return
         if self.stored_msrs[base + 1] & STATUS_VALID:
             status |= STATUS_OVERFLOW
-        self.stored_msrs |= {base + 1: status, base + 2: error.addr, base + 3: error.misc}
+        self.stored_msrs.update({base + 1: status, base + 2: error.addr, base + 3: error.misc})

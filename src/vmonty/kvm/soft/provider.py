@@ -100,6 +100,8 @@ class SoftKvm:
         vm = self._files[fd]
         assert isinstance(vm, Kvm)
         vm.tracer = tracer
+        for vcpu in list(vm.vcpus.values()):
+            vcpu.vendor.kick()
 
     def dump_control_block(self, fd: int) -> dict[str, int]:
         """The VMCS or VMCB of the vCPU behind *fd*, by field name; what the guest changed, as of its last exit."""

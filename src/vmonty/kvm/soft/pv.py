@@ -86,7 +86,7 @@ class Paravirt:
         self.active = False
         self._steal_ns = self._last_delay = self._next_steal_ns = 0
         self._preempted = False
-        self._eoi_told = False
+        self.eoi_told = False
 
     def has(self, feature: int) -> bool:
         """guest_pv_has(): with KVM_CAP_ENFORCE_PV_FEATURE_CPUID only what the guest's CPUID says."""
@@ -110,7 +110,7 @@ class Paravirt:
         elif index == flags.MSR_KVM_PV_EOI_EN:
             if value & 2 or self._vcpu.apic is None:
                 return False
-            self._eoi_told = False
+            self.eoi_told = False
         elif index == flags.MSR_KVM_POLL_CONTROL:
             if value & ~1:
                 return False
@@ -118,7 +118,7 @@ class Paravirt:
             return False
         self._msrs[index] = value
         in_use = self._msrs[flags.MSR_KVM_STEAL_TIME] | self._msrs[flags.MSR_KVM_PV_EOI_EN]
-        self.active = bool(in_use & ENABLED) or self._eoi_told
+        self.active = bool(in_use & ENABLED) or self.eoi_told
         return True
 
     @property
@@ -167,13 +167,13 @@ class Paravirt:
         control = self._msrs[flags.MSR_KVM_PV_EOI_EN]
         apic = self._vcpu.apic
         if control & ENABLED and apic is not None and apic.pv_eoi_vector() is not None:
-            self._eoi_told = self._vcpu.kvm.write_gpa(control & ~3, b"\1")
+            self.eoi_told = self._vcpu.kvm.write_gpa(control & ~3, b"\1")
 
     def eoi_from_guest(self) -> None:
         """apic_sync_pv_eoi_from_guest(): if it has cleared the bit, that was its EOI."""
-        if not self._eoi_told:
+        if not self.eoi_told:
             return
-        self._eoi_told = False
+        self.eoi_told = False
         gpa = self._msrs[flags.MSR_KVM_PV_EOI_EN] & ~3
         found = self._vcpu.kvm.read_gpa(gpa, 1)
         if found is None or self._vcpu.apic is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from vmonty.kvm.soft.files import KvmFile
+from vmonty.kvm.soft.msr_table import StoredMsrs
 from vmonty.kvm.soft.pv import Paravirt
 from vmonty.kvm.soft.stats import VCPU_STATISTICS, Statistics
+from vmonty.kvm.soft.vcpu_arch import VcpuArch
 from vmonty.kvm.uapi import flags
 from vmonty.kvm.uapi.run import kvm_run
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2, kvm_segment, kvm_vcpu_events
@@ -120,7 +121,9 @@ class VcpuState(KvmFile):
         self.vcpu_id = vcpu_id
         self.stats = Statistics(VCPU_STATISTICS, f"kvm-{os.getpid()}/vcpu-{vcpu_id}")
         self.apic: Lapic | None = None
-        self.stored_msrs: dict[int, int] = {}
+        self.arch = VcpuArch(kvm.irqs.arch)
+        self.arch.set_counters(self.stats.values)
+        self.stored_msrs = StoredMsrs({})
         self.cpuid: list[kvm_cpuid_entry2] = []
         self.exception: QueuedException | None = None
         self.interrupt_injected: int | None = None
@@ -136,7 +139,6 @@ class VcpuState(KvmFile):
         self.signal_pending = False
         self.tlb_flush_requested = False
         self.triple_fault_pending = False
-        self.wake = threading.Event()
         self.pvclock: PvClock
         self.pv = Paravirt(self)
         # KVM_HC_KICK_CPU has come: the next halt, or the present one, ends.
@@ -201,5 +203,8 @@ class VcpuState(KvmFile):
 
     def kick(self) -> None:
         """kvm_vcpu_kick(): out of guest mode, or awake."""
-        self.wake.set()
-        self.vendor.kick()
+        self.arch.kick()
+
+    def request_event(self) -> None:
+        """An interrupt is in the local APIC's IRR."""
+        self.arch.request_event()

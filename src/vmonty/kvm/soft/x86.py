@@ -20,6 +20,7 @@ from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.insight import ExitRecord, Tracer
 from vmonty.kvm.soft.lapic import Lapic
 from vmonty.kvm.soft.mce import McIoctls
+from vmonty.kvm.soft.msr_table import StoredMsrs
 from vmonty.kvm.soft.msrs import STORED, MsrIoctls
 from vmonty.kvm.soft.pvclock import PvClock
 from vmonty.kvm.soft.regs import RegisterIoctls
@@ -79,7 +80,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
         super().__init__(kvm, vcpu_id)
-        self.stored_msrs = dict(STORED)
+        self.stored_msrs = StoredMsrs(STORED)
+        self.arch.set_msrs(self.stored_msrs)
         self.need_resched = False
         self.dirty_ring: DirtyRing | None = None
         self.vendor = kvm.module.ops.vcpu_create(self)
@@ -141,8 +143,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         """schedule(): wait for a wake-up, without a processor."""
         self.vcpu_put()
         try:
-            self.wake.wait()
-            self.wake.clear()
+            self.arch.wait()
         finally:
             self.vcpu_load()
 
@@ -155,7 +156,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     @answers(Requests.KVM_GET_STATS_FD)
     def get_stats_fd(self, argument: Argument) -> int:
-        return self.stats.open()
+        fd = self.stats.open()
+        self.arch.set_counters(self.stats.values)
+        return fd
 
     # ---- what the local APIC asks of its owner -------------------------------------------------------
 
@@ -180,6 +183,12 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
     def _set_tsc_offset(self, offset: int) -> None:
         self._tsc_offset = offset
         self.vendor.set_tsc_offset(offset)
+        self._tsc_changed()
+
+    def _tsc_changed(self) -> None:
+        self.arch.set_tsc(self._tsc_offset, self._tsc_ratio != TSC_UNITY)
+        if self.apic is not None:
+            self.apic.tsc_changed()
         self.pvclock.update()
 
     def tsc_deadline_to_ns(self, deadline: int) -> int:
@@ -235,6 +244,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         if self.has_run and [bytes(entry) for entry in entries] != [bytes(entry) for entry in self.cpuid]:
             raise OSError(errno.EINVAL, "CPUID is fixed once the vCPU has run")
         self.cpuid = entries
+        self.arch.set_cpuid(
+            [(leaf.function, leaf.index, leaf.flags, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) for leaf in entries]
+        )
         self.vendor.set_cpuid(self.cpuid)
         if self.apic is not None:
             features = next((entry.ecx for entry in self.cpuid if entry.function == 1), 0)
@@ -273,7 +285,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             ratio = (khz << TSC_FRACTION_BITS) // host_tsc_khz()
         self.tsc_khz, self._tsc_ratio = khz, ratio
         self.vendor.set_tsc_multiplier(self._tsc_ratio)
-        self.pvclock.update()
+        self._tsc_changed()
 
     @answers(Requests.KVM_SET_GUEST_DEBUG)
     def set_guest_debug(self, argument: Argument) -> None:
@@ -482,6 +494,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def _loop(self) -> None:
         while True:
+            self.arch.take_requests()
             # After the processor is ours: a kick that came before may have found the vCPU on none.
             if self.signal_pending or self.mask_poll:
                 self._check_signal()
@@ -655,6 +668,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         if self.pv.active:
             self.pv.record_steal_time()
             self.pv.eoi_to_guest()
+        self._allow_fast()
         if self._vapic_addr:
             self._sync_to_vapic()
             self.guest_mode(self.vendor.run)
@@ -667,6 +681,17 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             self.pv.eoi_from_guest()
         self.stats.values[EXITS] += 1
         return self.vendor.handle_exit()
+
+    def _allow_fast(self) -> None:
+        """Whether exits may be handled in fastpath.py: nothing that Python must do around each of them is going on."""
+        kvm, apic = self.kvm, self.apic
+        plain = (
+            kvm.tracer is None
+            and not (self.guest_debug or self._vapic_addr or self.nmi_pending or self.pv.eoi_told)
+            and (apic is None or not (self._has_extint(apic) or kvm.irqs.has_extint(apic)))
+            and not (self.run.request_interrupt_window and self._user_space_injects())
+        )
+        self.arch.allow_fast(plain, kvm.msr_filter is None)
 
     def _run_traced(self, tracer: Tracer) -> None:
         entered = time.monotonic_ns()

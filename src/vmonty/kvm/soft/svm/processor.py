@@ -14,6 +14,8 @@ from vmonty.cpu.context import Context
 from vmonty.cpu.cpuid import set_features
 from vmonty.cpu.vmcb import IOPM_SIZE, MSRPM_SIZE, PAGE_SIZE, Vmcb, msrpm_bit
 from vmonty.kvm.soft.cpuid import instructions
+from vmonty.kvm.soft.svm.run import enter
+from vmonty.kvm.soft.vcpu_arch import VcpuArch
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ class Processor:
     _cpu: Cpu
     _svm: SvmInstructions
 
-    def __init__(self) -> None:
+    def __init__(self, arch: VcpuArch) -> None:
+        self._arch = arch
         self._pages = Ram(MSRPM + MSRPM_SIZE, "vmonty-vmcb")
         self.vmcb = Vmcb(self._pages)
         self.iopm, self.msrpm = self._pages.address + IOPM, self._pages.address + MSRPM
@@ -86,7 +89,7 @@ class Processor:
 
     def enter(self) -> int:
         """VMLOAD, VMRUN, VMSAVE: gives the exit code."""
-        return self._svm.enter(self.vmcb.address)
+        return enter(self._svm, self.vmcb.address, self._arch)
 
     def emulate(self, resume: bool, instructions: int, devices: bool = True) -> str:
         """Execute instructions with missing memory as MMIO; see cpu.svm.Svm.emulate()."""
@@ -95,11 +98,6 @@ class Processor:
     def mmio(self) -> tuple[int, int, bool, int]:
         """The access that emulate() reported: guest-physical address, size, whether a write, data."""
         return self._svm.mmio
-
-    def kick(self) -> None:
-        """An interrupt for the physical processor; any thread. One that finds the vCPU elsewhere does no harm."""
-        if (pcpu := self.pcpu) is not None and (enabled := pcpu.virtualization) is not None:
-            enabled.svm.kick()
 
     def pass_msr_through(self, index: int, read: bool, write: bool) -> None:
         """Which accesses to an MSR don't exit."""

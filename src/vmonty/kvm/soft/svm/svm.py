@@ -66,7 +66,7 @@ class Svm(SvmExits):
     name = "svm"
 
     def __init__(self, vcpu: VcpuX86) -> None:
-        super().__init__(vcpu, Processor())
+        super().__init__(vcpu, Processor(vcpu.arch))
         self.preempt = vcpu.preempt
         mmu = vcpu.kvm.mmu
         self.shadow = MmuContext(vcpu, mmu) if isinstance(mmu, ShadowMmu) else None
@@ -370,7 +370,6 @@ class Svm(SvmExits):
         self.cpu.set_tsc_ratio(ratio >> 16)
 
     def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
-        self.leaves = {(entry.function, entry.index if entry.flags & 1 else None): entry for entry in entries}
         self.cpu.set_cpuid(entries)
 
     # ---- events ----------------------------------------------------------------------------------------
@@ -452,4 +451,4 @@ class Svm(SvmExits):
             vmcb[Field.DR6] = own
 
     def kick(self) -> None:
-        self.cpu.kick()
+        self.vcpu.arch.kick()

@@ -6,6 +6,7 @@ Source: arch/x86/kvm/vmx/vmx.c: vmx_vcpu_load_vmcs(), loaded_vmcs_clear().
 from __future__ import annotations
 
 import errno
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vmonty.base.ram import Ram
@@ -14,6 +15,8 @@ from vmonty.cpu.context import Context
 from vmonty.cpu.cpuid import set_features
 from vmonty.cpu.vmcs import REVISION, Field
 from vmonty.kvm.soft.cpuid import instructions
+from vmonty.kvm.soft.vcpu_arch import VcpuArch
+from vmonty.kvm.soft.vmx.run import enter
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
 
 if TYPE_CHECKING:
@@ -62,7 +65,8 @@ class Processor:
     _cpu: Cpu
     _vmx: VmxInstructions
 
-    def __init__(self) -> None:
+    def __init__(self, arch: VcpuArch) -> None:
+        self._arch = arch
         self._pages = Ram(2 * 4096, "vmonty-vmcs")
         self.vmcs, self.msr_bitmap = (Page(self._pages, 4096 * index) for index in range(2))
         self._pages.write_u32(0, REVISION)
@@ -88,7 +92,7 @@ class Processor:
         self.vmwrite = self._vmx.vmwrite
         self.get_gpr = self._vmx.gpr
         self.set_gpr = self._vmx.set_gpr
-        self.enter = self._vmx.run
+        self.enter = partial(enter, self._vmx, self._arch)
         self.emulate = self._vmx.emulate
         self.answer_mmio = self._vmx.answer_mmio
         self.forget_mmio = self._vmx.forget_mmio
@@ -102,11 +106,6 @@ class Processor:
         self._registers.store(self._cpu)
         self._vmx.vmclear(self.vmcs.address)
         self.pcpu = None
-
-    def kick(self) -> None:
-        """An interrupt for the physical processor; any thread. One that finds the vCPU elsewhere does no harm."""
-        if (pcpu := self.pcpu) is not None and (operation := pcpu.virtualization) is not None:
-            operation.vmx.kick()
 
     def region(self) -> bytes:
         """The VMCS's page."""

@@ -58,7 +58,7 @@ class Vmx(VmxExits):
     name = "vmx"
 
     def __init__(self, vcpu: VcpuX86, module: KvmIntel) -> None:
-        super().__init__(vcpu, Processor())
+        super().__init__(vcpu, Processor(vcpu.arch))
         self._module = module
         self._vpid = module.allocate_vpid()
         self.preempt = vcpu.preempt
@@ -411,7 +411,6 @@ class Vmx(VmxExits):
         self.cpu.vmwrite(Field.SECONDARY_VM_EXEC_CONTROL, old | scaled)
 
     def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
-        self.leaves = {(entry.function, entry.index if entry.flags & 1 else None): entry for entry in entries}
         self.cpu.set_cpuid(entries)
 
     # ---- events ----------------------------------------------------------------------------------------
@@ -483,4 +482,4 @@ class Vmx(VmxExits):
         self.cpu.vmwrite(Field.GUEST_RFLAGS, self.cpu.vmread(Field.GUEST_RFLAGS) & ~RFLAGS_TF | old & RFLAGS_TF)
 
     def kick(self) -> None:
-        self.cpu.kick()
+        self.vcpu.arch.kick()

@@ -1,0 +1,73 @@
+"""Exits that are handled while the guest stays in the processor, whichever vendor's they are."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from vmonty.cpu.state cimport CpuState
+from vmonty.kvm.soft.kvm_host cimport KvmLapic, KvmVcpuArch
+
+# What a handler says; kernel: enum exit_fastpath_completion.
+cdef enum:
+    FAST_NONE = 0            # Python must handle it
+    FAST_RESUME = 1          # done: on with the guest, whose controls are as they were
+    FAST_REENTER = 2         # done: an event waits to be delivered, or a window for it is to be opened
+
+cdef enum:
+    MSR_IA32_TSC = 0x10
+    MSR_IA32_APICBASE = 0x1B
+    MSR_UCODE_REV = 0x8B
+    MSR_TSC_DEADLINE = 0x6E0
+    X2APIC_ID = 0x802
+    X2APIC_TPR = 0x808
+    X2APIC_PPR = 0x80A
+    X2APIC_EOI = 0x80B
+    X2APIC_LDR = 0x80D
+    X2APIC_SVR = 0x80F
+    X2APIC_ISR = 0x810
+    X2APIC_IRR_LAST = 0x827
+    X2APIC_ICR = 0x830
+    X2APIC_SELF_IPI = 0x83F
+    MSR_WALL_CLOCK_NEW = 0x4B564D00
+
+# ICR. SDM, "Interrupt Command Register (ICR)".
+cdef enum:
+    ICR_MODE = 0x700
+    ICR_LOGICAL = 0x800
+    ICR_BUSY = 0x1000
+    ICR_LEVEL_TRIGGERED = 0x8000
+    ICR_SELF = 0x40000
+    ICR_SHORTHAND = 0xC0000
+
+cdef enum:
+    CR4_OSXSAVE = 0x40000
+    CPUID_OSXSAVE = 0x8000000
+    SHADOWS = 3              # STI, MOV SS
+
+# Where stats.values has what is counted here; a test compares them with stats.py.
+cdef enum:
+    COUNT_EXITS = 113
+    COUNT_IO_EXITS = 114
+    COUNT_IRQ_WINDOW_EXITS = 117
+    COUNT_HALT_EXITS = 120
+    COUNT_IRQ_EXITS = 122
+    COUNT_IRQ_INJECTIONS = 128
+
+cdef int fastpath_cpuid(KvmVcpuArch *a, CpuState *s) noexcept nogil
+cdef int fastpath_rdmsr(KvmVcpuArch *a, CpuState *s) noexcept nogil
+cdef int fastpath_wrmsr(KvmVcpuArch *a, CpuState *s) noexcept nogil
+cdef int fastpath_halt(KvmVcpuArch *a, CpuState *s) noexcept nogil
+cdef int fastpath_external_interrupt(KvmVcpuArch *a, CpuState *s) noexcept nogil
+# Whether an interrupt waits that the guest does not know of yet. window: it exits anyway when it takes interrupts.
+cdef int fastpath_events(KvmVcpuArch *a, bint window) noexcept nogil
+cdef void skip_emulated_instruction(CpuState *s) noexcept nogil
+
+cdef inline bint interrupts_open(CpuState *s) noexcept nogil:
+    """kvm_arch_interrupt_allowed()."""
+    return (s.rflags & 0x200) != 0 and (s.interruptibility & SHADOWS) == 0
+
+cdef bint _read_msr(KvmVcpuArch *a, uint32_t index, uint64_t *value) noexcept nogil
+cdef bint _write_msr(KvmVcpuArch *a, uint32_t index, uint64_t value) noexcept nogil
+cdef bint _write_deadline(KvmVcpuArch *a, uint64_t value) noexcept nogil
+cdef bint _timer_is_plain(KvmLapic *l) noexcept nogil
+cdef void _timer_fires(KvmLapic *l) noexcept nogil
+cdef bint _send_ipi(KvmVcpuArch *a, uint64_t icr) noexcept nogil
+cdef void _deliver(KvmVcpuArch *a, KvmLapic *target, uint32_t vector) noexcept nogil

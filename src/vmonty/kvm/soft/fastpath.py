@@ -1,0 +1,261 @@
+"""Exits that are handled while the guest stays in the processor: no GIL, and neither VMCS nor VMCB is written.
+
+As in the kernel's handle_fastpath_set_msr_irqoff() and its like, but for more exits, since what costs here is Python.
+Whatever is not plain, FAST_NONE leaves to the Python side, which handles everything: nothing may have changed then.
+"""
+
+from __future__ import annotations
+
+import cython
+from cython.cimports.vmonty.cpu.control import host_tsc
+from cython.cimports.vmonty.cpu.state import RAX, RBX, RCX, RDX
+from cython.cimports.vmonty.kvm.soft.kvm_host import (
+    APIC_LIMIT,
+    REQUEST_EVENT,
+    REQUEST_HOST,
+    SEQUENTIAL,
+    KvmArch,
+    MsrSlot,
+    load64,
+    store64,
+)
+from cython.cimports.vmonty.kvm.soft.lapic_regs import (
+    DELIVERY_MODE,
+    LVT_MASKED,
+    SVR_ENABLED,
+    WORD_LVTT,
+    WORD_SVR,
+    WORD_TPR,
+    apic_enabled,
+    apic_eoi_is_told,
+    apic_set_eoi,
+    apic_take_deadline,
+    apic_x2apic_mode,
+    kvm_apic_has_interrupt,
+    kvm_apic_ppr,
+    kvm_lapic_set_irr,
+)
+from cython.cimports.vmonty.kvm.soft.msr_table import stored_msr
+from cython.cimports.vmonty.kvm.soft.vcpu_arch import kvm_cpuid, kvm_take_requests, kvm_vcpu_kick
+
+
+def skip_emulated_instruction(s):
+    """The one that exited is done, and so is an interrupt shadow."""
+    s.rip += s.exit.instruction_length
+    s.interruptibility &= ~cython.cast(uint32_t, SHADOWS)
+
+
+def fastpath_cpuid(a, s):
+    """kvm_emulate_cpuid()."""
+    out: uint32_t[4]
+    function: uint32_t = cython.cast(uint32_t, s.gpr[RAX])
+    kvm_cpuid(a, function, cython.cast(uint32_t, s.gpr[RCX]), cython.address(out[0]))
+    if function == 1:
+        out[2] &= ~cython.cast(uint32_t, CPUID_OSXSAVE)
+        if s.cr4 & CR4_OSXSAVE:
+            out[2] |= CPUID_OSXSAVE
+    s.gpr[RAX] = out[0]
+    s.gpr[RBX] = out[1]
+    s.gpr[RCX] = out[2]
+    s.gpr[RDX] = out[3]
+    skip_emulated_instruction(s)
+    return FAST_RESUME
+
+
+# ---- MSRs --------------------------------------------------------------------------------------------------------
+
+
+def _read_msr(a, index, value):
+    """False for MSRs that Python knows, or nobody."""
+    l: cython.pointer(KvmLapic) = a.apic
+    slot: cython.pointer(MsrSlot)
+    if index == MSR_IA32_TSC:
+        if a.tsc_scaled:
+            return False
+        value[0] = host_tsc() + a.tsc_offset
+        return True
+    if l != cython.NULL:
+        if index == MSR_IA32_APICBASE:
+            value[0] = l.apic_base
+            return True
+        if index == MSR_TSC_DEADLINE:
+            value[0] = l.tsc_deadline if apic_enabled(l) and l.deadline_mode else 0
+            return True
+        if (index >> 8) == 8:
+            if not apic_x2apic_mode(l):
+                return False
+            if index == X2APIC_PPR:
+                value[0] = kvm_apic_ppr(l)
+            elif index in (X2APIC_ID, X2APIC_TPR, X2APIC_LDR, X2APIC_SVR) or X2APIC_ISR <= index <= X2APIC_IRR_LAST:
+                value[0] = l.regs[(index & 0xFF) << 2]
+            else:
+                return False
+            return True
+    slot = stored_msr(a.msrs, index)
+    if slot == cython.NULL:
+        return False
+    value[0] = slot.value
+    return True
+
+
+def fastpath_rdmsr(a, s):
+    """kvm_emulate_rdmsr()."""
+    value: uint64_t = 0
+    if not a.fast_msrs or not _read_msr(a, cython.cast(uint32_t, s.gpr[RCX]), cython.address(value)):
+        return FAST_NONE
+    s.gpr[RAX] = cython.cast(uint32_t, value)
+    s.gpr[RDX] = value >> 32
+    skip_emulated_instruction(s)
+    return FAST_RESUME
+
+
+def _timer_is_plain(l):
+    """Whether all that happens when the timer fires is an interrupt, or nothing."""
+    entry: uint32_t = l.regs[WORD_LVTT]
+    if entry & LVT_MASKED:
+        return True
+    return (entry & DELIVERY_MODE) == 0 and (entry & 0xFF) >= 16 and (l.regs[WORD_SVR] & SVR_ENABLED) != 0
+
+
+def _timer_fires(l):
+    """apic_timer_expired(), of one that is plain."""
+    if (l.regs[WORD_LVTT] & LVT_MASKED) == 0:
+        kvm_lapic_set_irr(l, l.regs[WORD_LVTT] & 0xFF, False)
+
+
+def _write_deadline(a, value):
+    """kvm_set_lapic_tscdeadline_msr(), unless the host's timer must be set to an earlier time."""
+    l: cython.pointer(KvmLapic) = a.apic
+    armed: uint64_t
+    if not apic_enabled(l) or not l.deadline_mode:
+        return True  # ignored
+    if a.tsc_scaled or not _timer_is_plain(l):
+        return False
+    if value and value <= host_tsc() + a.tsc_offset:
+        store64(cython.address(l.tsc_deadline), 0, SEQUENTIAL)
+        _timer_fires(l)
+        return True
+    store64(cython.address(l.tsc_deadline), value, SEQUENTIAL)
+    armed = load64(cython.address(l.armed_tsc), SEQUENTIAL)
+    return value == 0 or (armed != 0 and armed <= value)
+
+
+def _deliver(a, target, vector):
+    """kvm_apic_set_irq() of an edge. What is off drops it."""
+    if not apic_enabled(target) or (target.regs[WORD_SVR] & SVR_ENABLED) == 0:
+        return
+    kvm_lapic_set_irr(target, vector, False)
+    if target.vcpu != a:
+        kvm_vcpu_kick(target.vcpu, REQUEST_EVENT)
+
+
+def _send_ipi(a, icr):
+    """kvm_irq_delivery_to_apic_fast(): fixed interrupts to one APIC, or to some of a cluster, all in x2APIC mode."""
+    k: cython.pointer(KvmArch) = a.kvm
+    destination: uint32_t = cython.cast(uint32_t, icr >> 32)
+    vector: uint32_t = icr & 0xFF
+    number: uint32_t
+    bits: uint32_t
+    if icr & (ICR_MODE | ICR_LEVEL_TRIGGERED) or vector < 16:
+        return False
+    if (icr & ICR_SHORTHAND) == ICR_SELF:
+        _deliver(a, a.apic, vector)
+        return True
+    if icr & ICR_SHORTHAND or k.apics == 0 or k.apics != k.x2apics:
+        return False
+    # All ones are a broadcast, and so may be 255.
+    if destination == cython.cast(uint32_t, 0xFFFFFFFF) or destination == 0xFF:
+        return False
+    if (icr & ICR_LOGICAL) == 0:
+        if destination < APIC_LIMIT and k.apic_map[destination] != cython.NULL:
+            _deliver(a, k.apic_map[destination], vector)
+        return True
+    # SDM, "Logical Destination Mode in x2APIC Mode": a cluster of sixteen, a bit for each.
+    bits = destination & 0xFFFF
+    number = destination >> 16 << 4
+    while bits and number < APIC_LIMIT:
+        if bits & 1 and k.apic_map[number] != cython.NULL:
+            _deliver(a, k.apic_map[number], vector)
+        bits >>= 1
+        number += 1
+    return True
+
+
+def _write_msr(a, index, value):
+    """False for MSRs that Python knows, and for values that nobody takes."""
+    l: cython.pointer(KvmLapic) = a.apic
+    slot: cython.pointer(MsrSlot)
+    if l != cython.NULL:
+        if index == MSR_TSC_DEADLINE:
+            return _write_deadline(a, value)
+        if (index >> 8) == 8:
+            if not apic_x2apic_mode(l):
+                return False
+            if index == X2APIC_ICR:
+                # Bits 63 to 32 are the destination; of the rest what is reserved faults.
+                if value & cython.cast(uint64_t, 0xFFF32000) or not _send_ipi(a, value):
+                    return False
+                l.icr = value & ~cython.cast(uint64_t, ICR_BUSY)
+                return True
+            if value >> 32:
+                return False
+            if index == X2APIC_EOI:
+                if apic_eoi_is_told(l):
+                    return False
+                apic_set_eoi(l)
+                return True
+            if index == X2APIC_TPR:
+                l.regs[WORD_TPR] = value & 0xFF
+                return True
+            return index == X2APIC_SELF_IPI and (value >> 8) == 0 and _send_ipi(a, ICR_SELF | value)
+    if index in (MSR_UCODE_REV, MSR_WALL_CLOCK_NEW):
+        return False
+    slot = stored_msr(a.msrs, index)
+    if slot == cython.NULL:
+        return False
+    slot.value = value
+    return True
+
+
+def fastpath_wrmsr(a, s):
+    """kvm_emulate_wrmsr()."""
+    value: uint64_t = cython.cast(uint32_t, s.gpr[RAX]) | (s.gpr[RDX] << 32)
+    if not a.fast_msrs or not _write_msr(a, cython.cast(uint32_t, s.gpr[RCX]), value):
+        return FAST_NONE
+    skip_emulated_instruction(s)
+    return FAST_RESUME
+
+
+# ---- interrupts --------------------------------------------------------------------------------------------------
+
+
+def fastpath_halt(a, s):
+    """kvm_emulate_halt(), when what ends the halt is there already."""
+    if a.apic == cython.NULL or (s.rflags & 0x200) == 0 or kvm_apic_has_interrupt(a.apic) < 0:
+        return FAST_NONE
+    a.counters[COUNT_HALT_EXITS] += 1
+    skip_emulated_instruction(s)
+    return FAST_RESUME
+
+
+def fastpath_external_interrupt(a, s):
+    """A kick: to look for interrupts, or something for Python, such as host memory that was gone."""
+    s.interrupt_line = 0
+    if a.requests & REQUEST_HOST or s.lost_memory:
+        return FAST_NONE
+    kvm_take_requests(a, REQUEST_EVENT)
+    a.counters[COUNT_IRQ_EXITS] += 1
+    return FAST_RESUME
+
+
+def fastpath_events(a, window):
+    """kvm_check_and_inject_events(), as far as it can be told without leaving the guest."""
+    l: cython.pointer(KvmLapic) = a.apic
+    if l == cython.NULL:
+        return FAST_RESUME
+    if l.tsc_deadline and not a.tsc_scaled and _timer_is_plain(l):
+        if apic_take_deadline(l, host_tsc() + a.tsc_offset):
+            _timer_fires(l)
+    if window or kvm_apic_has_interrupt(l) < 0:
+        return FAST_RESUME
+    return FAST_REENTER

@@ -1,0 +1,100 @@
+"""What compiled code knows of a VM, its vCPUs and their local APICs: struct kvm_vcpu_arch and its like.
+
+Exits that need no Python are handled from here, without the GIL. Who writes a field stands beside it; "vCPU" means
+its own thread, inside an ioctl. Everything else that other threads may touch is atomic or guarded by the lock.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from vmonty.cpu.state cimport CpuState
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes)
+    int pthread_mutex_destroy(pthread_mutex_t *mutex)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+    int pthread_cond_init(pthread_cond_t *condition, void *attributes)
+    int pthread_cond_destroy(pthread_cond_t *condition)
+    int pthread_cond_signal(pthread_cond_t *condition)
+    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex)
+
+cdef extern from * nogil:
+    uint32_t fetch_or32 "__sync_fetch_and_or" (uint32_t *place, uint32_t bits) noexcept
+    uint32_t fetch_and32 "__sync_fetch_and_and" (uint32_t *place, uint32_t bits) noexcept
+    uint32_t load32 "__atomic_load_n" (uint32_t *place, int order) noexcept
+    uint64_t load64 "__atomic_load_n" (uint64_t *place, int order) noexcept
+    void store64 "__atomic_store_n" (uint64_t *place, uint64_t value, int order) noexcept
+    bint swap64 "__sync_bool_compare_and_swap" (uint64_t *place, uint64_t old, uint64_t new) noexcept
+
+cdef enum:
+    SEQUENTIAL = 5
+
+# KvmVcpuArch.requests
+cdef enum:
+    REQUEST_EVENT = 1        # KVM_REQ_EVENT: look whether an interrupt can be delivered
+    REQUEST_HOST = 2         # anything else, which the Python side looks for: signals, flushes, NMIs, the scheduler
+
+cdef enum:
+    APIC_WORDS = 256         # the first KiB of the register page; nothing lies behind it
+    APIC_LIMIT = 4096        # KVM_MAX_VCPU_IDS
+    MSR_SLOTS = 1024         # open addressing; a power of two, more than twice as many as MSRs that are stored
+
+cdef struct CpuidEntry:
+    uint32_t function
+    uint32_t index
+    uint32_t significant     # the index counts
+    uint32_t eax
+    uint32_t ebx
+    uint32_t ecx
+    uint32_t edx
+
+cdef struct MsrSlot:
+    uint32_t index
+    uint32_t used
+    uint64_t value
+
+
+cdef struct KvmLapic:
+    uint32_t regs[256]       # the register at offset n is word n / 4; IRR, TMR: atomic, any thread; ISR: vCPU
+    uint64_t icr             # in x2APIC mode one register of 64 bits. vCPU
+    uint64_t apic_base       # chip lock
+    # IA32_TSC_DEADLINE, 0 when disarmed, and the guest's TSC when the host's timer looks next, 0 for never. The vCPU
+    # writes the first, then reads the second; the timer the other way round: so one of them sees the other's word.
+    uint64_t tsc_deadline
+    uint64_t armed_tsc
+    uint32_t deadline_mode   # LVTT is in TSC-deadline mode. vCPU
+    uint32_t vcpu_id
+    KvmVcpuArch *vcpu        # NULL: a chip without a compiled vCPU (tests)
+    KvmArch *kvm
+
+
+cdef struct KvmVcpuArch:
+    pthread_mutex_t lock
+    pthread_cond_t wait_queue
+    CpuState *running        # the processor, while the guest runs there. Lock
+    uint32_t woken           # a wake-up that nobody has slept for yet. Lock
+    uint32_t waiting         # Lock
+    uint32_t requests        # Lock to write
+    uint32_t fast            # exits may be handled without Python. vCPU
+    uint32_t fast_msrs       # also those of MSRs: no filter is set. vCPU
+    uint32_t tsc_scaled      # the guest's TSC is not the host's plus tsc_offset. vCPU
+    uint32_t cpuid_count
+    uint64_t tsc_offset
+    uint64_t *counters       # stats.values. vCPU
+    CpuidEntry *cpuid
+    KvmLapic *apic           # NULL: user space has it
+    KvmArch *kvm
+    uint8_t *run             # struct kvm_run
+    MsrSlot *msrs            # MSR_SLOTS of them
+
+
+cdef struct KvmArch:
+    # Vectors of which the I/O APIC or user space may want to hear the EOI; once set they stay. Chip lock to write
+    uint32_t eoi_vectors[8]
+    uint32_t apics           # how many there are, and how many of them are in x2APIC mode. Chip lock to write
+    uint32_t x2apics
+    KvmLapic **apic_map      # by vCPU id, APIC_LIMIT of them; never taken back

@@ -1,0 +1,247 @@
+"""The local APIC's registers, and what is done with them on every interrupt.
+
+In C, so that a vCPU, and those that send it interrupts, need neither the GIL nor a lock: IRR and TMR change by atomic
+operations, ISR and TPR on the vCPU's thread only. What happens rarely is in lapic.py, and uses these.
+"""
+
+from __future__ import annotations
+
+import cython
+from cython.cimports.libc.string import memset
+from cython.cimports.vmonty.kvm.soft.kvm_host import (
+    SEQUENTIAL,
+    fetch_and32,
+    fetch_or32,
+    load32,
+    load64,
+    store64,
+    swap64,
+)
+
+
+def apic_find_highest(l, word):
+    """apic_find_highest_vector()."""
+    k: cython.int
+    bits: uint32_t
+    for k in range(7, -1, -1):
+        bits = load32(cython.address(l.regs[word + 4 * k]), SEQUENTIAL)
+        if bits:
+            return 32 * k + 31 - leading_zeros(bits)
+    return -1
+
+
+def kvm_apic_ppr(l):
+    """The processor priority. SDM, "Task and Processor Priorities"."""
+    in_service: cython.int = apic_find_highest(l, WORD_ISR)
+    tpr: uint32_t = l.regs[WORD_TPR] & 0xFF
+    if in_service < 0 or (tpr & 0xF0) >= cython.cast(uint32_t, in_service & 0xF0):
+        return tpr
+    return in_service & 0xF0
+
+
+def kvm_apic_has_interrupt(l):
+    """Of what is pending the highest, if its class is above the processor priority."""
+    vector: cython.int = apic_find_highest(l, WORD_IRR)
+    if vector < 0 or not apic_enabled(l):
+        return -1
+    return vector if cython.cast(uint32_t, vector & 0xF0) > (kvm_apic_ppr(l) & 0xF0) else -1
+
+
+def kvm_get_apic_interrupt(l):
+    """The vCPU's thread."""
+    vector: cython.int = kvm_apic_has_interrupt(l)
+    bit: uint32_t
+    if vector >= 0:
+        bit = cython.cast(uint32_t, 1) << (vector & 31)
+        fetch_and32(cython.address(l.regs[WORD_IRR + 4 * (vector >> 5)]), ~bit)
+        fetch_or32(cython.address(l.regs[WORD_ISR + 4 * (vector >> 5)]), bit)
+    return vector
+
+
+def kvm_lapic_set_irr(l, vector, level_triggered):
+    """First how it was triggered, then that it is pending."""
+    word: uint32_t = 4 * (vector >> 5)
+    bit: uint32_t = cython.cast(uint32_t, 1) << (vector & 31)
+    if level_triggered:
+        fetch_or32(cython.address(l.regs[WORD_TMR + word]), bit)
+    else:
+        fetch_and32(cython.address(l.regs[WORD_TMR + word]), ~bit)
+    fetch_or32(cython.address(l.regs[WORD_IRR + word]), bit)
+
+
+def apic_set_eoi(l):
+    """The vCPU's thread."""
+    vector: cython.int = apic_find_highest(l, WORD_ISR)
+    if vector >= 0:
+        fetch_and32(cython.address(l.regs[WORD_ISR + 4 * (vector >> 5)]), ~(cython.cast(uint32_t, 1) << (vector & 31)))
+    return vector
+
+
+def apic_eoi_is_told(l):
+    """kvm_ioapic_handles_vector(), as far as it can be told without asking."""
+    vector: cython.int = apic_find_highest(l, WORD_ISR)
+    told: uint32_t
+    if vector < 0:
+        return False
+    told = l.regs[WORD_TMR + 4 * (vector >> 5)] | l.kvm.eoi_vectors[vector >> 5]
+    return (told >> (vector & 31)) & 1
+
+
+def apic_take_deadline(l, tsc):
+    """Whether the deadline has come by *tsc*; then it is disarmed, and the caller, only, lets the timer fire."""
+    deadline: uint64_t = load64(cython.address(l.tsc_deadline), SEQUENTIAL)
+    return deadline != 0 and deadline <= tsc and swap64(cython.address(l.tsc_deadline), deadline, 0)
+
+
+@cython.cclass
+class LapicRegs:
+    """The registers of one APIC by their offsets; sets of vectors as integers with a bit each.
+
+    *vcpu*: whose they are; one that has none (a test's) is no target of fast IPIs.
+    """
+
+    def __cinit__(self, vcpu_id: cython.uint, vm: VmArch, vcpu: VcpuArch = None):
+        memset(cython.address(self.l), 0, cython.sizeof(KvmLapic))
+        self.l.vcpu_id = vcpu_id
+        self._vm = vm
+        self._vcpu = vcpu
+        self.l.kvm = cython.address(vm.k)
+        if vcpu is not None:
+            self.l.vcpu = cython.address(vcpu.a)
+            vcpu.a.apic = cython.address(self.l)
+            vcpu._apic = self
+            vm.add_apic(cython.address(self.l), self)
+
+    def __getitem__(self, offset: cython.uint) -> int:
+        if offset >= 0x400:
+            raise IndexError(f"no APIC register at {offset:#x}")
+        return self.l.regs[offset >> 2]
+
+    def __setitem__(self, offset: cython.uint, value: cython.uint) -> None:
+        if offset >= 0x400:
+            raise IndexError(f"no APIC register at {offset:#x}")
+        self.l.regs[offset >> 2] = value
+
+    def _vectors(self, word):
+        value: object = 0
+        part: object
+        for k in range(7, -1, -1):
+            part = load32(cython.address(self.l.regs[word + 4 * k]), SEQUENTIAL)
+            value = value << 32 | part
+        return value
+
+    def _set_vectors(self, word, value):
+        for k in range(8):
+            self.l.regs[word + 4 * k] = value >> 32 * k & 0xFFFFFFFF
+        return 0
+
+    @property
+    def irr(self) -> int:
+        """What is pending."""
+        return self._vectors(WORD_IRR)
+
+    @irr.setter
+    def irr(self, value: object) -> None:
+        self._set_vectors(WORD_IRR, value)
+
+    @property
+    def isr(self) -> int:
+        """What is in service."""
+        return self._vectors(WORD_ISR)
+
+    @isr.setter
+    def isr(self, value: object) -> None:
+        self._set_vectors(WORD_ISR, value)
+
+    @property
+    def tmr(self) -> int:
+        """What came level-triggered."""
+        return self._vectors(WORD_TMR)
+
+    @tmr.setter
+    def tmr(self, value: object) -> None:
+        self._set_vectors(WORD_TMR, value)
+
+    @property
+    def icr64(self) -> int:
+        """The interrupt command register of x2APIC mode."""
+        return self.l.icr
+
+    @icr64.setter
+    def icr64(self, value: cython.ulonglong) -> None:
+        self.l.icr = value
+
+    @property
+    def apic_base(self) -> int:
+        """IA32_APIC_BASE."""
+        return self.l.apic_base
+
+    @apic_base.setter
+    def apic_base(self, value: cython.ulonglong) -> None:
+        self.l.apic_base = value
+
+    @property
+    def tsc_deadline(self) -> int:
+        """IA32_TSC_DEADLINE."""
+        return self.l.tsc_deadline
+
+    @tsc_deadline.setter
+    def tsc_deadline(self, value: cython.ulonglong) -> None:
+        store64(cython.address(self.l.tsc_deadline), value, SEQUENTIAL)
+
+    def take_deadline(self, tsc: cython.ulonglong) -> bool:
+        """Whether it has come by *tsc*; then it is disarmed, and the caller lets the timer fire."""
+        return apic_take_deadline(cython.address(self.l), tsc)
+
+    @property
+    def armed_tsc(self) -> int:
+        """When the host's timer looks at the deadline; 0: never."""
+        return self.l.armed_tsc
+
+    @armed_tsc.setter
+    def armed_tsc(self, value: cython.ulonglong) -> None:
+        store64(cython.address(self.l.armed_tsc), value, SEQUENTIAL)
+
+    @property
+    def deadline_mode(self) -> bool:
+        """Whether LVTT is in TSC-deadline mode."""
+        return self.l.deadline_mode != 0
+
+    @deadline_mode.setter
+    def deadline_mode(self, value: cython.bint) -> None:
+        self.l.deadline_mode = value
+
+    @property
+    def ppr(self) -> int:
+        """The processor priority."""
+        return kvm_apic_ppr(cython.address(self.l))
+
+    @property
+    def highest_isr(self) -> int:
+        """The highest vector in service, -1 for none."""
+        return apic_find_highest(cython.address(self.l), WORD_ISR)
+
+    def has_interrupt(self) -> int:
+        """The vector that can be delivered now, or -1."""
+        return kvm_apic_has_interrupt(cython.address(self.l))
+
+    def get_interrupt(self) -> int:
+        """Acknowledge it."""
+        return kvm_get_apic_interrupt(cython.address(self.l))
+
+    def set_irr(self, vector: cython.uint, level_triggered: cython.bint) -> None:
+        """*vector* becomes pending. Any thread, which kicks the vCPU then."""
+        kvm_lapic_set_irr(cython.address(self.l), vector & 0xFF, level_triggered)
+
+    def is_pending(self, vector: cython.uint) -> bool:
+        """Whether *vector* is pending or in service."""
+        word: uint32_t = 4 * ((vector & 0xFF) >> 5)
+        return ((self.l.regs[WORD_IRR + word] | self.l.regs[WORD_ISR + word]) >> (vector & 31)) & 1 != 0
+
+    def is_level_triggered(self, vector: cython.uint) -> bool:
+        """Whether *vector* came level-triggered."""
+        return (self.l.regs[WORD_TMR + 4 * ((vector & 0xFF) >> 5)] >> (vector & 31)) & 1 != 0
+
+    def set_eoi(self) -> int:
+        """End the highest vector in service, and give it; -1 for none. The caller tells whoever must hear of it."""
+        return apic_set_eoi(cython.address(self.l))

@@ -1,0 +1,147 @@
+"""svm_vcpu_run(): the loop around VMRUN that handles, without the GIL, the exits which need no Python.
+
+As vmx/run.py: what changed only registers goes on in the processor; for an event or a window the VMCB is written.
+"""
+
+from __future__ import annotations
+
+import cython
+from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM
+from cython.cimports.vmonty.cpu.svm import Svm, svm_run_guest
+from cython.cimports.vmonty.cpu.svm_entry import enter_svm_guest, leave_svm_guest, load_state, save_state
+from cython.cimports.vmonty.cpu.svm_exit import svm_of
+from cython.cimports.vmonty.cpu.vmcb import (
+    SVM_CPUID,
+    SVM_HLT,
+    SVM_INTR,
+    SVM_MSR,
+    SVM_VINTR,
+    VMCB_EVENTINJ,
+    VMCB_EXITCODE,
+    VMCB_EXITINFO1,
+    VMCB_EXITINTINFO,
+    VMCB_INT_CTL,
+    VMCB_INT_STATE,
+    VMCB_INTERCEPT_CR,
+    VMCB_RFLAGS,
+    get32,
+    get64,
+    put32,
+    put64,
+)
+from cython.cimports.vmonty.kvm.soft.fastpath import (
+    COUNT_EXITS,
+    COUNT_IRQ_INJECTIONS,
+    COUNT_IRQ_WINDOW_EXITS,
+    FAST_NONE,
+    FAST_REENTER,
+    FAST_RESUME,
+    fastpath_cpuid,
+    fastpath_events,
+    fastpath_external_interrupt,
+    fastpath_halt,
+    fastpath_rdmsr,
+    fastpath_wrmsr,
+)
+from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt, kvm_get_apic_interrupt
+from cython.cimports.vmonty.kvm.soft.vcpu_arch import VcpuArch, kvm_enter_guest_mode, kvm_leave_guest_mode
+
+
+def svm_exit_handlers_fastpath(a, s, v):
+    """FAST_*; the guest is still in the processor."""
+    code: uint64_t = get64(v.vmcb, VMCB_EXITCODE)
+    done: cython.int = FAST_NONE
+    if (get64(v.vmcb, VMCB_EXITINTINFO) >> 31) & 1:
+        return FAST_NONE
+    if code == SVM_CPUID:
+        done = fastpath_cpuid(a, s)
+    elif code == SVM_MSR:
+        if get64(v.vmcb, VMCB_EXITINFO1) & 1:
+            done = fastpath_wrmsr(a, s)
+        else:
+            done = fastpath_rdmsr(a, s)
+    elif code == SVM_INTR:
+        done = fastpath_external_interrupt(a, s)
+    elif code == SVM_HLT:
+        done = fastpath_halt(a, s)
+    elif code == SVM_VINTR:
+        a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
+        a.counters[COUNT_EXITS] += 1
+        return FAST_REENTER
+    if done == FAST_NONE:
+        return FAST_NONE
+    a.counters[COUNT_EXITS] += 1
+    return fastpath_events(a, (v.int_ctl & V_IRQ) != 0)
+
+
+def _window(m, on):
+    """svm_enable_irq_window(): a virtual interrupt of the highest priority, which exits when it would be taken."""
+    at: uint32_t = VMCB_INTERCEPT_CR + 4 * (SVM_VINTR >> 5)
+    bit: uint32_t = cython.cast(uint32_t, 1) << (SVM_VINTR & 31)
+    bits: uint32_t = V_IRQ | V_PRIO_MASK | V_IGN_TPR
+    if on:
+        put32(m, VMCB_INT_CTL, get32(m, VMCB_INT_CTL) | bits)
+        put32(m, at, get32(m, at) | bit)
+    else:
+        put32(m, VMCB_INT_CTL, get32(m, VMCB_INT_CTL) & ~bits)
+        put32(m, at, get32(m, at) & ~bit)
+
+
+def _inject_pending_event(a, m):
+    """The local APIC's interrupt, or a window for it."""
+    if a.apic == cython.NULL or kvm_apic_has_interrupt(a.apic) < 0:
+        _window(m, False)
+    elif (get64(m, VMCB_RFLAGS) & 0x200) == 0 or get64(m, VMCB_INT_STATE) & 1:
+        _window(m, True)
+    else:
+        _window(m, False)
+        put64(
+            m,
+            VMCB_EVENTINJ,
+            cython.cast(uint64_t, 0x80000000) | cython.cast(uint32_t, kvm_get_apic_interrupt(a.apic)),
+        )
+        a.counters[COUNT_IRQ_INJECTIONS] += 1
+
+
+def svm_vcpu_run(a, s, vmcb):
+    """Until an exit that Python must handle; EXIT_VM, or EXIT_* when the processor stopped without one."""
+    v: cython.pointer(SvmState) = svm_of(s)
+    m: cython.pointer(uint8_t) = cython.cast(cython.pointer(uint8_t), vmcb)
+    reason: cython.int = EXIT_VM
+    done: cython.int
+    kvm_enter_guest_mode(a, s)
+    load_state(s, m)
+    while True:
+        v.vmcb = m
+        v.vmcb_pointer = vmcb
+        v.guest_code = 0
+        if not enter_svm_guest(s):
+            break
+        if s.exit.reason == EXIT_VM:
+            leave_svm_guest(s)
+            break
+        while True:
+            reason = svm_run_guest(s)
+            done = FAST_NONE
+            if reason == EXIT_VM and a.fast:
+                done = svm_exit_handlers_fastpath(a, s, v)
+            if done != FAST_RESUME:
+                break
+            s.exit.reason = EXIT_NONE
+        leave_svm_guest(s)
+        if done == FAST_NONE:
+            break
+        _inject_pending_event(a, m)
+    save_state(s, m)
+    kvm_leave_guest_mode(a)
+    return reason
+
+
+def enter(svm: Svm, vmcb: cython.ulonglong, arch: VcpuArch) -> int:
+    """VMLOAD, VMRUN and VMSAVE, until an exit for Python; see cpu.svm.Svm.enter(). The GIL is released."""
+    reason: cython.int
+    if vmcb == 0 or vmcb & 0xFFF:
+        raise ValueError(f"VMRUN takes the address of a page, not {vmcb:#x}: it would raise #GP")
+    with cython.nogil:
+        reason = svm_vcpu_run(cython.address(arch.a), svm.s, vmcb)
+    return svm.outcome(reason)

@@ -1,0 +1,237 @@
+"""A vCPU as compiled code and other threads see it: kicks, requests, sleep; its CPUID table.
+
+Fenced: it holds raw pointers to the statistics, to kvm_run and to the local APIC. That is safe because the object
+behind each is kept in the attribute beside it, and an APIC, once in a VM's map, lives as long as the map.
+"""
+
+from __future__ import annotations
+
+import cython
+from cython.cimports.libc.stdlib import calloc, free, realloc
+from cython.cimports.libc.string import memset
+from cython.cimports.vmonty.kvm.soft.kvm_host import (
+    APIC_LIMIT,
+    REQUEST_EVENT,
+    REQUEST_HOST,
+    CpuidEntry,
+    load32,
+    pthread_cond_destroy,
+    pthread_cond_init,
+    pthread_cond_signal,
+    pthread_cond_wait,
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+)
+
+KVM_CPUID_FLAG_SIGNIFICANT_INDEX = 1
+
+
+def kvm_vcpu_kick(a, requests):
+    """Any thread, with or without the GIL."""
+    pthread_mutex_lock(cython.address(a.lock))
+    a.requests |= requests
+    a.woken = 1
+    if a.running != cython.NULL:
+        a.running.interrupt_line = 1
+        a.running.run = 0
+    if a.waiting:
+        pthread_cond_signal(cython.address(a.wait_queue))
+    pthread_mutex_unlock(cython.address(a.lock))
+
+
+def kvm_enter_guest_mode(a, s):
+    """vcpu->mode = IN_GUEST_MODE. What was asked for before makes the guest leave at once."""
+    pthread_mutex_lock(cython.address(a.lock))
+    a.running = s
+    s.interrupt_line = 1 if a.requests else 0
+    if a.requests:
+        s.run = 0
+    pthread_mutex_unlock(cython.address(a.lock))
+
+
+def kvm_leave_guest_mode(a):
+    """vcpu->mode = OUTSIDE_GUEST_MODE: nobody touches the processor any more."""
+    pthread_mutex_lock(cython.address(a.lock))
+    a.running = cython.NULL
+    pthread_mutex_unlock(cython.address(a.lock))
+
+
+def kvm_take_requests(a, which):
+    """kvm_check_request() of several."""
+    taken: uint32_t
+    if (load32(cython.address(a.requests), 5) & which) == 0:
+        return 0
+    pthread_mutex_lock(cython.address(a.lock))
+    taken = a.requests & which
+    a.requests &= ~which
+    pthread_mutex_unlock(cython.address(a.lock))
+    return taken
+
+
+def _find_cpuid(a, function, index):
+    """An entry with this index, else one for all; of equal ones the last."""
+    k: cython.int
+    found: cython.int = -1
+    for k in range(cython.cast(cython.int, a.cpuid_count)):
+        if a.cpuid[k].function == function:
+            if not a.cpuid[k].significant:
+                if found < 0 or not a.cpuid[found].significant:
+                    found = k
+            elif a.cpuid[k].index == index:
+                found = k
+    return found
+
+
+def kvm_cpuid(a, function, index, out):
+    """The guest's leaf; beyond the highest one, as Intel does, the highest basic leaf."""
+    k: cython.int
+    highest: uint32_t = 0
+    found: cython.int = _find_cpuid(a, function, index)
+    out[0] = out[1] = out[2] = out[3] = 0
+    if found < 0 and (function >> 31) == 0:
+        for k in range(cython.cast(cython.int, a.cpuid_count)):
+            if (a.cpuid[k].function >> 31) == 0 and (a.cpuid[k].function >> 16) != 0x4000:
+                highest = max(highest, a.cpuid[k].function)
+        if function > highest:
+            found = _find_cpuid(a, highest, index)
+    if found < 0:
+        if function == 0xB or function == 0x1F:
+            out[2] = index & 0xFF
+        return
+    out[0] = a.cpuid[found].eax
+    out[1] = a.cpuid[found].ebx
+    out[2] = a.cpuid[found].ecx
+    out[3] = a.cpuid[found].edx
+
+
+@cython.cclass
+class VmArch:
+    """What the vCPUs of a VM share: who hears of EOIs, and where an IPI goes."""
+
+    def __cinit__(self):
+        memset(cython.address(self.k), 0, cython.sizeof(KvmArch))
+        self._apics = []
+        self.k.apic_map = cython.cast(
+            cython.pointer(cython.pointer(KvmLapic)), calloc(APIC_LIMIT, cython.sizeof(cython.p_void))
+        )
+        if self.k.apic_map == cython.NULL:
+            raise MemoryError("no memory for a map of local APICs")
+
+    def __dealloc__(self):
+        free(self.k.apic_map)
+
+    def note_eoi_vector(self, vector: cython.uint) -> None:
+        """From now on EOIs of *vector* go through ApicBus.eoi(). With the chip lock held."""
+        self.k.eoi_vectors[(vector & 0xFF) >> 5] |= cython.cast(uint32_t, 1) << (vector & 31)
+
+    def note_all_eois(self) -> None:
+        """As note_eoi_vector() of each."""
+        memset(cython.address(self.k.eoi_vectors), 0xFF, cython.sizeof(self.k.eoi_vectors))
+
+    def count_apics(self, apics: cython.uint, x2apics: cython.uint) -> None:
+        """recalculate_apic_map(): how many there are, and how many are in x2APIC mode. With the chip lock held."""
+        self.k.x2apics = 0  # for a moment no two numbers are equal
+        self.k.apics = apics
+        self.k.x2apics = x2apics
+
+    def add_apic(self, apic, owner):
+        if apic.vcpu_id >= APIC_LIMIT:
+            raise ValueError("a vCPU id beyond KVM_MAX_VCPU_IDS")
+        self._apics.append(owner)
+        self.k.apic_map[apic.vcpu_id] = apic
+        return 0
+
+
+@cython.cclass
+class VcpuArch:
+    """The vCPU. Methods are for its own thread, but ``kick``."""
+
+    def __cinit__(self, vm: VmArch):
+        memset(cython.address(self.a), 0, cython.sizeof(KvmVcpuArch))
+        pthread_mutex_init(cython.address(self.a.lock), cython.NULL)
+        pthread_cond_init(cython.address(self.a.wait_queue), cython.NULL)
+        self.vm = vm
+        self.a.kvm = cython.address(vm.k)
+
+    def __dealloc__(self):
+        free(self.a.cpuid)
+        pthread_cond_destroy(cython.address(self.a.wait_queue))
+        pthread_mutex_destroy(cython.address(self.a.lock))
+
+    # ---- kicks and sleep -------------------------------------------------------------------------------------
+
+    def kick(self) -> None:
+        """kvm_vcpu_kick() with something for the Python side: out of guest mode, or awake. Any thread."""
+        kvm_vcpu_kick(cython.address(self.a), REQUEST_HOST)
+
+    def request_event(self) -> None:
+        """KVM_REQ_EVENT and a kick: an interrupt is in the IRR. Any thread."""
+        kvm_vcpu_kick(cython.address(self.a), REQUEST_EVENT)
+
+    def take_requests(self) -> None:
+        """Whatever was asked for up to now is looked at next."""
+        kvm_take_requests(cython.address(self.a), ~cython.cast(uint32_t, 0))
+
+    def wait(self) -> None:
+        """Sleep until a kick, or not at all if one came since the last wait. The GIL is released."""
+        a: cython.pointer(KvmVcpuArch) = cython.address(self.a)
+        with cython.nogil:
+            pthread_mutex_lock(cython.address(a.lock))
+            a.waiting = 1
+            while not a.woken:
+                pthread_cond_wait(cython.address(a.wait_queue), cython.address(a.lock))
+            a.waiting = 0
+            a.woken = 0
+            pthread_mutex_unlock(cython.address(a.lock))
+
+    # ---- what it works on ------------------------------------------------------------------------------------
+
+    def set_counters(self, values: cython.ulonglong[::1]) -> None:
+        """Where exits are counted."""
+        self._counters = values
+        self.a.counters = cython.cast(cython.pointer(uint64_t), cython.address(values[0]))
+
+    def set_run_page(self, page: cython.uchar[::1]) -> None:
+        """The kvm_run page."""
+        self._page = page
+        self.a.run = cython.address(page[0])
+
+    def set_msrs(self, msrs: StoredMsrs) -> None:
+        """The MSRs that are only kept."""
+        self._msrs = msrs
+        self.a.msrs = cython.address(msrs.slots[0])
+
+    def set_tsc(self, offset: cython.ulonglong, scaled: cython.bint) -> None:
+        """How the guest's TSC follows from the host's."""
+        self.a.tsc_offset = offset
+        self.a.tsc_scaled = scaled
+
+    def allow_fast(self, exits: cython.bint, msrs: cython.bint) -> None:
+        """Which exits of the next run may be handled without Python."""
+        self.a.fast = exits
+        self.a.fast_msrs = msrs
+
+    def set_cpuid(self, entries: list) -> None:
+        """Take CPUID entries: (function, index, flags, eax, ebx, ecx, edx) each. Raises MemoryError."""
+        k: cython.int
+        count: cython.int = len(entries)
+        table: cython.pointer(CpuidEntry) = cython.cast(
+            cython.pointer(CpuidEntry), realloc(self.a.cpuid, (count + 1) * cython.sizeof(CpuidEntry))
+        )
+        if table == cython.NULL:
+            raise MemoryError("no memory for CPUID entries")
+        self.a.cpuid = table
+        for k in range(count):
+            table[k].function, table[k].index, flags, table[k].eax, table[k].ebx, table[k].ecx, table[k].edx = entries[
+                k
+            ]
+            table[k].significant = flags & KVM_CPUID_FLAG_SIGNIFICANT_INDEX
+        self.a.cpuid_count = count
+
+    def cpuid(self, function: cython.uint, index: cython.uint) -> tuple:
+        """EAX, EBX, ECX, EDX of a leaf, but for what depends on control registers."""
+        out: cython.uint[4]
+        kvm_cpuid(cython.address(self.a), function, index, cython.address(out[0]))
+        return out[0], out[1], out[2], out[3]

@@ -1,0 +1,149 @@
+"""vmx_vcpu_run(): the loop around VM entry that handles, without the GIL, the exits which need no Python.
+
+Where an exit changed nothing but general registers and rip, the guest goes on as it stands in the processor; for an
+event or a window the VMCS is written, and entered again. Python sees the last exit only.
+"""
+
+from __future__ import annotations
+
+import cython
+from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM
+from cython.cimports.vmonty.cpu.vmcs import (
+    CPU_BASED_VM_EXEC_CONTROL,
+    GUEST_INTERRUPTIBILITY_INFO,
+    GUEST_RFLAGS,
+    HEADER_LAUNCHED,
+    IDT_VECTORING_INFO_FIELD,
+    VM_ENTRY_INTR_INFO_FIELD,
+    VM_EXIT_REASON,
+    VM_INSTRUCTION_ERROR,
+    get,
+    put,
+)
+from cython.cimports.vmonty.cpu.vmx import RUN_STOPPED, Vmx, vmx_run_guest
+from cython.cimports.vmonty.cpu.vmx_entry import ENTRY_FAILED, ENTRY_NO_VMCS, enter_guest, leave_guest
+from cython.cimports.vmonty.cpu.vmx_exit import (
+    PROC_INTERRUPT_WINDOW,
+    REASON_CPUID,
+    REASON_EXTERNAL_INTERRUPT,
+    REASON_HLT,
+    REASON_INTERRUPT_WINDOW,
+    REASON_RDMSR,
+    REASON_WRMSR,
+    vmx_of,
+)
+from cython.cimports.vmonty.kvm.soft.fastpath import (
+    COUNT_EXITS,
+    COUNT_IRQ_INJECTIONS,
+    COUNT_IRQ_WINDOW_EXITS,
+    FAST_NONE,
+    FAST_REENTER,
+    FAST_RESUME,
+    SHADOWS,
+    fastpath_cpuid,
+    fastpath_events,
+    fastpath_external_interrupt,
+    fastpath_halt,
+    fastpath_rdmsr,
+    fastpath_wrmsr,
+)
+from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt, kvm_get_apic_interrupt
+from cython.cimports.vmonty.kvm.soft.vcpu_arch import VcpuArch, kvm_enter_guest_mode, kvm_leave_guest_mode
+
+
+def vmx_exit_handlers_fastpath(a, s, v):
+    """FAST_*; the guest is still in the processor."""
+    reason: uint64_t = get(v.vmcs, VM_EXIT_REASON)
+    done: cython.int = FAST_NONE
+    if (get(v.vmcs, IDT_VECTORING_INFO_FIELD) >> 31) & 1:
+        return FAST_NONE
+    if reason == REASON_CPUID:
+        done = fastpath_cpuid(a, s)
+    elif reason == REASON_WRMSR:
+        done = fastpath_wrmsr(a, s)
+    elif reason == REASON_RDMSR:
+        done = fastpath_rdmsr(a, s)
+    elif reason == REASON_EXTERNAL_INTERRUPT:
+        done = fastpath_external_interrupt(a, s)
+    elif reason == REASON_HLT:
+        done = fastpath_halt(a, s)
+    elif reason == REASON_INTERRUPT_WINDOW:
+        a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
+        a.counters[COUNT_EXITS] += 1
+        return FAST_REENTER
+    if done == FAST_NONE:
+        return FAST_NONE
+    a.counters[COUNT_EXITS] += 1
+    return fastpath_events(a, (v.processor & PROC_INTERRUPT_WINDOW) != 0)
+
+
+def _window(m, on):
+    """vmx_enable_irq_window(), and its end."""
+    old: uint64_t = get(m, CPU_BASED_VM_EXEC_CONTROL)
+    put(
+        m,
+        CPU_BASED_VM_EXEC_CONTROL,
+        old | PROC_INTERRUPT_WINDOW if on else old & ~cython.cast(uint64_t, PROC_INTERRUPT_WINDOW),
+    )
+
+
+def _inject_pending_event(a, m):
+    """The local APIC's interrupt, or a window for it."""
+    if a.apic == cython.NULL or kvm_apic_has_interrupt(a.apic) < 0:
+        _window(m, False)
+    elif (get(m, GUEST_RFLAGS) & 0x200) == 0 or get(m, GUEST_INTERRUPTIBILITY_INFO) & SHADOWS:
+        _window(m, True)
+    else:
+        _window(m, False)
+        put(
+            m,
+            VM_ENTRY_INTR_INFO_FIELD,
+            cython.cast(uint64_t, 0x80000000) | cython.cast(uint32_t, kvm_get_apic_interrupt(a.apic)),
+        )
+        a.counters[COUNT_IRQ_INJECTIONS] += 1
+
+
+def vmx_vcpu_run(a, s):
+    """Until an exit that Python must handle."""
+    v: cython.pointer(VmxState) = vmx_of(s)
+    error: uint32_t = ENTRY_NO_VMCS
+    reason: cython.int
+    done: cython.int = FAST_REENTER
+    launched: cython.pointer(uint32_t)
+    kvm_enter_guest_mode(a, s)
+    while True:
+        if v.vmcs != cython.NULL:
+            launched = cython.cast(cython.pointer(uint32_t), v.vmcs + HEADER_LAUNCHED)
+            error = enter_guest(s, launched[0] == 0)
+        if error:
+            break
+        while True:
+            reason = vmx_run_guest(s)
+            done = FAST_NONE
+            if reason == EXIT_VM and a.fast:
+                done = vmx_exit_handlers_fastpath(a, s, v)
+            if done != FAST_RESUME:
+                break
+            s.exit.reason = EXIT_NONE
+        leave_guest(s)
+        if done == FAST_NONE:
+            break
+        _inject_pending_event(a, v.vmcs)
+    kvm_leave_guest_mode(a)
+    if error == ENTRY_FAILED:
+        return cython.cast(int64_t, get(v.vmcs, VM_EXIT_REASON))
+    if error:
+        if error != ENTRY_NO_VMCS:
+            put(v.vmcs, VM_INSTRUCTION_ERROR, error)
+        return -cython.cast(int64_t, error)
+    if reason != EXIT_VM:
+        return RUN_STOPPED - reason
+    return cython.cast(int64_t, get(v.vmcs, VM_EXIT_REASON))
+
+
+def enter(vmx: Vmx, arch: VcpuArch) -> int:
+    """VM entry of the current VMCS, until an exit for Python; see cpu.vmx.Vmx.run(). The GIL is released."""
+    result: int64_t
+    with cython.nogil:
+        result = vmx_vcpu_run(cython.address(arch.a), vmx.s)
+    return vmx.outcome(result)

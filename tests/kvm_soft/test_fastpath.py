@@ -1,0 +1,181 @@
+"""Exits that compiled code handles: nobody who watches misses them, and state goes in and out as before."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vmonty import kvm
+from vmonty.base import hostcall
+from vmonty.base.ram import Ram
+from vmonty.kvm.soft import fastpath, modules, stats
+from vmonty.kvm.soft.insight import ExitRecord
+from vmonty.kvm.uapi import Exit
+from vmonty.kvm.uapi.flags import KVM_MSR_FILTER_READ
+from vmonty.kvm.uapi.vm import kvm_msr_filter_range
+from vmonty.testing.guests import DATA, RAM_SIZE, Mode, TinyGuest
+
+APIC_ON = "mov ecx, 0x1b\n rdmsr\n or eax, 0xc00\n wrmsr\n mov ecx, 0x80f\n mov eax, 0x1ff\n xor edx, edx\n wrmsr\n"
+DEADLINE_MODE = "mov ecx, 0x832\n mov eax, 0x400e0\n xor edx, edx\n wrmsr\n"
+VECTOR = 0xE0
+TSC_DEADLINE = 1 << 24  # of CPUID 1's ECX; KVM leaves it to user space to offer
+WAIT_S = 30
+
+
+@pytest.fixture(params=["kvm_intel", "kvm_amd"])
+def guest(request: pytest.FixtureRequest) -> Iterator[TinyGuest]:
+    with modules.only(request.param), kvm.open("soft") as system, system.create_vm() as vm:
+        ram = Ram(RAM_SIZE)
+        vm.set_user_memory_region(0, 0, ram)
+        vm.create_irqchip()
+        with vm.create_vcpu() as vcpu:
+            leaves = system.supported_cpuid()
+            vcpu.set_cpuid2(
+                [replace(leaf, ecx=leaf.ecx | TSC_DEADLINE) if leaf.function == 1 else leaf for leaf in leaves]
+            )
+            yield TinyGuest(vm, vcpu, ram)
+
+
+def test_counters_are_where_stats_has_them() -> None:
+    declared = dict(re.findall(r"COUNT_(\w+) = (\d+)", Path(fastpath.__file__).with_name("fastpath.pxd").read_text()))
+    assert len(declared) >= 6
+    assert {name: getattr(stats, name) for name in declared} == {name: int(at) for name, at in declared.items()}
+
+
+def test_each_exit_is_counted(guest: TinyGuest) -> None:
+    guest.load(Mode.LONG, "mov r15d, 1000\n out 0x10, al\n again: cpuid\n dec r15d\n jnz again\n out 0x11, al")
+    guest.out()
+    with guest.vcpu.stats() as counters:
+        before = counters.read()["exits"]
+        guest.out()
+        assert counters.read()["exits"] - before == 1001
+
+
+@pytest.mark.parametrize("watched", ["trace", "filter"])
+def test_a_guest_that_runs_is_watched_at_once(guest: TinyGuest, watched: str) -> None:
+    """It never leaves compiled code by itself: who begins to trace, or filters MSRs, gets it out."""
+    guest.load(Mode.LONG, f"mov ecx, 0x1a0\n again: rdmsr\n cmp byte [abs {DATA}], 1\n jne again\n out 0x10, al")
+    ended: list[Exit | int] = []
+    thread = threading.Thread(target=lambda: ended.append(guest.vcpu.run()))
+    thread.start()
+    seen: list[ExitRecord] = []
+    enough = threading.Event()
+
+    def tracer(record: ExitRecord) -> None:
+        seen.append(record)
+        if len(seen) > 3:
+            enough.set()
+
+    try:
+        if watched == "trace":
+            guest.vm.trace(tracer)
+            assert enough.wait(WAIT_S)
+            guest.vm.trace(None)
+            assert {record.name for record in seen[1:]} <= {"MSR_READ", "MSR", "EXTERNAL_INTERRUPT", "INTR"}
+        else:
+            nothing = bytearray(1)
+            denied = kvm_msr_filter_range(
+                flags=KVM_MSR_FILTER_READ, nmsrs=1, base=0x1A0, bitmap=hostcall.address_of(nothing)
+            )
+            guest.vm.set_msr_filter([denied])
+            thread.join(WAIT_S)
+            assert not thread.is_alive(), "the filtered MSR still reads"
+            assert ended == [Exit.SHUTDOWN]  # #GP, and no IDT
+    finally:
+        guest.ram.write_u8(DATA, 1)
+        guest.vcpu.kick()
+        thread.join(WAIT_S)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(("first", "then"), [(20, 5), (5, 20)], ids=["earlier", "later"])
+def test_a_deadline_that_moves(guest: TinyGuest, first: int, then: int) -> None:
+    """The host's timer is set for the first; the interrupt comes when the last is reached, and not before."""
+    khz = guest.vcpu.get_tsc_khz()
+    code = f"""
+        {APIC_ON} {DEADLINE_MODE}
+        rdtsc
+        shl rdx, 32
+        or rax, rdx
+        mov r8, rax
+    """
+    for milliseconds in (first, then):
+        code += f"""
+        lea rax, [r8 + {milliseconds * khz}]
+        mov r9, rax
+        mov rdx, rax
+        shr rdx, 32
+        mov ecx, 0x6e0
+        wrmsr
+        """
+    code += "sti\n halted: hlt\n jmp halted"
+    handler = f"rdtsc\n shl rdx, 32\n or rax, rdx\n sub rax, r9\n mov [abs {DATA}], rax\n out 0x10, al\n iretq"
+    guest.load(Mode.LONG, code, handlers={VECTOR: handler})
+    assert guest.out()[0] == 0x10
+    late = guest.ram.read_u64(DATA)
+    assert 0 <= late < 1 << 63, "before its time"
+    assert guest.vcpu.get_msrs([0x6E0]) == {0x6E0: 0}
+
+
+def test_the_tsc_jumps_over_a_deadline(guest: TinyGuest) -> None:
+    """The host's timer was set for an hour; with the jump the deadline has come."""
+    far = 3600 * 1000 * guest.vcpu.get_tsc_khz()
+    code = f"""
+        {APIC_ON} {DEADLINE_MODE}
+        rdtsc
+        mov rbx, {far}
+        shl rdx, 32
+        or rax, rdx
+        add rax, rbx
+        mov rdx, rax
+        shr rdx, 32
+        mov ecx, 0x6e0
+        wrmsr
+        out 0x10, al
+        sti
+        halted: hlt
+        jmp halted
+    """
+    guest.load(Mode.LONG, code, handlers={VECTOR: "out 0x11, al\n iretq"})
+    assert guest.out()[0] == 0x10
+    assert guest.vcpu.set_msrs({0x10: 2 * far}) == 1
+    assert guest.out()[0] == 0x11
+
+
+def test_what_the_fast_path_left_is_saved_and_restored(guest: TinyGuest) -> None:
+    """An interrupt to itself, a priority: KVM_GET_LAPIC has them, and KVM_SET_LAPIC brings them back."""
+    code = f"""
+        {APIC_ON}
+        mov ecx, 0x83f
+        mov eax, {VECTOR}
+        xor edx, edx
+        wrmsr
+        mov ecx, 0x808
+        mov eax, 0x50
+        wrmsr
+        out 0x10, al
+        sti
+        nop
+        out 0x12, al
+    """
+    guest.load(Mode.LONG, code, handlers={VECTOR: "out 0x11, al\n mov ecx, 0x80b\n xor eax, eax\n wrmsr\n iretq"})
+    assert guest.out()[0] == 0x10
+    state = guest.vcpu.get_lapic()
+    page = bytes(state.regs)
+    assert page[0x200 + (VECTOR >> 5) * 0x10 + (VECTOR & 31) // 8] == 1 << (VECTOR & 7)
+    assert page[0x80] == 0x50
+    assert guest.out()[0] == 0x11
+    taken = bytes(guest.vcpu.get_lapic().regs)
+    assert any(taken[0x100:0x180])
+    assert not any(taken[0x200:0x280])
+    assert guest.out()[0] == 0x12
+    regs = guest.vcpu.get_regs()
+    guest.vcpu.set_lapic(state)
+    regs.rip -= 3  # the nop again, behind sti's shadow
+    guest.vcpu.set_regs(regs)
+    assert guest.out()[0] == 0x11
