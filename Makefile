@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 MATRIX := soft-svm soft-vmx-shadow soft-svm-shadow
 SOURCES := $(shell find src -name '*.py' -o -name '*.pxd') setup.py pyproject.toml
 
-.PHONY: run test check rig stress packages clean
+.PHONY: run test test-debian check rig stress packages clean
 
 run: $(VENV)/built
 	@$(PY) -m vmonty run
@@ -30,6 +30,9 @@ rig: packages $(VENV)/built
 
 packages:
 	@sh tools/packages.sh
+
+test-debian: packages $(VENV)/built
+	@VMONTY_DEBIAN=1 $(PY) -m pytest -q tests/guests/test_debian_guest.py
 
 stress: packages $(VENV)/built
 	@VMONTY_STRESS_S=120 $(PY) -m pytest -q tests/kvm_soft/test_stress.py tests/kvm_soft/test_ioctl_fuzz.py

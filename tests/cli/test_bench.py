@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from vmonty.bench import block, net
 from vmonty.bench.payload import PayloadError
 from vmonty.bench.process import Process
 from vmonty.kvm.soft import modules
@@ -96,3 +97,27 @@ def test_a_file_that_cannot_be_written(vmonty: Run, tmp_path: Path) -> None:
     result = vmonty("bench", "kvm", "creation", "--quick", "--json", tmp_path / "missing" / "kvm.json")
     assert result.status == 2
     assert "kvm.json cannot be written: No such file" in result.err
+
+
+@gcc
+@pytest.mark.usefixtures("no_module")
+def test_block(vmonty: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block, "KINDS", block.KINDS[:1] + block.KINDS[-1:])
+    monkeypatch.setattr(block, "QUICK", (1, 4 << 20, 100))
+    file = tmp_path / "block.json"
+    found = rows(vmonty("bench", "block", "--quick", "--json", file), file)
+    assert len(found) == 8
+    for kind in ("raw", "qcow2"):
+        row = found[f"{kind}, sequential write, MB/s"]
+        assert row["vmonty"] > 0
+        assert (row["qemu_tcg"] is None) == (shutil.which("qemu-system-x86_64") is None)
+
+
+@gcc
+@pytest.mark.usefixtures("no_module")
+def test_net(vmonty: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "QUICK", (1, 4 << 20))
+    file = tmp_path / "net.json"
+    found = rows(vmonty("bench", "net", "--quick", "--json", file), file)
+    assert {row["vmonty"] > 0 for row in found.values()} == {True}
+    assert len(found) == 4

@@ -61,6 +61,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, str]
 
 @pytest.fixture(scope="module")
 def guest() -> rootdisk.Disk:
+    if "VMONTY_DEBIAN" not in os.environ:
+        pytest.skip("some four minutes of CPU time: run `make test-debian`")
     for program in ("mmdebstrap", "ssh", "qemu-img"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not here; see debian-packages.txt")

@@ -47,7 +47,7 @@ class Image:
 
 def build() -> Image:
     """Compile the payloads, or find them compiled before. Raises PayloadError."""
-    sources = sorted(SOURCES.iterdir())
+    sources = sorted(path for path in SOURCES.iterdir() if path.is_file())
     digest = hashlib.sha256(" ".join(GCC).encode() + b"".join(source.read_bytes() for source in sources)).hexdigest()
     path = cache_root() / "bench" / f"payloads-{digest[:16]}.bin"
     if not path.exists():

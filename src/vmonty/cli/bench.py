@@ -101,3 +101,33 @@ def boot(machines: tuple[str, ...], json_file: Path | None, quick: bool) -> None
     with terminal_progress() as progress:
         report = measure(machines, quick, progress)
     finish(report, json_file)
+
+
+@bench.command(epilog="Example:  vmonty bench block --quick --json block.json")
+@json_option
+@quick_option
+def block(json_file: Path | None, quick: bool) -> None:
+    """Read and write virtio disks, raw and qcow2, in a Linux guest on soft and under QEMU's TCG.
+
+    Needs gcc for the guest's program. Without qemu-system-x86_64 its column stays empty.
+    """
+    from vmonty.bench.block import measure
+
+    with terminal_progress() as progress:
+        report = measure(quick, progress)
+    finish(report, json_file)
+
+
+@bench.command(epilog="Example:  vmonty bench net --quick")
+@json_option
+@quick_option
+def net(json_file: Path | None, quick: bool) -> None:
+    """Send and receive by TCP through the user network, in a Linux guest on soft and under QEMU's TCG.
+
+    Needs gcc for the guest's program. Without qemu-system-x86_64 its column stays empty.
+    """
+    from vmonty.bench.net import measure
+
+    with terminal_progress() as progress:
+        report = measure(quick, progress)
+    finish(report, json_file)
