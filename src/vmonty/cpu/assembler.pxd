@@ -50,6 +50,20 @@ cdef inline uint64_t here(Assembler *a) noexcept nogil:
     return <uint64_t>a.at + a.delta
 
 
+cdef uint8_t NOPS[9][9]
+
+
+cdef inline void fit(Assembler *a, int length) noexcept nogil:
+    """Have the jumps in the next ``length`` bytes lie within 32 bytes, with no end at their border.
+
+    Intel, "Mitigations for Jump Conditional Code Erratum": others are decoded anew each time.
+    """
+    cdef int at = <uint64_t>a.at & 31
+    if at + length >= 32:
+        pad(a, 32 - at)
+
+
+cdef void pad(Assembler *a, int length) noexcept nogil
 cdef void memory(Assembler *a, int reg, int base, int index, int scale, int32_t disp) noexcept nogil
 cdef void op_reg(Assembler *a, int prefix, int w, int opcode, int reg, int rm) noexcept nogil
 cdef void op_mem(Assembler *a, int prefix, int w, int opcode, int reg, int base, int index, int scale,

@@ -7,6 +7,30 @@ SDM, "Instruction Format".
 
 import cython
 
+# SDM, "NOP", "Recommended Multi-Byte Sequence of NOP Instruction": of one to nine bytes, nine places each.
+_SEQUENCES = cython.declare(
+    bytes,
+    b"\x90........"
+    b"\x66\x90......."
+    b"\x0f\x1f\x00......"
+    b"\x0f\x1f\x40\x00....."
+    b"\x0f\x1f\x44\x00\x00...."
+    b"\x66\x0f\x1f\x44\x00\x00..."
+    b"\x0f\x1f\x80\x00\x00\x00\x00.."
+    b"\x0f\x1f\x84\x00\x00\x00\x00\x00."
+    b"\x66\x0f\x1f\x84\x00\x00\x00\x00\x00",
+)
+
+
+def _build():
+    source: cython.p_uchar = _SEQUENCES
+    k: cython.int
+    for k in range(81):
+        NOPS[k // 9][k % 9] = source[k]
+
+
+_build()
+
 
 @cython.cfunc
 @cython.inline
@@ -70,6 +94,18 @@ def _opcode(p: cython.p_uchar, prefix: cython.int, rex: cython.int, opcode: cyth
             p += 1
     p[0] = opcode & 0xFF
     return p + 1
+
+
+def pad(a, length):
+    """Append NOPs."""
+    part: cython.int
+    k: cython.int
+    while length > 0:
+        part = min(length, 9)
+        length -= part
+        for k in range(part):
+            a.at[k] = NOPS[part - 1][k]
+        a.at += part
 
 
 def op_reg(a, prefix, w, opcode, reg, rm):

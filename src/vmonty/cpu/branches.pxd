@@ -9,9 +9,10 @@ from vmonty.cpu.translate cimport Ea, Work
 
 cdef void lookup(Work *w, int call) noexcept nogil
 cdef void call(Work *w, Insn *i) noexcept nogil
-cdef void poll_indirect(Work *w, Insn *i) noexcept nogil
 cdef void call_indirect(Work *w, Insn *i) noexcept nogil
 cdef void ret(Work *w, Insn *i) noexcept nogil
 cdef void conditional(Work *w, Insn *i) noexcept nogil
+# The branch of a loop whose next round stands right behind it.
+cdef void next_round(Work *w, Insn *i) noexcept nogil
 cdef void loop(Work *w, Insn *i) noexcept nogil
 cdef void direct_jump(Work *w, Insn *i) noexcept nogil

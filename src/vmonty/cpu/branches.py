@@ -6,11 +6,11 @@ from cython.cimports.vmonty.cpu.assembler import (
     CC_NE,
     NONE,
     call_to,
+    fit,
     jmp_to,
     lea,
     load32,
     mov_imm,
-    mov_rr,
     op_mem,
     op_reg,
     pext_mem,
@@ -25,6 +25,7 @@ from cython.cimports.vmonty.cpu.exits import (
     jump_to,
     leave_at,
     lookup_stub,
+    poll_aside,
     poll_end,
 )
 from cython.cimports.vmonty.cpu.operands import (
@@ -38,31 +39,36 @@ from cython.cimports.vmonty.cpu.operands import (
     emit_access,
     emit_commit,
 )
-from cython.cimports.vmonty.cpu.stack import adjust_rsp, keep, load_target, push_constant
+from cython.cimports.vmonty.cpu.stack import adjust_rsp, keep, load_target, push_constant, settle_rsp
 from cython.cimports.vmonty.cpu.translate import Ea, Work
 
 
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _landing(w: cython.pointer(Work), next_rip: uint64_t) -> cython.void:
-    """What stands behind a call: rcx and r15 hold the address that the guest returns to."""
+def _landing(w: cython.pointer(Work), i: cython.pointer(Insn), poll: cython.p_uchar) -> cython.void:
+    """What stands behind a call: r15 holds the address that the guest returns to."""
+    next_rip: uint64_t = i.rip + i.length
     negative: uint64_t = 0 - next_rip
     if cython.cast(int64_t, negative) >> 31 == 0 or cython.cast(int64_t, negative) >> 31 == -1:
-        lea(w.a, S0, S0, NONE, 0, cython.cast(int32_t, negative))
+        lea(w.a, S0, S2, NONE, 0, cython.cast(int32_t, negative))
     else:
-        mov_imm(w.a, S1, negative)
-        lea(w.a, S0, S0, S1, 0, 0)
+        mov_imm(w.a, S0, negative)
+        lea(w.a, S0, S0, S2, 0, 0)
+    fit(w.a, 2)
     put8(w.a, 0xE3)
     put8(w.a, 5)
     jmp_to(w.a, lookup_stub(w))
     jump_to(w, next_rip)
+    poll_end(w, i, poll)
 
 
 def lookup(w, call):
-    """Go to the guest address in r15 through the jump cache."""
+    """Go to the guest address in r15 through the jump cache, unless the run flag is 0."""
     s: cython.pointer(CpuState) = w.s
     a: cython.pointer(Assembler) = w.a
+    away: cython.p_uchar
+    over: cython.p_uchar = cython.NULL
     if w.single or w.code_size != 8:
         if call and not w.single:
             call_to(a, w.c.leave_indirect)
@@ -72,61 +78,55 @@ def lookup(w, call):
     pext_mem(a, S1, S2, RBP_HOST, displacement(s, cython.address(s.jump_mask)))
     op_mem(a, 0, 1, 0x8B, S0, RBP_HOST, S1, 3, displacement(s, cython.address(s.jump_negated[s.tlb_set][0])))
     lea(a, S0, S0, S2, 0, 0)
+    fit(a, 2)
     put8(a, 0xE3)
+    put8(a, 0)
+    away = a.at
     if call:
-        put8(a, 7)
         call_to(a, w.c.leave_indirect)
         put8(a, 0xEB)  # over the other call, to the landing
-        put8(a, 8)
-        op_mem(a, 0, 0, 0xFF, 2, RBP_HOST, S1, 3, displacement(s, cython.address(s.jump_code[s.tlb_set][0])))
+        put8(a, 0)
+        over = a.at
     else:
-        put8(a, 5)
         jmp_to(a, w.c.leave_indirect)
-        op_mem(a, 0, 0, 0xFF, 4, RBP_HOST, S1, 3, displacement(s, cython.address(s.jump_code[s.tlb_set][0])))
+    away[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, away)
+    load32(a, S0, RBP_HOST, displacement(s, cython.address(s.run)))
+    fit(a, 10)
+    put8(a, 0xE3)
+    put8(a, 0)
+    a.at[-1] = (cython.cast(uint64_t, away) - cython.cast(uint64_t, a.at)) & 0xFF
+    op_mem(a, 0, 0, 0xFF, 2 if call else 4, RBP_HOST, S1, 3, displacement(s, cython.address(s.jump_code[s.tlb_set][0])))
+    if call:
+        over[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, over)
 
 
 def call(w, i):
     """CALL rel."""
     next_rip: uint64_t = i.rip + i.length
     target: uint64_t = cut(w, i, next_rip + i.immediate)
-    poll: cython.p_uchar = emit_poll(w, i, target)
-    over: cython.p_uchar
-    if poll != cython.NULL:  # the way out stands in front: the call's own exits are far
-        put8(w.a, 0xEB)
-        put8(w.a, 0)
-        over = w.a.at
-        poll_end(w, i, poll)
-        over[-1] = cython.cast(uint64_t, w.a.at) - cython.cast(uint64_t, over)
+    poll: cython.p_uchar = cython.NULL
+    if target <= i.rip and not w.single:
+        settle_rsp(w)
+        if i.flags_in:
+            poll = emit_poll(w, i, target)
+        else:
+            poll_aside(w, i)
     push_constant(w, i, next_rip, i.operand_size)
+    settle_rsp(w)
     if w.single:
         leave_at(w, target, w.c.leave_next)
     else:
+        fit(w.a, 5)
         put8(w.a, 0xE8)
         put32(w.a, 0)
         exit_to(w, target, w.a.at - 4)
-        _landing(w, next_rip)
+        _landing(w, i, poll)
     w.closed = 1
-
-
-def poll_indirect(w, i):
-    """Look at the run flag in front of an indirect branch."""
-    at: cython.p_uchar
-    if w.single:
-        return
-    load32(w.a, S0, RBP_HOST, displacement(w.s, cython.address(w.s.run)))
-    put8(w.a, 0xE3)
-    put8(w.a, 2)
-    put8(w.a, 0xEB)
-    put8(w.a, 0)
-    at = w.a.at
-    leave_at(w, i.rip, w.c.leave_poll)
-    at[-1] = cython.cast(uint64_t, w.a.at) - cython.cast(uint64_t, at)
 
 
 def call_indirect(w, i):
     """CALL r/m."""
     ea: Ea
-    poll_indirect(w, i)
     load_target(w, i)
     keep(w, S2, 0)
     ea_stack(w, -i.operand_size, cython.address(ea))
@@ -135,10 +135,11 @@ def call_indirect(w, i):
     access_op(w, 0x66 if i.operand_size == 2 else 0, 1 if i.operand_size == 8 else 0, 0x89, S2)
     emit_commit(w, 2)
     adjust_rsp(w, -i.operand_size)
+    settle_rsp(w)
     keep(w, S2, 1)
     lookup(w, 1)
     if not w.single:
-        _landing(w, i.rip + i.length)
+        _landing(w, i, cython.NULL)
     w.closed = 1
 
 
@@ -152,10 +153,11 @@ def ret(w, i):
     else:
         access_op(w, 0, 1 if i.operand_size == 8 else 0, 0x8B, S2)
     adjust_rsp(w, i.operand_size + cython.cast(cython.int, i.immediate))
-    mov_rr(w.a, S0, S2)
+    settle_rsp(w)
     if w.single:
         jmp_to(w.a, w.c.leave_next)
     else:
+        fit(w.a, 1)
         put8(w.a, 0xC3)
     w.closed = 1
 
@@ -164,7 +166,9 @@ def conditional(w, i):
     """Jcc."""
     next_rip: uint64_t = i.rip + i.length
     target: uint64_t = cut(w, i, next_rip + i.immediate)
-    poll: cython.p_uchar = emit_poll(w, i, target)
+    poll: cython.p_uchar
+    fit(w.a, 11 if target <= i.rip else 6)
+    poll = emit_poll(w, i, target)
     put8(w.a, 0x0F)
     put8(w.a, 0x80 | (i.opcode & 15))
     put32(w.a, 0)
@@ -172,6 +176,15 @@ def conditional(w, i):
     jump_to(w, next_rip)
     poll_end(w, i, poll)
     w.closed = 1
+
+
+def next_round(w, i):
+    """Jcc to the block's own start, of a round that is not the last one that stands there: without a poll."""
+    fit(w.a, 6)
+    put8(w.a, 0x0F)
+    put8(w.a, 0x80 | ((i.opcode & 15) ^ 1))
+    put32(w.a, 0)
+    exit_to(w, i.rip + i.length, w.a.at - 4)
 
 
 def loop(w, i):

@@ -37,7 +37,7 @@ cdef struct Block:
     uint32_t size
     uint32_t body_size       # without out-of-line stubs
     uint16_t length          # guest bytes
-    uint16_t count           # guest instructions
+    uint16_t count           # of pairs in offsets: guest instructions, those of each round in a loop
     uint32_t offsets         # index into offsets: host offset, guest offset pairs
     uint32_t valid
     uint32_t next            # hash chain, index + 1

@@ -11,6 +11,7 @@ cdef void exit_to(Work *w, uint64_t target, uint8_t *patch) noexcept nogil
 cdef void jump_to(Work *w, uint64_t target) noexcept nogil
 cdef void leave_at(Work *w, uint64_t rip, uint64_t stub) noexcept nogil
 cdef uint8_t *emit_poll(Work *w, Insn *i, uint64_t target) noexcept nogil
+cdef void poll_aside(Work *w, Insn *i) noexcept nogil
 cdef void poll_end(Work *w, Insn *i, uint8_t *at) noexcept nogil
 cdef void leave_fault(Work *w, Insn *i, int vector) noexcept nogil
 cdef void leave_system(Work *w, Insn *i) noexcept nogil

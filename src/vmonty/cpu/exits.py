@@ -2,8 +2,11 @@
 
 import cython
 from cython.cimports.vmonty.cpu.assembler import (
+    CC_E,
+    NONE,
     alu_imm,
     call_to,
+    fit,
     jmp_to,
     lea,
     load32,
@@ -29,6 +32,7 @@ from cython.cimports.vmonty.cpu.translate import (
     STUB_LINK,
     STUB_LOOKUP,
     STUB_MEMORY_LIVE,
+    STUB_POLL,
     STUB_SLOT,
     Stub,
     Work,
@@ -61,6 +65,7 @@ def exit_to(w, target, patch):
 
 def jump_to(w, target):
     """Emit a jump to a guest address."""
+    fit(w.a, 5)
     put8(w.a, 0xE9)
     put32(w.a, 0)
     exit_to(w, target, w.a.at - 4)
@@ -76,10 +81,27 @@ def emit_poll(w, i, target):
     """On a back-edge, look at the run flag; gives the jrcxz byte to be resolved by poll_end, or NULL."""
     if target > i.rip or w.single:
         return cython.NULL
+    w.kept = 0
+    fit(w.a, 5)
     load32(w.a, S0, RBP_HOST, displacement(w.s, cython.address(w.s.run)))
     put8(w.a, 0xE3)
     put8(w.a, 0)
     return w.a.at - 1
+
+
+def poll_aside(w, i):
+    """Look at the run flag where no flag is live; the way out is behind the block."""
+    k: cython.pointer(Stub) = cython.address(w.stub[w.stubs])
+    fit(w.a, 10)
+    op_mem(w.a, 0, 0, 0x83, 7, RBP_HOST, NONE, 0, displacement(w.s, cython.address(w.s.run)))
+    put8(w.a, 0)
+    put8(w.a, 0x0F)
+    put8(w.a, 0x80 | CC_E)
+    k.kind = STUB_POLL
+    k.patch = w.a.at
+    k.target = i.rip
+    put32(w.a, 0)
+    w.stubs += 1
 
 
 def poll_end(w, i, at):
@@ -162,6 +184,9 @@ def emit_stubs(w):
         elif k.kind == STUB_LOOKUP:
             mov_imm(a, S2, k.target)
             jmp_to(a, w.c.leave_next if w.single else lookup_stub(w))
+        elif k.kind == STUB_POLL:
+            mov_imm(a, S2, k.target)
+            jmp_to(a, w.c.leave_poll)
         else:
             emit_ea(w, cython.address(k.ea))
             if k.kind == STUB_SLOT:  # flags are dead: look into the TLB, remember the page, go on

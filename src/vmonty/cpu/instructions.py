@@ -18,7 +18,6 @@ from cython.cimports.vmonty.cpu.branches import (
     direct_jump,
     lookup,
     loop,
-    poll_indirect,
     ret,
 )
 from cython.cimports.vmonty.cpu.codecache import displacement
@@ -57,6 +56,7 @@ from cython.cimports.vmonty.cpu.decode import (
     C_SYS,
     C_UD,
     C_XLAT,
+    RIP_BASE,
     ROW,
 )
 from cython.cimports.vmonty.cpu.exits import call_helper, leave_fault, leave_system
@@ -75,6 +75,7 @@ from cython.cimports.vmonty.cpu.operands import (
     host,
 )
 from cython.cimports.vmonty.cpu.stack import (
+    goes_on,
     leave_frame,
     load_target,
     pop,
@@ -82,6 +83,7 @@ from cython.cimports.vmonty.cpu.stack import (
     push,
     push_constant,
     push_memory,
+    settle_rsp,
 )
 from cython.cimports.vmonty.cpu.state import GS, MODE_LONG64
 from cython.cimports.vmonty.cpu.translate import EA_XLAT, Ea, Work
@@ -97,20 +99,23 @@ def _lea(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
     b: cython.int
     x: cython.int
     wide: cython.int = 1 if i.operand_size == 8 else 0
+    if i.operand_size >= 4 and i.address_size == 8 and i.base != RIP_BASE and (i.base != NONE or i.index != NONE):
+        b = host(i.base) if i.base != NONE else NONE
+        if b < 0 and i.base != NONE:
+            b = S0
+            load(w.a, S0, RBP_HOST, home(w, i.base))
+        x = host(i.index) if i.index != NONE else NONE
+        if x < 0 and i.index != NONE:
+            x = S1
+            load(w.a, S1, RBP_HOST, home(w, i.index))
+        if b != S0 and x != S1 and h >= 0:
+            w.held = w.kept
+        op_mem(w.a, 0, wide, 0x8D, h if h >= 0 else S0, b, x, i.scale, cython.cast(int32_t, i.displacement))
+        if h < 0:
+            store(w.a, S0, RBP_HOST, home(w, i.reg))
+        return
     ea_of(w, i, cython.address(ea))
     ea.segment = NONE
-    b = host(ea.base) if ea.base != NONE else NONE
-    x = host(ea.index) if ea.index != NONE else NONE
-    if (
-        h >= 0
-        and i.operand_size >= 4
-        and i.address_size == 8
-        and (ea.base == NONE or b >= 0)
-        and (ea.index == NONE or x >= 0)
-        and (b >= 0 or x >= 0)
-    ):
-        op_mem(w.a, 0, wide, 0x8D, h, b, x, ea.scale, cython.cast(int32_t, ea.displacement))
-        return
     emit_ea(w, cython.address(ea))
     if i.operand_size == 4:
         op_reg(w.a, 0, 0, 0x8B, S0, S0)
@@ -255,6 +260,10 @@ def emit_instruction(w, i):
     """Emit one instruction of a block, or the exception that it raises."""
     cls: cython.int = ROW[i.row].cls
     vector: cython.int
+    if w.pending and not goes_on(w, i):
+        settle_rsp(w)
+    w.kept = w.held
+    w.held = 0
     if i.fault:
         leave_fault(w, i, i.fault)
         return
@@ -290,7 +299,6 @@ def emit_instruction(w, i):
             put8(w.a, 0xF3)
             put8(w.a, 0x90)
     elif cls == C_JMPI:
-        poll_indirect(w, i)
         load_target(w, i)
         lookup(w, 0)
         w.closed = 1

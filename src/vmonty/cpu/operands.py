@@ -19,6 +19,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     Assembler,
     alu_imm,
     call_to,
+    fit,
     lea,
     load,
     memory,
@@ -263,8 +264,12 @@ def emit_access(w, i, ea, size, access, stack):
     if i.group:
         g = cython.address(w.group[i.group - 1])
         if not i.leader:
-            load(a, S0, RBP_HOST, displacement(w.s, cython.address(w.s.slots[i.group - 1])))
-            w.base = S0
+            w.base = w.held_base
+            if w.kept != i.group:
+                load(a, S0, RBP_HOST, displacement(w.s, cython.address(w.s.slots[i.group - 1])))
+                w.base = S0
+            w.held = i.group
+            w.held_base = w.base
             w.index = NONE
             w.disp = i.group_offset
             return
@@ -310,6 +315,7 @@ def emit_access(w, i, ea, size, access, stack):
         w.s.page_slots[w.s.page_slots_used].negated_tag = cython.cast(uint64_t, 1) << 62
         w.s.page_slots_used += 1
         op_mem(a, 0, 1, 0x03, S0, RBP_HOST, NONE, 0, slot)
+        fit(a, 13)
         alu_imm(a, 1, 7, S0, 4096 - size)
         put8(a, 0x0F)
         put8(a, 0x80 | CC_A)
@@ -330,6 +336,7 @@ def emit_access(w, i, ea, size, access, stack):
             rorx(a, 0, S1, S0, 8)
             alu_imm(a, 0, 4, S1, (TLB_ENTRIES - 1) << 4)
             op_mem(a, 0, 1, 0x03, S0, RBP_HOST, S1, 0, table)
+        fit(a, 13)
         alu_imm(a, 1, 7, S0, 4096 - size)
         put8(a, 0x0F)
         put8(a, 0x80 | CC_A)
@@ -360,6 +367,7 @@ def emit_access(w, i, ea, size, access, stack):
     lea(a, S1, S1, S2, 0, 0)
     lea(a, S0, S2, NONE, 0, size - 1)
     pext_mem(a, S0, S0, RBP_HOST, displacement(w.s, cython.address(w.s.page_mask)))
+    fit(a, 7)
     put8(a, 0xE3)
     put8(a, 5)
     put8(a, 0xE9)
@@ -378,6 +386,8 @@ def emit_access(w, i, ea, size, access, stack):
 def _keep_group(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
     """Keep the host address of the group's lowest byte for its other members."""
     store(w.a, w.base, RBP_HOST, displacement(w.s, cython.address(w.s.slots[i.group - 1])))
+    w.held = i.group
+    w.held_base = w.base
     w.disp = i.group_offset
 
 
@@ -394,6 +404,7 @@ def access_op(w, prefix, wide, opcode, reg):
 
 def to_one_register(w, reg):
     """Bring the host address into one register, rcx or r12, freeing the other."""
+    w.held = 0
     if w.index != NONE or w.disp:
         lea(w.a, reg, w.base, w.index, 0, w.disp)
     elif w.base != reg:
@@ -550,6 +561,19 @@ def emit_copy(w, i):
                 cython.pointer(uint64_t), cython.address(i.bytes[8 * k])
             )[0]
         a.at += cython.cast(cython.int, i.length)
+        w.held = w.kept
+        return
+    if (
+        (i.opcode | 2) in (0x2B, 0x33)
+        and i.map == 0
+        and not i.vex
+        and not i.has_memory
+        and i.reg == i.rm
+        and i.operand_size >= 4
+        and host(i.reg) < 0
+    ):  # SUB and XOR of a register with itself: what it holds does not matter
+        op_reg(a, 0, 0, i.opcode | 2, S0, S0)
+        store(a, S0, RBP_HOST, home(w, i.reg))
         return
     if r.g:
         k = r.g - 1

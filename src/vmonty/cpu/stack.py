@@ -14,6 +14,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     store,
 )
 from cython.cimports.vmonty.cpu.codecache import displacement
+from cython.cimports.vmonty.cpu.decode import C_CALL, C_POP, C_PUSH, C_PUSHI, C_RET, ROW
 from cython.cimports.vmonty.cpu.operands import (
     GUEST_RSP,
     RBP_HOST,
@@ -31,14 +32,36 @@ from cython.cimports.vmonty.cpu.translate import Ea
 
 
 def adjust_rsp(w, by):
-    """Add a constant to rsp, as wide as the stack."""
-    if w.stack_size == 8:
+    """Add a constant to rsp, as wide as the stack; at once only where the block may be left before ``settle_rsp``."""
+    if w.stack_size == 8 and not w.single:
+        w.pending += by
+    elif w.stack_size == 8:
         lea(w.a, GUEST_RSP, GUEST_RSP, NONE, 0, by)
     elif w.stack_size == 4:
         op_mem(w.a, 0, 0, 0x8D, GUEST_RSP, GUEST_RSP, NONE, 0, by)
     else:
         lea(w.a, S0, GUEST_RSP, NONE, 0, by)
         op_reg(w.a, 0x66, 0, 0x8B, GUEST_RSP, S0)
+
+
+def settle_rsp(w):
+    """Move rsp by what a run of pushes or pops has moved it."""
+    if w.pending:
+        lea(w.a, GUEST_RSP, GUEST_RSP, NONE, 0, w.pending)
+        w.pending = 0
+
+
+def goes_on(w, i):
+    """Tell whether the instruction is a stack access that cannot fault and does not look at rsp.
+
+    Its leader has checked the bytes, so no state between the leader and it is ever seen.
+    """
+    cls: cython.int = ROW[i.row].cls
+    if not i.group or i.leader or w.code_size != 8:
+        return 0
+    if cls in (C_PUSH, C_POP):
+        return i.reg != 4
+    return cls in (C_PUSHI, C_CALL, C_RET)
 
 
 def push(w, i):
@@ -89,6 +112,7 @@ def pop(w, i):
     if i.reg == 4:
         if size == 2 and w.stack_size != 2:  # with 16 bits it is overwritten whole, and the operand would be lost
             adjust_rsp(w, 2)
+            settle_rsp(w)
         access_op(w, 0x66 if size == 2 else 0, 1 if size == 8 else 0, 0x8B, GUEST_RSP)
         return
     if h < 0:

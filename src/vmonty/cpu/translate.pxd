@@ -27,6 +27,7 @@ cdef enum:
     STUB_LINK = 3
     STUB_LOOKUP = 4
     STUB_SLOT = 5
+    STUB_POLL = 6
 
 # An effective address in guest terms, so that it can be computed again in a slow path.
 cdef struct Ea:
@@ -82,6 +83,10 @@ cdef struct Work:
     int index
     int disp
     int groups
+    int held                 # group whose host address held_base has, + 1
+    int held_base
+    int kept                 # held, as the instruction finds it
+    int pending              # what guest rsp has still to be moved by; 0 wherever the block may be left
     int operands             # that may belong to a group
     uint32_t plain
     uint32_t in_loop         # the block jumps back to itself or close before: accesses remember their page

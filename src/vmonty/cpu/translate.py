@@ -5,6 +5,7 @@ transfer. Its slow paths and the stubs of its unlinked exits stand behind its bo
 """
 
 import cython
+from cython.cimports.vmonty.cpu.branches import next_round
 from cython.cimports.vmonty.cpu.codecache import (
     MAX_BLOCKS,
     MAX_LINKS,
@@ -42,6 +43,7 @@ from cython.cimports.vmonty.cpu.exits import emit_stubs, jump_to, leave_at
 from cython.cimports.vmonty.cpu.grouping import find_groups
 from cython.cimports.vmonty.cpu.instructions import emit_instruction
 from cython.cimports.vmonty.cpu.liveness import analyse, live_at, open_at_end
+from cython.cimports.vmonty.cpu.stack import settle_rsp
 from cython.cimports.vmonty.cpu.state import (
     AR_DB,
     CS,
@@ -133,7 +135,6 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
         if _ends_block(i):
             break
     b.length = at - start
-    b.count = w.count
     return 1
 
 
@@ -207,6 +208,44 @@ def _find_loop(w: cython.pointer(Work)) -> cython.void:
             w.loaded |= cython.cast(uint32_t, 1) << i.reg
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _rounds(w: cython.pointer(Work)) -> cython.int:
+    """How often the body of a loop stands in a row: a short one would spend much of its time on the way round."""
+    i: cython.pointer(Insn) = cython.address(w.insns[w.count - 1])
+    if not w.in_loop or ROW[i.row].cls != C_JCC or i.rip + i.length + i.immediate != w.block.rip:
+        return 1
+    return 4 if w.count <= 8 else (2 if w.count <= 20 else 1)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _emit_body(w: cython.pointer(Work)) -> cython.void:
+    b: cython.pointer(Block) = w.block
+    c: cython.pointer(CodeCache) = w.c
+    i: cython.pointer(Insn)
+    k: cython.int
+    rounds: cython.int = _rounds(w)
+    slots: uint32_t = w.s.page_slots_used
+    b.count = w.count * rounds
+    while rounds > 0:
+        rounds -= 1
+        w.s.page_slots_used = slots  # the same ones in each round
+        w.held = 0
+        for k in range(w.count):
+            i = cython.address(w.insns[k])
+            c.offsets[c.offsets_used] = (cython.cast(uint64_t, c.a.at) - cython.cast(uint64_t, c.writable)) - b.entry
+            c.offsets[c.offsets_used + 1] = i.rip - b.rip
+            c.offsets_used += 2
+            if rounds and k == w.count - 1:
+                settle_rsp(w)
+                next_round(w, i)
+            else:
+                emit_instruction(w, i)
+
+
 def translate_block(s, rip, page, single, plain, why):
     """Translate the block at ``rip``, whose code lies in ``page``; NULL with ``why`` when it cannot be fetched.
 
@@ -217,7 +256,6 @@ def translate_block(s, rip, page, single, plain, why):
     w: Work
     b: cython.pointer(Block)
     k: cython.int
-    i: cython.pointer(Insn)
     start: cython.p_uchar
     if (
         c.a.limit - c.a.at < 65536
@@ -273,13 +311,12 @@ def translate_block(s, rip, page, single, plain, why):
     _find_loop(cython.address(w))
     if not single and not plain and w.code_size == 8 and w.operands > 1:
         find_groups(cython.address(w))
-    for k in range(w.count):
-        i = cython.address(w.insns[k])
-        c.offsets[c.offsets_used] = c.a.at - start
-        c.offsets[c.offsets_used + 1] = i.rip - rip
-        c.offsets_used += 2
-        emit_instruction(cython.address(w), i)
+    w.held = 0
+    w.kept = 0
+    w.pending = 0
+    _emit_body(cython.address(w))
     if not w.closed:
+        settle_rsp(cython.address(w))
         if single:
             leave_at(cython.address(w), rip + b.length, c.leave_next)
         else:
