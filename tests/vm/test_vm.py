@@ -15,9 +15,11 @@ from vmm.fake_kvm import FakeKvm
 from vmm.steps import Guest, In, Leave, Out, Wait
 from vmonty import kvm
 from vmonty.base.errors import GuestMemoryError, UsageError, VmontyError
+from vmonty.cli.attach import Attached
 from vmonty.kvm.uapi import Exit
 from vmonty.vm import ConsoleEnded, ConsoleTimeout, Ending, Event, State, StateError
 from vmonty.vm.console import PANIC, ConsoleSession
+from vmonty.vmm.inspection import CONTROL_REGISTERS, GENERAL_REGISTERS
 
 RESET = Out(0x64, 0xFE)
 
@@ -207,3 +209,25 @@ def test_waiting_is_ended_by_another_thread(vm):
         machine.start()
         threading.Timer(0.05, machine.stop).start()
         assert machine.wait(30) is not None
+
+
+def test_a_control_socket(vm, tmp_path):
+    """What the socket does and what the API says are one."""
+    with vm() as machine:
+        path = machine.listen(tmp_path / "control")
+        with pytest.raises(StateError, match="already"):
+            machine.listen(tmp_path / "other")
+        with Attached(path) as attached:
+            assert attached.request("status")["state"] == "ready"
+            machine.start()
+            attached.request("pause")
+            assert machine.state is State.PAUSED
+            assert int(attached.request("registers")["rip"], 16) == machine.registers()["rip"]
+            attached.request("resume")
+            assert attached.request("registers").keys() == {*GENERAL_REGISTERS, *CONTROL_REGISTERS}
+            assert machine.state is State.RUNNING
+            with pytest.raises(VmontyError, match="use --accel soft"):
+                attached.request("trace")
+            attached.request("quit")
+        assert machine.wait(10) is not None
+    assert not path.exists()

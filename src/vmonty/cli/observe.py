@@ -1,4 +1,4 @@
-"""What `vmonty run` shows of its machine: counters that other processes may read, and a trace of exits.
+"""What `vmonty run` shows of its machine: counters that other processes may read, a trace of exits, a control socket.
 
 The counters are the binary statistics of KVM_GET_STATS_FD. The software KVM keeps them in the pages of their file from
 the moment that it is opened; so another process of the same user reads them through /proc without a word to this one.
@@ -9,21 +9,24 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 
 from vmonty.base.errors import KvmUnsupported, UsageError
-from vmonty.kvm.uapi import Cap
+from vmonty.vmm import accel, inspection
+from vmonty.vmm.inspection import Counters, StateError
 from vmonty.vmm.machine import Machine
+from vmonty.vmm.tracing import Tracers, fields
 
 # How many exits may wait for the writer before they are dropped (and counted): a guest must not wait for a disk.
 BACKLOG = 100_000
 
 
 class TraceFile:
-    """Writes exits to *path* on a thread of its own: a Chrome trace for ``.json``, else JSON lines; ``-`` is stderr.
+    """A sink that writes exits to *path* on a thread of its own: a Chrome trace for ``.json``, else JSON lines.
+
+    ``-`` is stderr.
 
     *names*: only exits so called; none: all. A Chrome trace opens in ui.perfetto.dev or chrome://tracing.
     """
@@ -64,23 +67,13 @@ class TraceFile:
         first = True
         while (record := self._queue.get()) is not None:
             if not self._chrome:
-                self._file.write(self._line(record) + "\n")
+                self._file.write(json.dumps(fields(record)) + "\n")
                 continue
             for event in self._events(record):
                 self._file.write(("" if first else ",\n") + json.dumps(event))
                 first = False
         if self._chrome:
             self._file.write("\n]\n")
-
-    @staticmethod
-    def _line(record: Any) -> str:
-        return json.dumps(
-            {
-                "time_ns": record.left_ns, "vcpu": record.vcpu, "exit": record.name, "reason": record.reason,
-                "qualification": f"{record.qualification:#x}", "rip": f"{record.rip:#x}",
-                "guest_ns": record.left_ns - record.entered_ns,
-            }
-        )  # fmt: skip
 
     def _events(self, record: Any) -> list[dict[str, Any]]:
         """The time in the guest, and before it that since the exit before. Times in microseconds."""
@@ -98,19 +91,16 @@ class TraceFile:
 
 
 class Observation:
-    """Counters opened and exits traced, for one machine, while the block lasts."""
+    """Counters open and exits traced, for one machine, while the block lasts."""
 
-    def __init__(self, machine: Machine, trace: TraceFile | None) -> None:
-        self._stack = ExitStack()
-        if machine.vm.check_extension(Cap.BINARY_STATS_FD) > 0:
-            self._stack.enter_context(machine.vm.stats())
-            for thread in machine.vcpus:
-                self._stack.enter_context(thread.vcpu.stats())
-        if trace is not None:
-            try:
-                machine.vm.trace(trace)
-            except KvmUnsupported as error:
-                raise UsageError(f"--trace: {error}") from error
+    def __init__(self, machine: Machine, tracers: Tracers) -> None:
+        self._tracers = tracers
+        self.counters = Counters(machine)
+        try:
+            tracers.attach(machine.vm)
+        except KvmUnsupported as error:
+            self.counters.close()
+            raise UsageError(f"--trace: {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -118,4 +108,85 @@ class Observation:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._tracers.detach()
+        self.counters.close()
+
+
+class Session(Protocol):
+    """What runs one machine after another, as far as a control socket needs it."""
+
+    tracers: Tracers
+    choice: accel.Choice
+    machine: Machine | None
+    observation: Observation | None
+
+    def stop(self, status: int | None = None) -> None: ...
+    def power_down(self, status: int) -> None: ...
+
+
+class SessionControl:
+    """A session as its control socket has it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.tracers = session.tracers
+        self._lock = threading.Lock()
+        self._paused: Machine | None = None
+
+    def _machine(self) -> Machine:
+        machine = self._session.machine
+        if machine is None or self._session.observation is None:
+            raise StateError("no machine runs at this moment; try again")
+        return machine
+
+    def _is_paused(self) -> bool:
+        return self._paused is not None and self._paused is self._session.machine
+
+    def status(self) -> dict[str, Any]:
+        machine = self._machine()
+        state = "paused" if self._is_paused() else "ended" if machine.wait(0) is not None else "running"
+        return {"state": state, "accelerator": self._session.choice.reason, **inspection.description(machine)}
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        self._machine()
+        observation = self._session.observation
+        return {} if observation is None else observation.counters.read()
+
+    def registers(self, cpu: int) -> dict[str, int]:
+        with self._lock:
+            machine = self._machine()
+            vcpu = inspection.vcpu_of(machine, cpu)
+            if self._is_paused():
+                return inspection.registers(vcpu)
+            inspection.pause(machine)
+            try:
+                return inspection.registers(vcpu)
+            finally:
+                inspection.resume(machine)
+
+    def pause(self) -> None:
+        with self._lock:
+            if self._is_paused():
+                raise StateError("the machine is paused already")
+            machine = self._machine()
+            inspection.pause(machine)
+            self._paused = machine
+
+    def resume(self) -> None:
+        with self._lock:
+            if not self._is_paused():
+                raise StateError("the machine is not paused")
+            inspection.resume(self._machine())
+            self._paused = None
+
+    def reset(self) -> None:
+        self._machine().reset()
+
+    def power_down(self) -> None:
+        if self._is_paused():
+            raise StateError("the machine is paused: nobody would see the power button")
+        self._machine()
+        self._session.power_down(0)
+
+    def quit(self) -> None:
+        self._session.stop(0)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,7 +18,7 @@ from typing import Any
 import click
 
 from vmonty.base.errors import BootImageError, UsageError
-from vmonty.cli.observe import Observation, TraceFile
+from vmonty.cli.observe import Observation, SessionControl, TraceFile
 from vmonty.cli.sizes import Size
 from vmonty.cli.terminal import MOST_BACKLOG, Console
 from vmonty.vmm import accel, boards, catalogue
@@ -28,6 +29,7 @@ from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.outcome import Ending, Outcome
 from vmonty.vmm.peripherals import Disk, Network
+from vmonty.vmm.tracing import Tracers
 
 STATUS_TIMEOUT, STATUS_FAILED, FIRST_SIGNAL_STATUS = 124, 1, 128
 MOST_SECONDS = 10**9  # Python's timers end somewhat above
@@ -107,6 +109,10 @@ def read_image(path: Path, what: str) -> bytes:
     "--trace", type=click.Path(path_type=Path), metavar="FILE",
     help="Write each VM exit, with soft: a Chrome trace to FILE.json, JSON lines to others; - is standard error.",
 )  # fmt: skip
+@click.option(
+    "--control", metavar="NAME|PATH",
+    help="Listen at a control socket, for `vmonty trace` and `stat`: a path, or a name without a slash.",
+)  # fmt: skip
 @click.option("--trace-only", multiple=True, metavar="NAME", help="Only exits of this name, such as EPT_VIOLATION.")
 def run(
     name: str | None,
@@ -128,6 +134,7 @@ def run(
     no_reboot: bool,
     timeout: float | None,
     trace: Path | None,
+    control: str | None,
     trace_only: tuple[str, ...],
 ) -> int:
     """Boot a guest; its serial console is this terminal.
@@ -161,7 +168,7 @@ def run(
         "net": [network for network in networks if network != "none"], "reboot": not no_reboot, "timeout": timeout,
     }  # fmt: skip
     if file is not None:
-        return run_file(file, only_given(given), grace, trace, trace_only)
+        return run_file(file, only_given(given), grace, Watch(trace, trace_only, control))
     # Bad input first: it is cheaper to refuse than to open an accelerator.
     check_size(memory)
     catalogue.check(board, devices)
@@ -191,18 +198,33 @@ def run(
         if config is None:
             config = default_guest(command_line, parts)
         session = Session(choice, partial(boards.create, choice.system, config, disks=disks), no_reboot, grace)
-        outcome = traced(session, timeout, trace, trace_only)
+        outcome = Watch(trace, trace_only, control).run(session, timeout)
     return report(session, outcome)
 
 
-def traced(session: Session, timeout: float | None, path: Path | None, names: tuple[str, ...]) -> Outcome:
-    """Run the session, its exits written to *path* when there is one."""
-    if path is None:
-        return session.run(timeout)
-    trace = session.trace = TraceFile(path, frozenset(names), sys.stderr)
-    try:
-        return session.run(timeout)
-    finally:
+@dataclass(frozen=True)
+class Watch:
+    """How a session is watched: exits of *names* (none: all) written to *trace*, a *control* socket."""
+
+    trace: Path | None
+    names: tuple[str, ...]
+    control: str | None
+
+    def run(self, session: Session, timeout: float | None) -> Outcome:
+        """Run the session so."""
+        with contextlib.ExitStack() as stack:
+            if self.trace is not None:
+                trace = TraceFile(self.trace, frozenset(self.names), sys.stderr)
+                session.tracers.add(trace)
+                stack.callback(self._end, trace)
+            if self.control is not None:
+                from vmonty.vmm.control import ControlSocket  # a plain start should not wait for it
+
+                stack.enter_context(ControlSocket(self.control, SessionControl(session)))
+            return session.run(timeout)
+
+    @staticmethod
+    def _end(trace: TraceFile) -> None:
         trace.close()
         if trace.dropped:
             click.echo(f"vmonty: {trace.dropped} exits came faster than they could be written", err=True)
@@ -240,7 +262,7 @@ def only_given(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_file(file: Path, given: dict[str, Any], grace: float, trace: Path | None, trace_only: tuple[str, ...]) -> int:
+def run_file(file: Path, given: dict[str, Any], grace: float, watch: Watch) -> int:
     """Run what *file* describes, with *given* in place of its settings, as ``vmonty.VM.from_file`` does."""
     # Not for everybody: checking settings needs code that a plain start should not wait for.
     from vmonty.cli.progress import terminal_progress
@@ -254,7 +276,7 @@ def run_file(file: Path, given: dict[str, Any], grace: float, trace: Path | None
             with terminal_progress() as progress:
                 build.fetch(progress)
             session = Session(choice, partial(build.machine, choice.system), not wanted.reboot, grace)
-            outcome = traced(session, wanted.timeout, trace, trace_only)
+            outcome = watch.run(session, wanted.timeout)
     return report(session, outcome)
 
 
@@ -302,13 +324,14 @@ class Session:
         no_reboot: bool,
         grace: float,
     ) -> None:
-        self.trace: TraceFile | None = None
-        self._choice = choice
+        self.tracers = Tracers()
+        self.choice = choice
         self._make = make
         self._no_reboot = no_reboot
         self._grace = grace
         self._deadline: threading.Timer | None = None
-        self._machine: Machine | None = None
+        self.machine: Machine | None = None
+        self.observation: Observation | None = None
         self._stopping = threading.Event()
         self._console: Console | None = None
         self.status: int | None = None
@@ -322,27 +345,27 @@ class Session:
         if console := self._console:
             # A vCPU that waits for a reader of its output could not end otherwise.
             console.release()
-        if machine := self._machine:
+        if machine := self.machine:
             machine.stop()
 
     def power_down(self, status: int) -> None:
         """Press the guest's power button; when it does not end in time, or at the second call, stop with *status*."""
-        if self._deadline is not None or not self._grace or self._machine is None:
+        if self._deadline is not None or not self._grace or self.machine is None:
             self.stop(status)
             return
         self._deadline = threading.Timer(self._grace, self.stop, (status,))
         self._deadline.daemon = True
         self._deadline.start()
         self._no_reboot = True
-        self._machine.press_power_button()
+        self.machine.press_power_button()
 
     def _receive(self, data: bytes) -> None:
-        if machine := self._machine:
+        if machine := self.machine:
             machine.terminal.receive(data)
 
     def _backlog(self) -> int:
         # Between two machines input stays where it is.
-        return machine.terminal.backlog() if (machine := self._machine) else MOST_BACKLOG
+        return machine.terminal.backlog() if (machine := self.machine) else MOST_BACKLOG
 
     def run(self, timeout: float | None) -> Outcome:
         """Boot and wait for the end."""
@@ -360,8 +383,8 @@ class Session:
         listener = threading.Thread(target=obey, name="signals", daemon=True)
         console = Console(self._receive, self.stop, self._backlog)
         # Built before the terminal changes: what it refuses is told on a terminal in order.
-        self._machine = self._make(console.write)
-        click.echo(f"vmonty: {self._choice.reason}", err=True)
+        self.machine = self._make(console.write)
+        click.echo(f"vmonty: {self.choice.reason}", err=True)
         previous = {
             number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         }
@@ -393,8 +416,8 @@ class Session:
 
     def _loop(self, console: Console) -> Outcome:
         while True:
-            assert self._machine is not None
-            with self._machine as machine, Observation(machine, self.trace):
+            assert self.machine is not None
+            with self.machine as machine, Observation(machine, self.tracers) as self.observation:
                 machine.start()
                 gc.enable()  # see cli.main
                 if self._stopping.is_set():
@@ -405,7 +428,7 @@ class Session:
             if outcome.ending is not Ending.RESET or self._no_reboot or self._stopping.is_set():
                 return outcome
             # A machine refers to itself through its devices: without this its RAM would stay beside the next one's.
-            self._machine = None
+            self.machine = None
             del machine
             gc.collect()
-            self._machine = self._make(console.write)
+            self.machine = self._make(console.write)

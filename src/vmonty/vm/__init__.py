@@ -10,27 +10,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from vmonty.base.errors import UsageError, VmontyError
+from vmonty.base.errors import UsageError
 from vmonty.guests.progress import Progress, silent
 from vmonty.kvm.api import Vcpu
 from vmonty.kvm.uapi import Exit
 from vmonty.vm.build import Build
 from vmonty.vm.console import ConsoleEnded, ConsoleSession, ConsoleTimeout
 from vmonty.vm.settings import Settings, read_file, settings
-from vmonty.vmm import accel
+from vmonty.vmm import accel, inspection
+from vmonty.vmm.control import ControlSocket
+from vmonty.vmm.inspection import CONTROL_REGISTERS, GENERAL_REGISTERS, Counters, StateError
 from vmonty.vmm.machine import Machine
 from vmonty.vmm.outcome import Ending, Outcome
+from vmonty.vmm.tracing import Tracers
 
 __all__ = [
     "VM", "ConsoleEnded", "ConsoleTimeout", "Ending", "Event", "Outcome", "Settings", "State", "StateError",
 ]  # fmt: skip
-
-PAUSE_SECONDS = 30.0
-GENERAL_REGISTERS = (
-    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp",
-    "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags",
-)  # fmt: skip
-CONTROL_REGISTERS = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
 
 ExitHook = Callable[[Vcpu, "Exit | int"], None]
 
@@ -54,10 +50,6 @@ class Event(Enum):
     RESET = "reset"  # (Outcome)
     PANIC = "panic"  # (the line of the guest's kernel)
     ENDED = "ended"  # (Outcome)
-
-
-class StateError(VmontyError):
-    """The VM cannot do this in the state that it is in; the message says what it needs."""
 
 
 class VM:
@@ -94,6 +86,8 @@ class VM:
         self._console: ConsoleSession | None = None
         self._build: Build | None = None
         self._choice: accel.Choice | None = None
+        self._control: ControlSocket | None = None
+        self.tracers = Tracers()
 
     @classmethod
     def from_file(cls, path: str | Path, **others: Any) -> VM:
@@ -121,6 +115,8 @@ class VM:
     def close(self) -> None:
         """Stop it, and give everything back. A second call does nothing."""
         self.stop()
+        if self._control is not None:
+            self._control.close()
         if self._supervisor is not None and self._supervisor is not threading.current_thread():
             self._supervisor.join()
         if self._timer is not None:
@@ -182,20 +178,14 @@ class VM:
         """Stop all vCPUs between two instructions. Raises StateError unless it runs."""
         with self._lock:
             machine = self._running(State.RUNNING)
-            for thread in machine.vcpus:
-                thread.pause()
-            if not all(thread.wait_paused(PAUSE_SECONDS) for thread in machine.vcpus):
-                for thread in machine.vcpus:
-                    thread.resume()
-                raise StateError("a vCPU is held by a device or by the reader of the console; it could not be paused")
+            inspection.pause(machine)
             self.state = State.PAUSED
         self._tell(Event.PAUSED)
 
     def resume(self) -> None:
         """Go on after pause(). Raises StateError unless it is paused."""
         with self._lock:
-            for thread in self._running(State.PAUSED).vcpus:
-                thread.resume()
+            inspection.resume(self._running(State.PAUSED))
             self.state = State.RUNNING
         self._tell(Event.RESUMED)
 
@@ -230,6 +220,7 @@ class VM:
         assert machine is not None
         for thread in machine.vcpus:
             thread.hook = self._exit if self._hooks else None
+        self.tracers.attach(machine.vm)
         machine.start()
         if self._unsent:
             machine.serial.receive(bytes(self._unsent))
@@ -243,6 +234,7 @@ class VM:
             outcome = self._machine.wait()
             assert outcome is not None
             with self._lock:
+                self.tracers.detach()
                 self._machine.close()
                 again = outcome.ending is Ending.RESET and self.settings.reboot and self._stopping is None
                 if again:
@@ -325,18 +317,12 @@ class VM:
         self._running(State.READY, State.RUNNING, State.PAUSED).memory.write(address, data)
 
     def _vcpu(self, cpu: int) -> Vcpu:
-        machine = self._running(State.PAUSED)
-        if not 0 <= cpu < len(machine.vcpus):
-            raise UsageError(f"cpu {cpu}: this VM has {len(machine.vcpus)}, from 0")
-        return machine.vcpus[cpu].vcpu
+        return inspection.vcpu_of(self._running(State.PAUSED), cpu)
 
     def registers(self, cpu: int = 0) -> dict[str, int]:
         """General and control registers of a vCPU by name. Raises StateError unless the VM is paused."""
         with self._lock:
-            vcpu = self._vcpu(cpu)
-            regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
-        found = {name: int(getattr(regs, name)) for name in GENERAL_REGISTERS}
-        return found | {name: int(getattr(sregs, name)) for name in CONTROL_REGISTERS}
+            return inspection.registers(self._vcpu(cpu))
 
     def set_registers(self, cpu: int = 0, **values: int) -> None:
         """Set registers of a vCPU by name. Raises StateError unless the VM is paused, UsageError for unknown names."""
@@ -354,3 +340,56 @@ class VM:
                 vcpu.set_sregs(sregs)
             if values.keys() & set(GENERAL_REGISTERS):
                 vcpu.set_regs(regs)
+
+    # ---- control socket -------------------------------------------------------------------------------------
+
+    def listen(self, name: str | Path) -> Path:
+        """Open a control socket, for `vmonty trace` and `stat` and whoever speaks its JSON; gives its path.
+
+        *name* is a path, or a name without a slash: a socket in $XDG_RUNTIME_DIR/vmonty. Raises UsageError.
+        """
+        if self._control is not None:
+            raise StateError(f"the VM listens at {self._control.path} already")
+        self._control = ControlSocket(name, _Remote(self))
+        return self._control.path
+
+    def trace(self, sink: Callable[[Any], None]) -> Callable[[], None]:
+        """Have *sink* called with each exit, on the vCPU's thread; gives what ends it. Raises KvmUnsupported.
+
+        The record has vcpu, entered_ns, left_ns, reason, name, qualification and rip.
+        """
+        self.tracers.add(sink)
+        return lambda: self.tracers.remove(sink)
+
+
+class _Remote:
+    """A VM as its control socket has it."""
+
+    def __init__(self, vm: VM) -> None:
+        self._vm = vm
+        self.tracers = vm.tracers
+        self.pause, self.resume, self.reset = vm.pause, vm.resume, vm.reset
+        self.power_down, self.quit = vm.power_off, vm.stop
+
+    def status(self) -> dict[str, Any]:
+        machine = self._vm._machine
+        config = {} if machine is None else inspection.description(machine)
+        return {"state": self._vm.state.value, "accelerator": self._vm.accelerator, **config}
+
+    def counters(self) -> dict[str, dict[str, int]]:
+        counters = Counters(self._vm._running(State.RUNNING, State.PAUSED))
+        try:
+            return counters.read()
+        finally:
+            counters.close()
+
+    def registers(self, cpu: int) -> dict[str, int]:
+        with self._vm._lock:
+            was_running = self._vm.state is State.RUNNING
+            if was_running:
+                self._vm.pause()
+            try:
+                return self._vm.registers(cpu)
+            finally:
+                if was_running:
+                    self._vm.resume()
