@@ -83,6 +83,7 @@ class UserNetwork(_Model):
     hostname: str = ""
     domainname: str = ""
     restrict: bool = False
+    ipv6: bool = True
     tftp: Path | None = None
     bootfile: str = ""
     hostfwd: tuple[str, ...] = ()

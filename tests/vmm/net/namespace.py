@@ -93,8 +93,8 @@ def cabled(loop: EventLoop, backend: NetBackend, *, offloads: bool, address: str
 
 
 @contextlib.contextmanager
-def web_server(root: Path) -> Iterator[int]:
-    """A server of *root*'s files on this host's loopback; its port."""
+def web_server(root: Path, host: str = "127.0.0.1") -> Iterator[int]:
+    """A server of *root*'s files on this host's loopback, at *host*; its port."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args: object) -> None:
@@ -114,7 +114,10 @@ def web_server(root: Path) -> Iterator[int]:
             self.send_response(201)
             self.end_headers()
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+    with Server((host, 0), Quiet) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:

@@ -16,7 +16,7 @@ from vmonty.base.errors import UsageError
 from vmonty.testing.net import FakeLoop, FrameGuest
 from vmonty.vmm.net.backend import Gso, Offload
 from vmonty.vmm.net.checksum import TCP, UDP, correct
-from vmonty.vmm.net.user import arp, ipv4, tcp_proxy, tftp, udp
+from vmonty.vmm.net.user import arp, ipv4, neighbours, tcp_proxy, tftp, udp
 from vmonty.vmm.net.user.backend import MOST_IN, MOST_OUT, UserBackend
 from vmonty.vmm.net.user.config import Forward, UserConfig
 from vmonty.vmm.net.user.dns import resolvers
@@ -115,7 +115,7 @@ def test_a_guest_cannot_take_the_gateways_address_or_fill_the_table(net):
             net.user.send([b"\xff" * 6 + mac + b"\x08\x06" + request], None)
             net.loop.settle()
     assert net.user.arp.lookup(GATEWAY) is None
-    assert len(net.user.arp._known) <= arp.MOST_NEIGHBOURS
+    assert len(net.user.arp._known) <= neighbours.MOST_NEIGHBOURS
 
 
 def test_an_echo_that_arrives_in_fragments_is_answered_in_fragments(net):

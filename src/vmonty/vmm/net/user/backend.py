@@ -12,6 +12,7 @@ from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.net.backend import ETHERNET_HEADER, MOST_FRAME, Accepts, NetBackend, Offload, Receive
 from vmonty.vmm.net.checksum import TCP, UDP, Buffer
 from vmonty.vmm.net.loop import Loop
+from vmonty.vmm.net.user import icmp6
 from vmonty.vmm.net.user.arp import Arp
 from vmonty.vmm.net.user.config import UserConfig
 from vmonty.vmm.net.user.dhcp import SERVER_PORT as DHCP_PORT
@@ -20,14 +21,16 @@ from vmonty.vmm.net.user.dns import PORT as DNS_PORT
 from vmonty.vmm.net.user.dns import Dns
 from vmonty.vmm.net.user.hostfwd import HostForward
 from vmonty.vmm.net.user.icmp import Icmp
+from vmonty.vmm.net.user.icmp6 import Icmp6
 from vmonty.vmm.net.user.ipv4 import Builder, Ipv4, Packet
+from vmonty.vmm.net.user.ipv6 import Builder6, Ipv6
 from vmonty.vmm.net.user.tcp_proxy import Tcp
 from vmonty.vmm.net.user.tcp_segment import Takes
 from vmonty.vmm.net.user.tftp import PORT as TFTP_PORT
 from vmonty.vmm.net.user.tftp import Tftp
 from vmonty.vmm.net.user.udp import Udp
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK, LOOPBACK6 = "127.0.0.1", "::1"
 # Frames that wait, from and for the guest; more are dropped.
 MOST_IN, MOST_OUT = 1024, 512
 BATCH = 64
@@ -56,7 +59,9 @@ class UserBackend(NetBackend):
         assert self.config.host is not None
         assert self.config.dns is not None
         self.gateway, self.dns_address = self.config.host.packed, self.config.dns.packed
-        self.mine = (self.gateway, self.dns_address)
+        # What is served here; over IPv6 as over IPv4.
+        self.gateways = (self.gateway, icmp6.GATEWAY)
+        self.mine = (self.gateway, self.dns_address, *icmp6.MINE)
         self._network = int(self.config.net.network_address)
         self._mask = int(self.config.net.netmask)
         self._broadcast = self.config.net.broadcast_address.packed
@@ -69,11 +74,13 @@ class UserBackend(NetBackend):
         self._inbox: deque[tuple[bytes, bool]] = deque()
         self._scheduled = False
         self._outbox: deque[tuple[Buffer, Offload | None]] = deque()
-        self.arp = Arp(self.mac, self.mine, self.belongs, lambda frame: self.transmit(frame, None))
+        self.arp = Arp(self.mac, self.mine[:2], self.belongs, lambda frame: self.transmit(frame, None))
         self._ipv4, self._builder = Ipv4(), Builder(self.mac)
+        self._ipv6, self._builder6, self.icmp6 = Ipv6(), Builder6(self.mac), Icmp6(self)
         self.icmp, self.udp, self.tcp, self.dns = Icmp(self), Udp(self), Tcp(self), Dns(self)
         self.udp.serve(b"", DHCP_PORT, Dhcp(self).input)
-        self.udp.serve(self.dns_address, DNS_PORT, self.dns.input)
+        for address in (self.dns_address, icmp6.DNS):
+            self.udp.serve(address, DNS_PORT, self.dns.input)
         self._tftp = Tftp(self, self.config.tftp) if self.config.tftp is not None else None
         if self._tftp is not None:
             self.udp.serve(self.gateway, TFTP_PORT, self._tftp.input)
@@ -97,7 +104,7 @@ class UserBackend(NetBackend):
     def guest_accepts(self, accepts: Accepts) -> None:
         checksum = Accepts.CHECKSUM in accepts
         with self._receiving:
-            self.takes = Takes(checksum, checksum and Accepts.TCP4 in accepts)
+            self.takes = Takes(checksum, checksum and Accepts.TCP4 in accepts, checksum and Accepts.TCP6 in accepts)
             # What waits was made for another driver.
             self._outbox = deque(entry for entry in self._outbox if entry[1] is None)
 
@@ -127,7 +134,7 @@ class UserBackend(NetBackend):
     def _close_parts(self) -> None:
         for forward in self.forwards:
             forward.close()
-        for part in (self.tcp, self.udp, self.icmp, self.dns, self._tftp):
+        for part in (self.tcp, self.udp, self.icmp, self.icmp6, self.dns, self._tftp):
             if part is not None:
                 part.close()
 
@@ -157,6 +164,10 @@ class UserBackend(NetBackend):
                 self._packet(packet)
         elif kind == b"\x08\x06":
             self.arp.input(frame)
+        elif kind == b"\x86\xdd" and self.config.ipv6:
+            packet = self._ipv6.parse(frame, trusted, self.clock())
+            if packet is not None:
+                self._packet6(packet)
 
     def _packet(self, packet: Packet) -> None:
         source = packet.source
@@ -174,6 +185,21 @@ class UserBackend(NetBackend):
             self.udp.input(packet)
         elif packet.protocol == socket.IPPROTO_ICMP:
             self.icmp.input(packet)
+
+    def _packet6(self, packet: Packet) -> None:
+        source = packet.source
+        if source != icmp6.UNSPECIFIED:
+            if not icmp6.belongs(source) or source in self.mine:
+                return
+            self.icmp6.learn(source, packet.mac)
+        elif packet.protocol != icmp6.PROTOCOL:
+            return
+        if packet.protocol == icmp6.PROTOCOL:
+            self.icmp6.input(packet)
+        elif packet.protocol == UDP:
+            self.udp.input(packet)
+        elif packet.protocol == TCP and packet.target[0] != icmp6.MULTICAST:
+            self.tcp.input(packet)
 
     def transmit(self, frame: Buffer, offload: Offload | None) -> None:
         """Give *frame* to the guest, or keep it until there is room; beyond that it is lost."""
@@ -212,27 +238,47 @@ class UserBackend(NetBackend):
         """Whether a guest may send to *address*: the host or the world, unless restricted; never a broadcast."""
         if self.config.restrict:
             return False
-        if address == self.gateway:
+        if address in self.gateways:
             return True
         first = address[0]
+        if len(address) == 16:
+            # ::/80 holds the unspecified and the loopback address, and IPv4's by another name.
+            return not (first == icmp6.MULTICAST or icmp6.belongs(address) or not any(address[:10]))
         return not (first in (0, 127) or first >= FIRST_MULTICAST or self.belongs(address))
 
     def outside_address(self, address: bytes) -> str:
-        """What *address* is for the host: 10.0.2.2 is its loopback."""
+        """What *address* is for the host: 10.0.2.2 is its loopback, fec0::2 that of IPv6."""
+        if len(address) == 16:
+            return LOOPBACK6 if address == icmp6.GATEWAY else socket.inet_ntop(socket.AF_INET6, address)
         return LOOPBACK if address == self.gateway else socket.inet_ntoa(address)
 
     def tcp_destination(self, address: bytes, port: int) -> tuple[str, int] | None:
         """Where a connection to *address* goes; None when it must not."""
-        if address == self.dns_address and port == DNS_PORT and not self.config.restrict:
+        if address in (self.dns_address, icmp6.DNS) and port == DNS_PORT and not self.config.restrict:
             servers = self.dns.servers()
             return servers[0] if servers else None
         return (self.outside_address(address), port) if self.may_reach(address) else None
 
-    def send_ipv4(self, source: bytes, target: bytes, protocol: int, payload: Buffer, mac: bytes | None = None) -> None:
+    def belongs_here(self, address: bytes) -> bool:
+        """Whether *address*, of either kind, is one of the network: one that is ours, or a guest's."""
+        return icmp6.belongs(address) if len(address) == 16 else self.belongs(address)
+
+    def unreachable(self, packet: Packet, code: int) -> None:
+        """Tell the sender of *packet* that it could not be delivered; *code* is ICMP's."""
+        (self.icmp if len(packet.source) == 4 else self.icmp6).unreachable(packet, code)
+
+    def send_ip(
+        self, source: bytes, target: bytes, protocol: int, payload: Buffer, mac: bytes | None = None, hops: int = 64
+    ) -> None:
         """Send a packet to a guest; one for an address that nobody has yet waits for it, for a while."""
-        mac = mac or self.arp.lookup(target)
+        neighbours = self.arp if len(target) == 4 else self.icmp6
+        mac = mac or neighbours.lookup(target)
         if mac is None:
-            self.arp.when_known(target, lambda: self.send_ipv4(source, target, protocol, payload))
+            neighbours.when_known(target, lambda: self.send_ip(source, target, protocol, payload))
             return
-        for frame in self._builder.build(mac, source, target, protocol, payload):
+        if len(target) == 4:
+            frames = self._builder.build(mac, source, target, protocol, payload)
+        else:
+            frames = self._builder6.build(mac, source, target, protocol, payload, hops)
+        for frame in frames:
             self.transmit(frame, None)

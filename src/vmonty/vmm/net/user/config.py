@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vmonty.base.errors import UsageError
 
-OPTIONS = "net= host= dns= dhcpstart= hostname= domainname= restrict= tftp= bootfile= hostfwd="
+OPTIONS = "net= host= dns= dhcpstart= hostname= domainname= restrict= ipv6= tftp= bootfile= hostfwd="
 
 # An option of DHCP holds 255 bytes, the boot file field 128 with its end.
 MOST_HOSTNAME, MOST_BOOTFILE = 255, 127
@@ -66,7 +66,7 @@ class UserConfig:
     """A user network. Raises UsageError for one that cannot be.
 
     *restrict* keeps the guest from the host and the world; forwarded ports still reach it. *tftp* is a directory
-    that is served read-only, *bootfile* the name that DHCP gives.
+    that is served read-only, *bootfile* the name that DHCP gives. *ipv6* adds fec0::/64, with the host at fec0::2.
     """
 
     net: IPv4Network = DEFAULT_NETWORK
@@ -76,6 +76,7 @@ class UserConfig:
     hostname: str = ""
     domainname: str = ""
     restrict: bool = False
+    ipv6: bool = True
     tftp: Path | None = None
     bootfile: str = ""
     forwards: tuple[Forward, ...] = field(default=())
@@ -128,7 +129,7 @@ class UserConfig:
                         values[name] = IPv4Address(value)
                     case "hostname" | "domainname" | "bootfile":
                         values[name] = value
-                    case "restrict":
+                    case "restrict" | "ipv6":
                         values[name] = _switch(value or "on")
                     case "tftp":
                         values[name] = Path(value)

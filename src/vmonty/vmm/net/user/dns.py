@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmonty.vmm.net.loop import Timer
+from vmonty.vmm.net.user import icmp6
 from vmonty.vmm.net.user.ipv4 import Packet
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ class Dns:
             self._end(key)
 
     def _reply(self, question: _Question, data: bytes) -> None:
-        self._stack.udp.send(self._stack.dns_address, PORT, *question.guest, data)
+        mine = self._stack.dns_address if len(question.guest[0]) == 4 else icmp6.DNS
+        self._stack.udp.send(mine, PORT, *question.guest, data)
 
     def _disconnect(self, question: _Question) -> None:
         if question.timer is not None:

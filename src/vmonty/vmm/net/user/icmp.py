@@ -80,7 +80,7 @@ class Icmp:
 
     def _send(self, source: bytes, target: bytes, message: bytes) -> None:
         value = checksum(message)
-        self._stack.send_ipv4(source, target, socket.IPPROTO_ICMP, message[:2] + value.to_bytes(2, "big") + message[4:])
+        self._stack.send_ip(source, target, socket.IPPROTO_ICMP, message[:2] + value.to_bytes(2, "big") + message[4:])
 
     def unreachable(self, packet: Packet, code: int) -> None:
         """Tell the sender of *packet* that it could not be delivered."""

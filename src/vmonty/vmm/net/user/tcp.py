@@ -121,7 +121,7 @@ class Tcb:
         self._application = application
         self._budget = budget
         self.state = State.CLOSED
-        self.mss = mss
+        self.mss = self.mss_offered = mss  # offered: what this side takes in one packet
         self.iss = iss
         # Sending. [snd_una, snd_max) is in flight, of which [snd_nxt, snd_max) is to be sent again.
         self.snd_una = self.snd_nxt = self.snd_max = iss
@@ -198,9 +198,6 @@ class Tcb:
         if self._retries == 0:
             self._timed = self.snd_max, self._wire.clock()
         self._arm()
-
-    # What this side takes in one packet; an Ethernet's 1500 bytes less the headers.
-    mss_offered = 1460
 
     def _learn(self, seq: int, window: int, options: Options) -> None:
         """From the guest's SYN."""

@@ -15,13 +15,14 @@ from vmonty.vmm.net.loop import Timer
 from vmonty.vmm.net.user.icmp import HOST_UNREACHABLE, NET_UNREACHABLE
 from vmonty.vmm.net.user.ipv4 import Packet
 from vmonty.vmm.net.user.tcp import Budget, State, Tcb
-from vmonty.vmm.net.user.tcp_segment import ACK, FIN, RST, SYN, Options, Template
+from vmonty.vmm.net.user.tcp_segment import ACK, FIN, RST, SYN, Options, template
 
 if TYPE_CHECKING:
     from vmonty.vmm.net.user.backend import UserBackend
 
 HEADER = struct.Struct("!HHIIBBHHH")
-MSS = 1460
+# An Ethernet's 1500 bytes less the headers.
+MSS, MSS6 = 1460, 1440
 MOST_CONNECTIONS = 512
 # For all connections together: a guest must not fill the host's memory.
 BUDGET = 128 << 20
@@ -29,6 +30,13 @@ BUDGET = 128 << 20
 LINGER_RESET = struct.pack("ii", 1, 0)
 _IN_PROGRESS = (errno.EINPROGRESS, errno.EAGAIN, errno.EINTR)
 _UNREACHABLE = {errno.ENETUNREACH: NET_UNREACHABLE, errno.EHOSTUNREACH: HOST_UNREACHABLE}
+
+
+def ends(key: bytes) -> tuple[bytes, bytes, int, int]:
+    """Guest's and other's address, then their ports, of a connection's key."""
+    size = len(key) // 2 - 2
+    ports = key[2 * size :]
+    return key[:size], key[size : 2 * size], int.from_bytes(ports[:2], "big"), int.from_bytes(ports[2:], "big")
 
 
 class Connection:
@@ -39,10 +47,9 @@ class Connection:
         self._stack = service.stack
         self.key = key
         self.socket = outside
-        guest, other = key[0:4], key[4:8]
-        guest_port, other_port = int.from_bytes(key[8:10], "big"), int.from_bytes(key[10:12], "big")
-        self._template = Template((mac, self._stack.mac), other, guest, (other_port, guest_port))
-        self.tcb = Tcb(self, self, service.budget, MSS, secrets.randbits(32))
+        guest, other, guest_port, other_port = ends(key)
+        self._template = template((mac, self._stack.mac), other, guest, (other_port, guest_port))
+        self.tcb = Tcb(self, self, service.budget, MSS if len(guest) == 4 else MSS6, secrets.randbits(32))
         self.syn: Packet | None = None
         self.used = self._stack.clock()
         self._connecting = False
@@ -150,7 +157,7 @@ class Connection:
             self.tcb.accept()
         else:
             if result in _UNREACHABLE and self.syn is not None:
-                self._stack.icmp.unreachable(self.syn, _UNREACHABLE[result])
+                self._stack.unreachable(self.syn, _UNREACHABLE[result])
             self.tcb.refuse()
         self.syn = None
         self.watch()
@@ -229,10 +236,10 @@ class Tcp:
             self._reset(packet, key, seq, ack, flags, len(segment) - size)
 
     def _open(self, packet: Packet, key: bytes, seq: int, window: int, options: Options) -> None:
-        target = int.from_bytes(key[10:12], "big")
+        target = ends(key)[3]
         address = self.stack.tcp_destination(packet.target, target)
         if address is None:
-            if packet.target in self.stack.mine or self.stack.belongs(packet.target):
+            if packet.target in self.stack.mine or self.stack.belongs_here(packet.target):
                 self._reset(packet, key, seq, 0, SYN, 0)
             return
         self._make_room()
@@ -274,13 +281,13 @@ class Tcp:
 
     def _reset(self, packet: Packet, key: bytes, seq: int, ack: int, flags: int, length: int) -> None:
         """Answer a segment that belongs to nothing. RFC 9293, 3.10.7.1."""
-        ports = int.from_bytes(key[10:12], "big"), int.from_bytes(key[8:10], "big")
-        template = Template((packet.mac, self.stack.mac), packet.target, packet.source, ports)
+        _, _, guest_port, other_port = ends(key)
+        frames = template((packet.mac, self.stack.mac), packet.target, packet.source, (other_port, guest_port))
         if flags & ACK:
-            made = template.build(self.stack.takes, MSS, RST, ack, 0, 0, b"", b"")
+            made = frames.build(self.stack.takes, MSS, RST, ack, 0, 0, b"", b"")
         else:
             length += (1 if flags & SYN else 0) + (1 if flags & FIN else 0)
-            made = template.build(self.stack.takes, MSS, RST | ACK, 0, seq + length, 0, b"", b"")
+            made = frames.build(self.stack.takes, MSS, RST | ACK, 0, seq + length, 0, b"", b"")
         for frame, offload in made:
             self.stack.transmit(frame, offload)
 

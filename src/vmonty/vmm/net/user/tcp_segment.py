@@ -9,7 +9,7 @@ from vmonty.vmm.net.backend import Gso, Offload
 from vmonty.vmm.net.checksum import TCP, Buffer, checksum, partial_sum
 from vmonty.vmm.net.segment import ACK, FIN, PSH, RST, SYN
 
-__all__ = ["ACK", "FIN", "PSH", "RST", "SYN", "Options", "Takes", "Template"]
+__all__ = ["ACK", "FIN", "PSH", "RST", "SYN", "Options", "Takes", "Template", "Template6", "template"]
 
 OPTION_END, OPTION_NOP, OPTION_MSS, OPTION_SCALE, OPTION_SACK_PERMITTED, OPTION_SACK = range(6)
 
@@ -20,6 +20,10 @@ MOST_SCALE = 14
 HEADERS = struct.Struct("!6s6sHBBHHHBBH4s4sHHIIBBHHH")
 ETHERNET_IP, HEADERS_SIZE = 34, HEADERS.size
 PARTIAL = Offload(needs_checksum=True, csum_start=ETHERNET_IP, csum_offset=16)
+
+HEADERS6 = struct.Struct("!6s6sHIHBB16s16sHHIIBBHHH")
+ETHERNET_IPV6 = 54
+PARTIAL6 = Offload(needs_checksum=True, csum_start=ETHERNET_IPV6, csum_offset=16)
 
 # Payload of one frame: what IPv4 can say with the longest TCP header.
 MOST_PAYLOAD = 65535 - 20 - 60
@@ -77,10 +81,11 @@ def sack_option(blocks: list[tuple[int, int]]) -> bytes:
 
 @dataclass(slots=True)
 class Takes:
-    """Which unfinished segments the guest takes: without a checksum, and larger than its packets."""
+    """Which unfinished segments the guest takes: without a checksum, and larger than its packets, by IPv4 or IPv6."""
 
     checksum: bool = False
     large: bool = False
+    large6: bool = False
 
 
 class Template:
@@ -102,7 +107,7 @@ class Template:
         self, takes: Takes, mss: int, flags: int, seq: int, ack: int, window: int, options: bytes, payload: Buffer
     ) -> list[tuple[Buffer, Offload | None]]:
         """The frames that carry *payload*: one when the guest cuts it itself, else one for each *mss* bytes."""
-        if len(payload) <= mss or takes.large:
+        if len(payload) <= mss or self._large(takes):
             return [self._frame(takes, mss, flags, seq, ack, window, options, payload)]
         view = memoryview(payload)
         frames = []
@@ -111,6 +116,10 @@ class Template:
             part = flags if last else flags & ~(FIN | PSH)
             frames.append(self._frame(takes, mss, part, seq + at, ack, window, options, view[at : at + mss]))
         return frames
+
+    @staticmethod
+    def _large(takes: Takes) -> bool:
+        return takes.large
 
     def _frame(
         self, takes: Takes, mss: int, flags: int, seq: int, ack: int, window: int, options: bytes, payload: Buffer
@@ -149,3 +158,45 @@ class Template:
         value = checksum(memoryview(frame)[ETHERNET_IP:], self._pseudo + length)
         frame[ETHERNET_IP + 16 : ETHERNET_IP + 18] = value.to_bytes(2, "big")
         return frame, None
+
+
+class Template6(Template):
+    """The same over IPv6: addresses are 16 bytes, and there is no checksum of the header."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def _large(takes: Takes) -> bool:
+        return takes.large6
+
+    def _frame(
+        self, takes: Takes, mss: int, flags: int, seq: int, ack: int, window: int, options: bytes, payload: Buffer
+    ) -> tuple[Buffer, Offload | None]:
+        length = 20 + len(options) + len(payload)
+        pseudo = self._pseudo + length
+        pseudo = (pseudo & 0xFFFF) + (pseudo >> 16)
+        destination, source = self._prefix
+        here, there, port, peer_port = self._tail
+        words = (5 + (len(options) >> 2)) << 4
+        head = HEADERS6.pack(
+            destination, source, 0x86DD, 6 << 28, length, TCP, 64, here, there, port, peer_port,
+            seq & 0xFFFF_FFFF, ack & 0xFFFF_FFFF, words, flags, window, pseudo if takes.checksum else 0, 0,
+        )  # fmt: skip
+        if not takes.checksum:
+            frame = bytearray(head) + options + payload
+            value = checksum(memoryview(frame)[ETHERNET_IPV6:], self._pseudo + length)
+            frame[ETHERNET_IPV6 + 16 : ETHERNET_IPV6 + 18] = value.to_bytes(2, "big")
+            return frame, None
+        if len(payload) <= mss:
+            return b"".join((head, options, payload)), PARTIAL6
+        key = mss << 8 | len(options)
+        offload = self._gso.get(key)
+        if offload is None:
+            header = HEADERS6.size + len(options)
+            offload = self._gso[key] = Offload(True, ETHERNET_IPV6, 16, Gso.TCP6, mss, header)
+        return b"".join((head, options, payload)), offload
+
+
+def template(macs: tuple[bytes, bytes], source: bytes, target: bytes, ports: tuple[int, int]) -> Template:
+    """One for addresses of either kind."""
+    return (Template if len(source) == 4 else Template6)(macs, source, target, ports)

@@ -80,8 +80,8 @@ class Udp:
         service = self._services.get((packet.target, target)) or self._services.get((b"", target))
         if service is not None:
             service(packet, source, target, datagram[HEADER.size :])
-        elif packet.target in self._stack.mine and packet.target != self._stack.gateway:
-            self._stack.icmp.unreachable(packet, PORT_UNREACHABLE)
+        elif packet.target in self._stack.mine and packet.target not in self._stack.gateways:
+            self._stack.unreachable(packet, PORT_UNREACHABLE)
         elif source and target and self._stack.may_reach(packet.target):
             self._forward(packet, source, target, datagram[HEADER.size :])
 
@@ -101,11 +101,12 @@ class Udp:
             return  # lost, as datagrams are
         except OSError as error:
             code = {errno.ECONNREFUSED: PORT_UNREACHABLE, errno.EACCES: PROHIBITED, errno.EPERM: PROHIBITED}
-            self._stack.icmp.unreachable(packet, code.get(error.errno or 0, HOST_UNREACHABLE))
+            self._stack.unreachable(packet, code.get(error.errno or 0, HOST_UNREACHABLE))
 
     def _make(self, packet: Packet, source: int) -> _Mapping | None:
         try:
-            outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            family = socket.AF_INET6 if len(packet.source) == 16 else socket.AF_INET
+            outside = socket.socket(family, socket.SOCK_DGRAM)
         except OSError:
             return None  # no file descriptor left
         return self.adopt(outside, (packet.source, source))
@@ -129,7 +130,7 @@ class Udp:
                 data, sender = mapping.socket.recvfrom(65535)
             except OSError:
                 return
-            peer = mapping.peers.get(sender)
+            peer = mapping.peers.get(sender[:2])
             # Datagrams that the guest cannot take now are lost, rather than kept.
             if peer is not None and not self._stack.congested:
                 mapping.used = self._stack.clock()
@@ -151,7 +152,7 @@ class Udp:
         start = pseudo_header(source + target, UDP, length)
         plain = HEADER.pack(source_port, target_port, length, 0)
         value = checksum(plain + bytes(payload), start) or 0xFFFF
-        self._stack.send_ipv4(
+        self._stack.send_ip(
             source, target, UDP, HEADER.pack(source_port, target_port, length, value) + bytes(payload), mac
         )
 
