@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import select
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +18,9 @@ from vmonty.base.ram import Ram
 from vmonty.kvm.soft import fastpath, modules, stats
 from vmonty.kvm.soft.insight import ExitRecord
 from vmonty.kvm.uapi import Exit
-from vmonty.kvm.uapi.flags import KVM_MSR_FILTER_READ
+from vmonty.kvm.uapi.exits import KVM_EXIT_IO_OUT
+from vmonty.kvm.uapi.flags import KVM_MSR_FILTER_READ, KVM_PIO_PAGE_OFFSET
+from vmonty.kvm.uapi.run import kvm_run, kvm_run_u_io
 from vmonty.kvm.uapi.vm import kvm_msr_filter_range
 from vmonty.testing.guests import DATA, RAM_SIZE, Mode, TinyGuest
 
@@ -45,6 +49,35 @@ def test_counters_are_where_stats_has_them() -> None:
     declared = dict(re.findall(r"COUNT_(\w+) = (\d+)", Path(fastpath.__file__).with_name("fastpath.pxd").read_text()))
     assert len(declared) >= 6
     assert {name: getattr(stats, name) for name in declared} == {name: int(at) for name, at in declared.items()}
+
+
+def test_kvm_run_is_as_declared() -> None:
+    text = Path(fastpath.__file__).with_name("fastpath.pxd").read_text()
+    declared = {name: int(value) for name, value in re.findall(r"    ((?:RUN|IO|EXIT)_\w+) = (\d+)\n", text)}
+    assert declared == {
+        "RUN_EXIT_REASON": kvm_run.exit_reason.offset, "RUN_IO": kvm_run.u.offset,
+        "RUN_PIO_PAGE": KVM_PIO_PAGE_OFFSET * 4096, "EXIT_IO": Exit.IO, "IO_OUT": KVM_EXIT_IO_OUT,
+    }  # fmt: skip
+    fields = [(name, getattr(kvm_run_u_io, name).offset) for name, *_ in kvm_run_u_io._fields_]
+    assert fields == [("direction", 0), ("size", 1), ("port", 2), ("count", 4), ("data_offset", 8)]
+
+
+def test_an_eventfd_at_a_port_of_a_guest_that_runs(guest: TinyGuest) -> None:
+    """From then on OUT does not go to user space."""
+    guest.load(Mode.LONG, "again: out 0x10, al\n jmp again")
+    assert guest.out()[0] == 0x10
+    event = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        guest.vm.ioeventfd(event, 0x10, 1, pio=True)
+        thread = threading.Thread(target=guest.vcpu.run)
+        thread.start()
+        assert select.select([event], [], [], WAIT_S)[0]
+        guest.vcpu.kick()
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+        assert guest.vcpu.kvm_run.exit_reason == Exit.INTR
+    finally:
+        os.close(event)
 
 
 def test_each_exit_is_counted(guest: TinyGuest) -> None:

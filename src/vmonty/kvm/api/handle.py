@@ -32,7 +32,7 @@ class Handle:
         self._fd = fd
         self._users = 0
         self._closing = False
-        self._idle = threading.Condition()
+        self._idle = threading.RLock()
 
     def __enter__(self: H) -> H:
         return self

@@ -1,6 +1,6 @@
 """Exits that are handled while the guest stays in the processor, whichever vendor's they are."""
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from vmonty.cpu.state cimport CpuState
 from vmonty.kvm.soft.kvm_host cimport KvmLapic, KvmVcpuArch
@@ -9,6 +9,7 @@ from vmonty.kvm.soft.kvm_host cimport KvmLapic, KvmVcpuArch
 cdef enum:
     FAST_NONE = 0            # Python must handle it
     FAST_RESUME = 1          # done: on with the guest, whose controls are as they were
+    FAST_USER = 3            # done: kvm_run tells user space the rest
     FAST_REENTER = 2         # done: an event waits to be delivered, or a window for it is to be opened
 
 cdef enum:
@@ -42,6 +43,14 @@ cdef enum:
     CPUID_OSXSAVE = 0x8000000
     SHADOWS = 3              # STI, MOV SS
 
+# struct kvm_run, and KVM_EXIT_IO; a test compares them with the declaration.
+cdef enum:
+    RUN_EXIT_REASON = 8
+    RUN_IO = 32
+    RUN_PIO_PAGE = 4096
+    EXIT_IO = 2
+    IO_OUT = 1
+
 # Where stats.values has what is counted here; a test compares them with stats.py.
 cdef enum:
     COUNT_EXITS = 113
@@ -54,6 +63,8 @@ cdef enum:
 cdef int fastpath_cpuid(KvmVcpuArch *a, CpuState *s) noexcept nogil
 cdef int fastpath_rdmsr(KvmVcpuArch *a, CpuState *s) noexcept nogil
 cdef int fastpath_wrmsr(KvmVcpuArch *a, CpuState *s) noexcept nogil
+# OUT of up to four bytes to a port that no in-kernel device has.
+cdef int fastpath_out(KvmVcpuArch *a, CpuState *s, uint32_t port, uint32_t size) noexcept nogil
 cdef int fastpath_halt(KvmVcpuArch *a, CpuState *s) noexcept nogil
 cdef int fastpath_external_interrupt(KvmVcpuArch *a, CpuState *s) noexcept nogil
 # Whether an interrupt waits that the guest does not know of yet. window: it exits anyway when it takes interrupts.

@@ -229,6 +229,24 @@ def fastpath_wrmsr(a, s):
 # ---- interrupts --------------------------------------------------------------------------------------------------
 
 
+def fastpath_out(a, s, port, size):
+    """kvm_fast_pio_out(), to user space."""
+    io: cython.pointer(uint8_t) = a.run + RUN_IO
+    if a.run == cython.NULL or (a.kvm.port_map[port >> 3] >> (port & 7)) & 1:
+        return FAST_NONE
+    cython.cast(cython.pointer(uint32_t), a.run + RUN_EXIT_REASON)[0] = EXIT_IO
+    io[0] = IO_OUT
+    io[1] = size
+    cython.cast(cython.pointer(uint16_t), io + 2)[0] = port
+    cython.cast(cython.pointer(uint32_t), io + 4)[0] = 1
+    cython.cast(cython.pointer(uint64_t), io + 8)[0] = RUN_PIO_PAGE
+    cython.cast(cython.pointer(uint32_t), a.run + RUN_PIO_PAGE)[0] = cython.cast(uint32_t, s.gpr[RAX])
+    a.counters[COUNT_IO_EXITS] += 1
+    a.user_exit = 1
+    skip_emulated_instruction(s)
+    return FAST_USER
+
+
 def fastpath_halt(a, s):
     """kvm_emulate_halt(), when what ends the halt is there already."""
     if a.apic == cython.NULL or (s.rflags & 0x200) == 0 or kvm_apic_has_interrupt(a.apic) < 0:

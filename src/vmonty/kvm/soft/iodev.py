@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -54,6 +55,8 @@ class KvmIoBus:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        # Told of each range before it is there.
+        self.registering: Callable[[int, int], None] | None = None
         self._ranges: tuple[_Range, ...] = ()
         self._remembered: dict[tuple[int, int], tuple[IoDevice, ...]] = {}
 
@@ -62,6 +65,8 @@ class KvmIoBus:
         with self._lock:
             if counted and sum(entry.counted for entry in self._ranges) >= NR_IOBUS_DEVS:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self.registering is not None:
+                self.registering(address, length)
             self._ranges = (*self._ranges, _Range(address, length, device, counted))
             self._remembered = {}
 

@@ -40,6 +40,7 @@ class IrqchipIoctls(KvmFile):
         self.timers = HrTimers(threading.RLock())
         self.irqs = IrqComm(self.timers)
         self.buses = KvmIoBuses()
+        self.buses.pio.registering = self.irqs.arch.note_ports
         self.pit: Pit | None = None
         self.irqfds = Irqfds(self.irqs)
         self.ioeventfds = IoEventfds(self.buses)

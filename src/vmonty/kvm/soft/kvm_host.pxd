@@ -41,6 +41,7 @@ cdef enum:
 cdef enum:
     APIC_WORDS = 256         # the first KiB of the register page; nothing lies behind it
     APIC_LIMIT = 4096        # KVM_MAX_VCPU_IDS
+    PORT_MAP_SIZE = 8192
     MSR_SLOTS = 1024         # open addressing; a power of two, more than twice as many as MSRs that are stored
 
 cdef struct CpuidEntry:
@@ -82,6 +83,7 @@ cdef struct KvmVcpuArch:
     uint32_t fast            # exits may be handled without Python. vCPU
     uint32_t fast_msrs       # also those of MSRs: no filter is set. vCPU
     uint32_t tsc_scaled      # the guest's TSC is not the host's plus tsc_offset. vCPU
+    uint32_t user_exit       # kvm_run says why to go back to user space. vCPU
     uint32_t cpuid_count
     uint64_t tsc_offset
     uint64_t *counters       # stats.values. vCPU
@@ -97,4 +99,5 @@ cdef struct KvmArch:
     uint32_t eoi_vectors[8]
     uint32_t apics           # how many there are, and how many of them are in x2APIC mode. Chip lock to write
     uint32_t x2apics
+    uint8_t *port_map        # a bit for each port where an in-kernel device may be; once set they stay
     KvmLapic **apic_map      # by vCPU id, APIC_LIMIT of them; never taken back

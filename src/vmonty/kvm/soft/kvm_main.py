@@ -414,6 +414,8 @@ class KvmVcpuFile(VcpuX86):
             self.vcpu_load(brief=request != KVM_RUN)
             self.loaded[thread] = self
             try:
+                if request == KVM_RUN and not value:
+                    return self._kvm_run(thread)
                 return super().ioctl(request, value)
             finally:
                 del self.loaded[thread]
@@ -423,8 +425,10 @@ class KvmVcpuFile(VcpuX86):
     def kvm_run_ioctl(self, argument: Argument) -> int:
         if argument.number:
             raise OSError(errno.EINVAL, "takes no argument")
-        thread = threading.get_ident()
-        watch = self._signal_watch()
+        return self._kvm_run(threading.get_ident())
+
+    def _kvm_run(self, thread: int) -> int:
+        watch = self._watch or self._signal_watch()
         self._running[thread] = self
         previous = watch.enter()
         try:

@@ -23,6 +23,7 @@ class SignalWatch:
 
     def __init__(self, arrived: Callable[[int], None]) -> None:
         self._arrived = arrived
+        self._main = threading.main_thread().ident or 0
         self._kicks = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._wakeups = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         for fd in (self._kicks[0], self._wakeups[0]):
@@ -37,11 +38,11 @@ class SignalWatch:
 
     def _read_wakeups(self) -> None:
         while os.read(self._wakeups[0], 1):
-            self._arrived(threading.main_thread().ident or 0)
+            self._arrived(self._main)
 
     def enter(self) -> int | None:
         """Before a run: on the main thread, take over the wake-up descriptor; what to give to leave()."""
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != self._main:
             return None
         return signal.set_wakeup_fd(self._wakeups[1], warn_on_full_buffer=False)
 

@@ -11,6 +11,7 @@ from cython.cimports.libc.stdlib import calloc, free, realloc
 from cython.cimports.libc.string import memset
 from cython.cimports.vmonty.kvm.soft.kvm_host import (
     APIC_LIMIT,
+    PORT_MAP_SIZE,
     REQUEST_EVENT,
     REQUEST_HOST,
     CpuidEntry,
@@ -118,9 +119,13 @@ class VmArch:
         )
         if self.k.apic_map == cython.NULL:
             raise MemoryError("no memory for a map of local APICs")
+        self.k.port_map = cython.cast(cython.pointer(uint8_t), calloc(PORT_MAP_SIZE, 1))
+        if self.k.port_map == cython.NULL:
+            raise MemoryError("no memory for a map of ports")
 
     def __dealloc__(self):
         free(self.k.apic_map)
+        free(self.k.port_map)
 
     def note_eoi_vector(self, vector: cython.uint) -> None:
         """From now on EOIs of *vector* go through ApicBus.eoi(). With the chip lock held."""
@@ -129,6 +134,12 @@ class VmArch:
     def note_all_eois(self) -> None:
         """As note_eoi_vector() of each."""
         memset(cython.address(self.k.eoi_vectors), 0xFF, cython.sizeof(self.k.eoi_vectors))
+
+    def note_ports(self, first: cython.ulonglong, count: cython.ulonglong) -> None:
+        """An in-kernel device is at *count* ports, a wildcard at one: accesses are for the bus. Any thread."""
+        port: uint64_t
+        for port in range(first, min(first + max(count, 1), 0x10000)):
+            self.k.port_map[port >> 3] |= 1 << (port & 7)
 
     def count_apics(self, apics: cython.uint, x2apics: cython.uint) -> None:
         """recalculate_apic_map(): how many there are, and how many are in x2APIC mode. With the chip lock held."""
@@ -212,6 +223,12 @@ class VcpuArch:
         """Which exits of the next run may be handled without Python."""
         self.a.fast = exits
         self.a.fast_msrs = msrs
+
+    def take_user_exit(self) -> bool:
+        """Whether the last run ended with an exit for user space that is in kvm_run already."""
+        found: cython.bint = self.a.user_exit != 0
+        self.a.user_exit = 0
+        return found
 
     def set_cpuid(self, entries: list) -> None:
         """Take CPUID entries: (function, index, flags, eax, ebx, ecx, edx) each. Raises MemoryError."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import signal
+import struct
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -46,6 +47,7 @@ from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.uapi import Cap, Exit, Requests, flags
 from vmonty.kvm.uapi.exits import KVM_EXIT_HYPERCALL_LONG_MODE, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
 from vmonty.kvm.uapi.irq import kvm_vapic_addr
+from vmonty.kvm.uapi.run import kvm_run
 from vmonty.kvm.uapi.vcpu import (
     kvm_cpuid,
     kvm_cpuid2,
@@ -68,6 +70,20 @@ SIGSET_SIZE = 8
 SYNC_FIELDS = flags.KVM_SYNC_X86_VALID_FIELDS
 APIC_BASE_DEFAULT, APIC_BASE_BSP = 0xFEE0_0900 & ~0x100, 0x100
 PIO_DATA_OFFSET = flags.KVM_PIO_PAGE_OFFSET * 4096
+
+
+def _at(field: str) -> int:
+    """Where a field of struct kvm_run is."""
+    offset: int = getattr(kvm_run, field).offset
+    return offset
+
+
+# The io member of its union, from direction to data_offset; what post_kvm_run_save() writes; kvm_valid_regs and
+# kvm_dirty_regs.
+EXIT_IO, RUN_U = struct.Struct("<BBHIQ"), _at("u")
+RUN_SAVED, RUN_SAVED_AT = struct.Struct("<BB2xQQ"), _at("ready_for_interrupt_injection")
+SYNC_REGS, SYNC_REGS_AT = struct.Struct("<QQ"), _at("kvm_valid_regs")
+IMMEDIATE_EXIT_AT = _at("immediate_exit")
 GP_VECTOR = 13
 # The TSC multiplier's fixed point. SDM, "Time-Stamp Counter Multiplier".
 TSC_FRACTION_BITS = 48
@@ -434,17 +450,19 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             self.set_cr8(self.run.cr8)
         if self.mp_state == flags.KVM_MP_STATE_UNINITIALIZED:
             self._wait_for_init()
-        if self.run.kvm_valid_regs & ~SYNC_FIELDS:
+        valid, dirty = SYNC_REGS.unpack_from(self.page, SYNC_REGS_AT)
+        if valid & ~SYNC_FIELDS:
             raise OSError(errno.EINVAL, "unknown register class in kvm_valid_regs")
-        if self.run.kvm_dirty_regs & ~SYNC_FIELDS:
+        if dirty & ~SYNC_FIELDS:
             raise OSError(errno.EINVAL, "unknown register class in kvm_dirty_regs")
-        self.load_sync_regs()
+        if dirty:
+            self.load_sync_regs()
         self.vendor.host_had_control()
         completion, self._completion = self._completion, None
         if completion is not None and not completion():
             self._save_run()
             return 0
-        if self.run.immediate_exit:
+        if self.page[IMMEDIATE_EXIT_AT]:
             raise OSError(errno.EINTR, "immediate_exit is set")
         self.has_run = True
         try:
@@ -680,7 +698,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         if self.pv.active:
             self.pv.eoi_from_guest()
         self.stats.values[EXITS] += 1
-        return self.vendor.handle_exit()
+        return not self.arch.take_user_exit() and self.vendor.handle_exit()
 
     def _allow_fast(self) -> None:
         """Whether exits may be handled in fastpath.py: nothing that Python must do around each of them is going on."""
@@ -760,12 +778,13 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def _save_run(self) -> None:
         """post_kvm_run_save()."""
-        run = self.run
-        run.if_flag = int(bool(self.vendor.get_rflags() & RFLAGS_IF))
-        run.cr8 = self.get_cr8()
-        run.apic_base = self.get_apic_base()
-        self.store_sync_regs()
-        run.ready_for_interrupt_injection = int(not self._user_space_injects() or self._ready_for_injection())
+        ready = not self._user_space_injects() or self._ready_for_injection()
+        interrupts = bool(self.vendor.get_rflags() & RFLAGS_IF)
+        apic = self.apic
+        cr8, base = (self._cr8, self._apic_base) if apic is None else (apic.get_cr8(), apic.regs.apic_base)
+        RUN_SAVED.pack_into(self.page, RUN_SAVED_AT, ready, interrupts, cr8, base)
+        if SYNC_REGS.unpack_from(self.page, SYNC_REGS_AT)[0]:
+            self.store_sync_regs()
 
     # ---- what exit handlers share ---------------------------------------------------------------------------
 
@@ -783,11 +802,13 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
 
     def port_out(self, port: int, size: int, data: bytes) -> bool:
         """Write *data*, a whole number of *size* units, to a port: the in-kernel bus, or user space."""
+        bus = self.kvm.buses.pio
         at = 0
-        while at < len(data) and self.kvm.buses.pio.write(port, size, int.from_bytes(data[at : at + size], "little")):
-            at += size
-        if at == len(data):
-            return True
+        if bus.candidates(port, size):
+            while at < len(data) and bus.write(port, size, int.from_bytes(data[at : at + size], "little")):
+                at += size
+            if at == len(data):
+                return True
         self._exit_io(KVM_EXIT_IO_OUT, port, size, data[at:])
         return False
 
@@ -810,11 +831,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         return False
 
     def _exit_io(self, direction: int, port: int, size: int, data: bytes) -> None:
-        run = self.run
-        run.exit_reason = Exit.IO
-        io = run.u.io
-        io.direction, io.size, io.port, io.count = direction, size, port, len(data) // size
-        io.data_offset = PIO_DATA_OFFSET
+        # At once: a field of a ctypes structure costs as much.
+        EXIT_IO.pack_into(self.page, RUN_U, direction, size, port, len(data) // size, PIO_DATA_OFFSET)
+        self.run.exit_reason = Exit.IO
         self.page[PIO_DATA_OFFSET : PIO_DATA_OFFSET + len(data)] = data
 
     def hypercall_exit(self, number: int, arguments: list[int], long_mode: bool, done: Callable[[int], bool]) -> bool:

@@ -14,6 +14,7 @@ from cython.cimports.vmonty.cpu.vmcb import (
     SVM_CPUID,
     SVM_HLT,
     SVM_INTR,
+    SVM_IOIO,
     SVM_MSR,
     SVM_VINTR,
     VMCB_EVENTINJ,
@@ -40,6 +41,7 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_events,
     fastpath_external_interrupt,
     fastpath_halt,
+    fastpath_out,
     fastpath_rdmsr,
     fastpath_wrmsr,
 )
@@ -64,6 +66,11 @@ def svm_exit_handlers_fastpath(a, s, v):
         done = fastpath_external_interrupt(a, s)
     elif code == SVM_HLT:
         done = fastpath_halt(a, s)
+    elif code == SVM_IOIO:
+        # APM, "IN and OUT Behavior"; neither IN nor string instructions.
+        information: uint64_t = get64(v.vmcb, VMCB_EXITINFO1)
+        if information & 5 == 0:
+            return fastpath_out(a, s, (information >> 16) & 0xFFFF, (information >> 4) & 7)
     elif code == SVM_VINTR:
         a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
         a.counters[COUNT_EXITS] += 1
@@ -129,7 +136,7 @@ def svm_vcpu_run(a, s, vmcb):
                 break
             s.exit.reason = EXIT_NONE
         leave_svm_guest(s)
-        if done == FAST_NONE:
+        if done != FAST_REENTER:
             break
         _inject_pending_event(a, m)
     save_state(s, m)

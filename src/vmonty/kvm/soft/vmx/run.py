@@ -10,6 +10,7 @@ import cython
 from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM
 from cython.cimports.vmonty.cpu.vmcs import (
     CPU_BASED_VM_EXEC_CONTROL,
+    EXIT_QUALIFICATION,
     GUEST_INTERRUPTIBILITY_INFO,
     GUEST_RFLAGS,
     HEADER_LAUNCHED,
@@ -28,6 +29,7 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     REASON_EXTERNAL_INTERRUPT,
     REASON_HLT,
     REASON_INTERRUPT_WINDOW,
+    REASON_IO,
     REASON_RDMSR,
     REASON_WRMSR,
     vmx_of,
@@ -44,6 +46,7 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_events,
     fastpath_external_interrupt,
     fastpath_halt,
+    fastpath_out,
     fastpath_rdmsr,
     fastpath_wrmsr,
 )
@@ -67,6 +70,11 @@ def vmx_exit_handlers_fastpath(a, s, v):
         done = fastpath_external_interrupt(a, s)
     elif reason == REASON_HLT:
         done = fastpath_halt(a, s)
+    elif reason == REASON_IO:
+        # SDM, "Exit Qualification for I/O Instructions"; neither IN nor string instructions.
+        qualification: uint64_t = get(v.vmcs, EXIT_QUALIFICATION)
+        if qualification & 0x18 == 0:
+            return fastpath_out(a, s, (qualification >> 16) & 0xFFFF, (qualification & 7) + 1)
     elif reason == REASON_INTERRUPT_WINDOW:
         a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
         a.counters[COUNT_EXITS] += 1
@@ -126,7 +134,7 @@ def vmx_vcpu_run(a, s):
                 break
             s.exit.reason = EXIT_NONE
         leave_guest(s)
-        if done == FAST_NONE:
+        if done != FAST_REENTER:
             break
         _inject_pending_event(a, v.vmcs)
     kvm_leave_guest_mode(a)
