@@ -28,7 +28,7 @@ from vmonty.vmm.firmware import read as read_firmware
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.outcome import Ending, Outcome
-from vmonty.vmm.peripherals import Disk, Network
+from vmonty.vmm.peripherals import Disk, Network, open_cdrom
 from vmonty.vmm.tracing import Tracers
 
 STATUS_TIMEOUT, STATUS_FAILED, FIRST_SIGNAL_STATUS = 124, 1, 128
@@ -85,9 +85,10 @@ def read_image(path: Path, what: str) -> bytes:
     "--device", "devices", multiple=True, metavar="NAME[,PROPERTY=VALUE…]", help="Add a device; 'help' lists all."
 )
 @click.option(
-    "--disk", "disk_options", multiple=True, metavar="FILE[,format=raw|qcow2][,ro][,snapshot]",
-    help="Add a virtio disk; with snapshot the file stays as it is.",
+    "--disk", "disk_options", multiple=True, metavar="FILE[,format=raw|qcow2][,ro][,snapshot][,if=ide]",
+    help="Add a virtio or IDE disk; with snapshot the file stays as it is.",
 )  # fmt: skip
+@click.option("--cdrom", "cdroms", multiple=True, type=click.Path(path_type=Path), help="An ISO in a CD-ROM drive.")
 @click.option(
     "--net",
     "networks",
@@ -128,6 +129,7 @@ def run(
     cpu: str,
     devices: tuple[str, ...],
     disk_options: tuple[str, ...],
+    cdroms: tuple[Path, ...],
     networks: tuple[str, ...],
     file: Path | None,
     grace: float,
@@ -164,7 +166,7 @@ def run(
     given: dict[str, Any] = {
         "guest": name, "kernel": kernel, "initrd": initrd, "append": command_line, "memory": memory, "cpus": cpus,
         "firmware": firmware, "boot": boot, "accel": accelerator, "machine": board, "cpu": cpu, "devices": devices,
-        "disks": disk_options,
+        "disks": disk_options, "cdroms": cdroms,
         "net": [network for network in networks if network != "none"], "reboot": not no_reboot, "timeout": timeout,
     }  # fmt: skip
     if file is not None:
@@ -192,12 +194,17 @@ def run(
         wanted.insert(0, own)
     with contextlib.ExitStack() as opened:
         # Once for all machines of the session: what a snapshot holds outlives a reboot.
-        disks = [opened.enter_context(disk.open()) for disk in wanted]
+        images = [(disk.interface, opened.enter_context(disk.open())) for disk in wanted]
+        drives: dict[str, Any] = {
+            "disks": [image for interface, image in images if interface == "virtio"],
+            "ide_disks": [image for interface, image in images if interface == "ide"],
+            "cdroms": [opened.enter_context(open_cdrom(path)) for path in cdroms],
+        }
         choice = accel.choose(accelerator)
         opened.enter_context(choice.system)
         if config is None:
             config = default_guest(command_line, parts)
-        session = Session(choice, partial(boards.create, choice.system, config, disks=disks), no_reboot, grace)
+        session = Session(choice, partial(boards.create, choice.system, config, **drives), no_reboot, grace)
         outcome = Watch(trace, trace_only, control).run(session, timeout)
     return report(session, outcome)
 

@@ -20,7 +20,7 @@ from vmonty.vmm.net.backend import NetBackend
 from vmonty.vmm.net.pcap import PcapBackend, PcapFile
 from vmonty.vmm.net.tap import TapBackend, open_tap
 from vmonty.vmm.net.user.backend import UserBackend
-from vmonty.vmm.peripherals import add_disk, add_network_card
+from vmonty.vmm.peripherals import add_disk, add_ide, add_network_card, open_cdrom
 
 DEFAULT_APPEND = "console=ttyS0"
 GUEST_APPEND = "console=ttyS0 quiet cryptomgr.notests=1"
@@ -48,6 +48,7 @@ class Build:
         self.user_networks: list[UserBackend] = []
         self._config: Config | None = None
         self._disks: list[BlockDevice] = []
+        self._cdroms: list[BlockDevice] = []
         if settings.firmware is not None:
             self._config = self._boot(None, None, "", read_firmware(settings.firmware))
         elif settings.kernel is not None:
@@ -58,6 +59,8 @@ class Build:
                 self._disks.append(
                     open_image(disk.file, format=disk.format, read_only=disk.readonly, snapshot=disk.snapshot)
                 )
+            for path in settings.cdroms:
+                self._cdroms.append(open_cdrom(path))
         except BaseException:
             self.close()
             raise
@@ -86,8 +89,12 @@ class Build:
         assert self._config is not None
         machine = boards.create(system, self._config, console)
         try:
-            for number, disk in enumerate(self._disks):
+            disks: dict[str, list[BlockDevice]] = {"virtio": [], "ide": []}
+            for described, disk in zip(self.settings.disks, self._disks, strict=True):
+                disks[described.bus].append(disk)
+            for number, disk in enumerate(disks["virtio"]):
                 add_disk(machine, disk, number)
+            add_ide(machine, disks["ide"], self._cdroms)
             self.user_networks.clear()
             for number, network in enumerate(self.settings.net):
                 mac = bytes.fromhex(network.mac.replace(":", "")) if network.mac else None
@@ -112,3 +119,5 @@ class Build:
         """Close the disks."""
         while self._disks:
             self._disks.pop().close()
+        while self._cdroms:
+            self._cdroms.pop().close()

@@ -50,18 +50,19 @@ def _disk(text: str) -> dict[str, object]:
     found = _options(text, "file")
     if "ro" in found:
         found["readonly"] = found.pop("ro")
-    if found.get("if") == "virtio":
-        del found["if"]
+    if "if" in found:
+        found["bus"] = found.pop("if")
     return found
 
 
 class Disk(_Model):
-    """A virtio disk; as text ``FILE,format=qcow2,ro,snapshot``, as on the command line."""
+    """A disk, on virtio or *bus* ``ide``; as text ``FILE,format=qcow2,ro,snapshot,if=ide``, as on the command line."""
 
     file: Path
     format: Literal["auto", "raw", "qcow2"] = "auto"
     readonly: bool = False
     snapshot: bool = False
+    bus: Literal["virtio", "ide"] = "virtio"
 
     @model_validator(mode="before")
     @classmethod
@@ -143,12 +144,13 @@ class Settings(_Model):
     devices: tuple[str, ...] = ()
     accel: str = "auto"
     disks: tuple[Disk, ...] = ()
+    cdroms: tuple[Path, ...] = ()
     net: tuple[Network, ...] = ()
     reboot: bool = True
     timeout: Annotated[float | None, Field(gt=0, le=MOST_SECONDS)] = None
     console_log: Path | None = None
 
-    @field_validator("disks", "net", "devices", mode="before")
+    @field_validator("disks", "cdroms", "net", "devices", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         if value is None or value == "none":
@@ -253,7 +255,7 @@ def read_file(path: Path) -> dict[str, Any]:
     return {name: _beside(path.parent, name, value) for name, value in fields.items()}
 
 
-_PATHS = ("kernel", "initrd", "firmware", "console_log", "file", "tftp", "pcap")
+_PATHS = ("cdroms", "kernel", "initrd", "firmware", "console_log", "file", "tftp", "pcap")
 
 
 def _beside(folder: Path, name: str, value: Any) -> Any:

@@ -12,7 +12,8 @@ from vmonty.base.errors import UsageError
 class BusDevice(Protocol):
     """What a bus needs of a device. *offset* counts from where the board placed it; *size* is 1, 2, 4 or 8 bytes.
 
-    Both are called on the vCPU's thread, several at once when there are several vCPUs.
+    Both are called on the vCPU's thread, several at once when there are several vCPUs. A device of the port space may
+    also have ``read_string`` and ``write_string`` (offset, size, data): a REP INS or OUTS as one call.
     """
 
     def read(self, offset: int, size: int) -> int:

@@ -5,6 +5,7 @@ Backends are imported where they are opened: a machine without them should not w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,16 +26,18 @@ if TYPE_CHECKING:
 # Locally administered, QEMU's prefix; the last byte is the card's number.
 MAC_PREFIX = bytes.fromhex("5254001234")
 FIRST_MAC = 0x56
+IDE_DRIVES = 4
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A disk from ``FILE,format=…,ro,snapshot,if=virtio``."""
+    """A disk from ``FILE,format=…,ro,snapshot,if=virtio|ide``."""
 
     path: Path
     format: str = "auto"
     read_only: bool = False
     snapshot: bool = False
+    interface: str = "virtio"
 
     @classmethod
     def parse(cls, text: str) -> Disk:
@@ -52,12 +55,14 @@ class Disk:
                     disk = replace(disk, read_only=True)
                 case "snapshot", ("" | "on"):
                     disk = replace(disk, snapshot=True)
-                case ("if", "virtio") | (("ro" | "snapshot"), "off"):
+                case "if", ("virtio" | "ide"):
+                    disk = replace(disk, interface=value)
+                case (("ro" | "snapshot"), "off"):
                     continue
                 case _:
                     raise UsageError(
                         f"--disk {name}: {option!r} is no option; "
-                        "there are: format=raw|qcow2|auto, ro, snapshot, if=virtio"
+                        "there are: format=raw|qcow2|auto, ro, snapshot, if=virtio|ide"
                     )
         return disk
 
@@ -181,6 +186,41 @@ def add_disk(machine: Machine, backend: BlockDevice, number: int = 0) -> Blk:
     device = Blk(machine.memory, loop, backend, serial=f"vmonty-{number}")
     add_virtio(machine, device)
     return device
+
+
+def open_cdrom(path: Path) -> BlockDevice:
+    """The image of a CD or DVD, as it is. Raises DiskImageError."""
+    from vmonty.vmm.block.image import open_image
+
+    return open_image(path, format="raw", read_only=True)
+
+
+def add_ide(machine: Machine, disks: Sequence[BlockDevice], cdroms: Sequence[BlockDevice]) -> None:
+    """One IDE controller with *disks* and CD-ROM drives, none when there are none; both stay their owner's to close.
+
+    Disks come first on the primary channel, CD-ROMs first on the secondary one. Raises UsageError for more than four,
+    or on a board without PCI.
+    """
+    if not disks and not cdroms:
+        return
+    if len(disks) + len(cdroms) > IDE_DRIVES:
+        raise UsageError(f"{len(disks) + len(cdroms)} drives on IDE: there are {IDE_DRIVES} places; take if=virtio")
+    from vmonty.vmm.boards.pci_host import PciMachine
+
+    if not isinstance(machine, PciMachine):
+        raise UsageError(f"a {machine.name} has no IDE: take if=virtio, or pc or q35")
+    from vmonty.vmm.hw.ata import AtaDisk, CdRom
+    from vmonty.vmm.hw.ata.drive import Drive
+
+    drives: list[Drive | None] = [None] * IDE_DRIVES
+    free = list(range(IDE_DRIVES))
+    for number, disk in enumerate(disks):
+        drives[free.pop(0)] = AtaDisk(disk, serial=f"vmonty-ide-{number}")
+    for number, medium in enumerate(cdroms):
+        place = next((at for at in free if at >= 2), free[0])
+        free.remove(place)
+        drives[place] = CdRom(medium, serial=f"vmonty-cd-{number}")
+    machine.add_ide(drives)
 
 
 def add_network_card(machine: Machine, backend: NetBackend, number: int = 0, mac: bytes | None = None) -> Net:

@@ -135,12 +135,22 @@ class VcpuThread:
     def _io(self) -> None:
         io = self.vcpu.kvm_run.u.io
         port, size, data = io.port, io.size, self.vcpu.io_data()
+        if len(data) > size and self._string_io(io.direction == KVM_EXIT_IO_IN, port, size, data):
+            return
         if io.direction == KVM_EXIT_IO_IN:
             for at in range(0, len(data), size):
                 data[at : at + size] = self._ports.read(port, size).to_bytes(size, "little")
         else:
             for at in range(0, len(data), size):
                 self._ports.write(port, size, int.from_bytes(data[at : at + size], "little"))
+
+    def _string_io(self, reads: bool, port: int, size: int, data: memoryview) -> bool:
+        """REP INS or OUTS, where the device has a short way for it."""
+        found = self._ports.find(port, size)
+        if found is None or (many := getattr(found[0], "read_string" if reads else "write_string", None)) is None:
+            return False
+        many(found[1], size, data)
+        return True
 
     def _memory_access(self) -> None:
         mmio = self.vcpu.kvm_run.u.mmio

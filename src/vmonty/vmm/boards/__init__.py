@@ -23,15 +23,21 @@ def board_class(name: str) -> type[Machine]:
 
 
 def create(
-    system: System, config: Config, console: Callable[[bytes], None], disks: Sequence[BlockDevice] = ()
+    system: System,
+    config: Config,
+    console: Callable[[bytes], None],
+    disks: Sequence[BlockDevice] = (),
+    ide_disks: Sequence[BlockDevice] = (),
+    cdroms: Sequence[BlockDevice] = (),
 ) -> Machine:
-    """The machine that *config* describes, on *system*, with its devices; *disks* stay open when it is closed.
+    """The machine that *config* describes, on *system*, with its devices; *disks* (virtio), *ide_disks* and
+    *cdroms* stay open when it is closed.
 
     Raises what Machine raises, and UsageError for an unknown board, property or device.
     """
     # These know the boards of this package.
     from vmonty.vmm.catalogue import TYPES
-    from vmonty.vmm.peripherals import Network, add_disk, add_networks
+    from vmonty.vmm.peripherals import Network, add_disk, add_ide, add_networks
 
     networks = tuple(map(Network.parse, config.networks))
 
@@ -41,6 +47,7 @@ def create(
     try:
         for number, disk in enumerate(disks):
             add_disk(machine, disk, number)
+        add_ide(machine, ide_disks, cdroms)
         add_networks(machine, networks)
         for device in devices:
             device.realize(machine)

@@ -12,6 +12,7 @@ from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine, describe_fw
 from vmonty.vmm.boot import acpi, dsdt
 from vmonty.vmm.hw import hpet, i440fx, piix4_pm
 from vmonty.vmm.hw.i440fx import I440fx
+from vmonty.vmm.hw.pci import PciDevice
 from vmonty.vmm.hw.piix3 import PIRQ_ROUTES, PIRQS, Piix3
 from vmonty.vmm.hw.piix4_pm import Piix4Pm
 
@@ -40,6 +41,9 @@ class Pc(PciMachine):
         self.serial = self.legacy.serial
         self._add_hpet(self.legacy.cmos)
         self._add_fw_cfg()
+
+    def _place_ide(self, function: PciDevice) -> None:
+        self.pci.add(function, SOUTH_BRIDGE_SLOT, 1)
 
     def _intx(self, slot: int, pin: int, level: int) -> None:
         self.piix3.intx(slot, pin, level)

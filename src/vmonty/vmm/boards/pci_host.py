@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vmonty.base.ram import PAGE_SIZE, Ram
 from vmonty.kvm.uapi import flags
@@ -23,7 +25,12 @@ from vmonty.vmm.hw.pci.pam import READ_WRITE, REGISTERS
 from vmonty.vmm.machine import Machine
 from vmonty.vmm.shadow import ShadowRam
 
+if TYPE_CHECKING:
+    from vmonty.vmm.hw.ata.drive import Drive
+
 CONFIG_PORTS = 0xCF8
+# Command block, control block, ISA interrupt.
+IDE_CHANNELS = ((0x1F0, 0x3F6, 14), (0x170, 0x376, 15))
 FW_CFG = 0x510
 HPET = 0xFED0_0000
 IRQ0_OVERRIDE = 0x8002  # fw_cfg's number: the PIT is on pin 2 of the I/O APIC
@@ -63,6 +70,21 @@ class PciMachine(Machine):
         memory = ShadowRam(self.vm, self.memory, rom)
         self.mmio.place(shadow.BASE, shadow.SIZE, memory, "shadow-ram")
         return memory
+
+    def add_ide(self, drives: Sequence[Drive | None]) -> None:
+        """The south bridge's IDE function with its two channels at the ports of a PC."""
+        from vmonty.vmm.hw.ata.channel import ControlPort
+        from vmonty.vmm.hw.ata.piix_ide import PiixIde
+
+        function = PiixIde(self.memory, drives, [self.lines.source(irq) for _, _, irq in IDE_CHANNELS])
+        for number, (command, control, _) in enumerate(IDE_CHANNELS):
+            channel = function.channels[number]
+            self.ports.place(command, 8, channel, f"ide{number}")
+            self.ports.place(control, 1, ControlPort(channel), f"ide{number}-control")
+        self._place_ide(function)
+
+    def _place_ide(self, function: PciDevice) -> None:
+        self.pci.add(function)
 
     def _add_hpet(self, cmos: Cmos) -> None:
         """Place the event timer, unless the machine was asked for without."""
