@@ -17,7 +17,7 @@ from vmonty.vmm.machine import Config
 from .conftest import Screen
 from .fake_kvm import FakeKvm
 
-BIOS_LIMIT_S = 60.0
+BIOS_LIMIT_S, UEFI_LIMIT_S = 60.0, 120.0
 ROM = Firmware("a test's", bytes(0x1_0000))
 
 
@@ -105,3 +105,20 @@ def test_seabios_looks_for_a_disk(bios: Firmware, screen: Screen, tmp_path: Path
     assert re.search(r"ACPI: parse DSDT at 0x[0-9a-f]+ \(len \d{4}\)", said)
     assert "Copying SMBIOS" in said
     assert "ERROR" not in said.upper()
+
+
+def test_ovmf_reaches_its_shell(screen: Screen) -> None:
+    """On q35, by the serial console, where it also reads what is typed."""
+    try:
+        uefi = firmware.read("uefi")
+    except BootImageError as error:
+        pytest.skip(str(error))
+    config = Config(machine="q35", memory=256 << 20, firmware=uefi)
+    with kvm.open("soft") as system, boards.create(system, config, screen.write) as machine:
+        machine.start()
+        screen.wait_for(b"UEFI Interactive Shell", UEFI_LIMIT_S)
+        screen.wait_for(b"to skip", UEFI_LIMIT_S)
+        machine.terminal.receive(b"\x1b")
+        screen.wait_for(b"Shell> ", UEFI_LIMIT_S)
+        machine.terminal.receive(b"ver\r")
+        screen.wait_for(b"UEFI v2", UEFI_LIMIT_S)

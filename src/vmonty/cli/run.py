@@ -58,7 +58,9 @@ def read_image(path: Path, what: str) -> bytes:
 @click.option("--initrd", type=click.Path(path_type=Path), help="Its initial RAM disk.")
 @click.option("--append", "command_line", metavar="LINE", help="Its command line.  [default: console=ttyS0]")
 @click.option(
-    "--firmware", metavar="bios|FILE", help="Start firmware in place of a kernel: SeaBIOS, or the ROM in FILE."
+    "--firmware",
+    metavar="bios|uefi|FILE",
+    help="Start firmware in place of a kernel: SeaBIOS, OVMF, or the ROM in FILE.",
 )
 @click.option(
     "--boot",

@@ -12,6 +12,8 @@ MOST_BYTES = 16 << 20
 # Where Debian's packages and those of others put it.
 NAMES = {
     "bios": ("seabios", ("/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/bios-256k.bin")),
+    # Code and variables in one image. As a ROM: what the guest stores lasts until the machine ends.
+    "uefi": ("ovmf", ("/usr/share/ovmf/OVMF.fd", "/usr/share/OVMF/OVMF.fd")),
 }
 MOST_MENU_WAIT_MS = 0xFFFF
 
@@ -32,7 +34,7 @@ class Firmware:
 
 
 def find(text: str) -> Path:
-    """The file that *text* means: bios, or a path. Raises BootImageError when it is not there."""
+    """The file that *text* means: bios, uefi, or a path. Raises BootImageError when it is not there."""
     if text not in NAMES:
         return Path(text)
     package, places = NAMES[text]
