@@ -35,7 +35,8 @@ test-debian: packages $(VENV)/built
 	@VMONTY_DEBIAN=1 $(PY) -m pytest -q tests/guests/test_debian_guest.py
 
 stress: packages $(VENV)/built
-	@VMONTY_STRESS_S=120 $(PY) -m pytest -q tests/kvm_soft/test_stress.py tests/kvm_soft/test_ioctl_fuzz.py
+	@VMONTY_STRESS_S=120 $(PY) -m pytest -q tests/kvm_soft/test_stress.py tests/kvm_soft/test_ioctl_fuzz.py \
+		tests/kvm_soft/test_life_machine.py
 
 $(VENV)/dependencies: pyproject.toml tools/venv.sh
 	@PYTHON="$(PYTHON)" sh tools/venv.sh $(VENV)
