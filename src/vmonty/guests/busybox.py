@@ -28,7 +28,7 @@ KERNELS = ("linux-image-cloud-amd64", "linux-image-kvm", "linux-image-virtual", 
 BUSYBOX = "busybox-static"
 
 # Raise it with each change of the initrd's contents: cached ones of another recipe are built again.
-_RECIPE = "3"
+_RECIPE = "4"
 
 # Drivers of virtio devices and what they need, in an order in which they can be loaded.
 MODULES = (
@@ -36,6 +36,8 @@ MODULES = (
     "virtio_blk", "failover", "net_failover", "virtio_net", "virtio_console", "virtio-rng", "virtio_balloon",
     "af_packet",
 )  # fmt: skip
+# ACPI's power button, and the device file by which acpid hears of it.
+BUTTON_MODULES = ("button", "evdev")
 
 INIT = """\
 #!/bin/busybox sh
@@ -45,7 +47,7 @@ export PATH=/bin HOME=/root PS1='\\w # '
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
-mkdir -p /dev/pts /root /tmp
+mkdir -p /dev/pts /root /run /tmp
 mount -t devpts devpts /dev/pts
 hostname vmonty
 # Virtio devices, on PCI or behind memory-mapped registers, need their drivers.
@@ -59,6 +61,16 @@ if [ -e /sys/class/net/eth0 ]; then
   ip link set eth0 up
   udhcpc -i eth0 -n -q -t 3 -T 1 -s /bin/udhcpc.script >/dev/null 2>&1 || echo 'vmonty: eth0 got no address' >&2
 fi
+if [ -e /lib/modules/button.ko ]; then
+  insmod /lib/modules/button.ko
+  if [ -e /lib/modules/evdev.ko ]; then insmod /lib/modules/evdev.ko; fi
+  acpid -l /dev/null -p /run/acpid.pid
+  # It writes its number when it listens: a press before that would be lost.
+  for try in 1 2 3 4 5 6 7 8 9 10; do
+    if [ -e /run/acpid.pid ]; then break; fi
+    usleep 5000
+  done
+fi
 cd /root
 echo 'vmonty: userspace is up'
 # A session of its own with a controlling terminal: job control and Ctrl-C work.
@@ -66,6 +78,8 @@ setsid cttyhack sh
 poweroff -f
 """.replace("@MODULES@", " ".join(MODULES))
 
+# What acpid runs when somebody presses the power button.
+POWER_BUTTON = "#!/bin/busybox sh\nexec /bin/busybox poweroff -f\n"
 # What udhcpc calls with what it learnt.
 UDHCPC = """\
 #!/bin/busybox sh
@@ -110,7 +124,7 @@ def build(*, force: bool = False, progress: Progress = silent, cache: Path | Non
         if force or shelf.get(_KERNEL) is None:
             _build_kernel(shelf, *kernel, progress)
         busybox = _busybox_archive(packages, force, progress)
-        modules = _find_modules(packages, *kernel, MODULES, progress)
+        modules = _find_modules(packages, *kernel, MODULES + BUTTON_MODULES, progress)
         _build_initrd(shelf, *busybox, modules, progress)
         for name in set(packages.names()) - {kernel[1].path.name, busybox[1].path.name}:
             packages.remove(name)
@@ -208,6 +222,7 @@ def _build_initrd(
         initrd.file("bin/busybox", binary.getvalue(), mode=0o755, mtime=member.mtime)
         initrd.file("init", INIT.encode(), mode=0o755, mtime=member.mtime)
         initrd.file("bin/udhcpc.script", UDHCPC.encode(), mode=0o755, mtime=member.mtime)
+        initrd.file("etc/acpi/PWRF/00000080", POWER_BUTTON.encode(), mode=0o755, mtime=member.mtime)
         for name, contents in modules.items():
             initrd.file(f"lib/modules/{name}.ko", contents, mode=0o644, mtime=member.mtime)
         for directory in ("dev", "etc", "proc", "root", "sys", "tmp"):
