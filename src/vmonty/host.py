@@ -110,15 +110,18 @@ def nested_paging() -> Row:
     return Row("nested paging", Verdict.OK, kind, data={"kind": kind})
 
 
+def _reason(error: KvmError) -> str:
+    """What the error says without its remedy, which has a place of its own."""
+    return error.strerror.partition(";")[0] if error.strerror else str(error)
+
+
 def kvm_device() -> Row:
     """The device: there, permitted, and a KVM."""
     try:
         with kvm.open("linux") as system:
             version = system.api_version()
     except KvmUnavailable as error:
-        return Row(
-            DEVICE, Verdict.MISSING, error.strerror.partition(";")[0] if error.strerror else str(error), error.remedy
-        )
+        return Row(DEVICE, Verdict.MISSING, _reason(error), error.remedy)
     return Row(DEVICE, Verdict.OK, f"API version {version}", data={"api_version": version})
 
 
@@ -180,7 +183,9 @@ def software() -> Row:
         with kvm.open(accel.ACCELERATORS["soft"]) as system:
             mips = accel.measure_cpl0(system)
     except KvmError as error:
-        return Row("software CPU", Verdict.MISSING, f"cannot be run: {error}", error.remedy or "build vmonty again")
+        return Row(
+            "software CPU", Verdict.MISSING, f"cannot be run: {_reason(error)}", error.remedy or "build vmonty again"
+        )
     return Row("software CPU", Verdict.OK, f"CPL 0 runs at {mips:,.1f} MIPS", data={"cpl0_mips": round(mips, 1)})
 
 

@@ -31,7 +31,7 @@ def test_disks(text: str, disk: Disk) -> None:
     assert Disk.parse(text) == disk
 
 
-@pytest.mark.parametrize("text", ["", ",ro", "a,format=vmdk", "a,if=ide", "a,ro=maybe", "a,size=3"])
+@pytest.mark.parametrize("text", ["", ",ro", "a,format=vmdk", "a,if=scsi", "a,ro=maybe", "a,size=3"])
 def test_disks_that_cannot_be(text: str) -> None:
     with pytest.raises(UsageError, match="--disk"):
         Disk.parse(text)
@@ -65,10 +65,10 @@ def test_devices_find_their_place_and_end_with_the_machine(board: str, image: by
     fake = FakeKvm()
     config = Config(
         image, memory=kernels.MEMORY, machine=board, devices=("virtio-rng", "virtio-balloon,deflate-on-oom=off"),
-        networks=("user", "none"),
     )  # fmt: skip
+    cards = [Network.parse("user"), Network.parse("none")]
     with Disk.parse(f"{path},snapshot").open() as disk, System(fake) as system:
-        with boards.create(system, config, lambda data: None, [disk]) as machine:
+        with boards.create(system, config, lambda data: None, [disk], networks=cards) as machine:
             if isinstance(machine, PciMachine):
                 ids = {device.config_read(2, 2) for device in machine.pci.devices().values()}
                 assert {0x1041, 0x1042, 0x1044, 0x1045} <= ids

@@ -8,28 +8,33 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmonty.base.errors import BootImageError, UsageError
+from vmonty.base.errors import UsageError
 from vmonty.cli.observe import Observation, SessionControl, TraceFile
 from vmonty.cli.sizes import Size
 from vmonty.cli.terminal import MOST_BACKLOG, Console
-from vmonty.vmm import accel, boards, catalogue
+from vmonty.vm.build import Build
+from vmonty.vm.plan import Plan
+from vmonty.vmm import accel, catalogue
 from vmonty.vmm import cpu as cpu_model
 from vmonty.vmm.firmware import BootOptions
-from vmonty.vmm.firmware import read as read_firmware
-from vmonty.vmm.machine import Config, Machine
+from vmonty.vmm.machine import Machine
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.outcome import Ending, Outcome
-from vmonty.vmm.peripherals import Disk, Network, open_cdrom
+from vmonty.vmm.peripherals import Disk, Network
 from vmonty.vmm.tracing import Tracers
+
+if TYPE_CHECKING:
+    from vmonty.guests.progress import Progress
 
 STATUS_TIMEOUT, STATUS_FAILED, FIRST_SIGNAL_STATUS = 124, 1, 128
 MOST_SECONDS = 10**9  # Python's timers end somewhat above
@@ -37,17 +42,6 @@ STATUS = {
     Ending.POWER_OFF: 0, Ending.RESET: 0, Ending.STOPPED: 0, Ending.SHUTDOWN: 1, Ending.HALTED: 1, Ending.ERROR: 1,
     Ending.PANICKED: 1,
 }  # fmt: skip
-
-
-def read_image(path: Path, what: str) -> bytes:
-    """The file's bytes. Raises BootImageError, naming *what* it was to be, when it cannot be read."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BootImageError(f"the {what} {path} cannot be read: {error.strerror}") from error
-    if not data:
-        raise BootImageError(f"the {what} {path} is empty")
-    return data
 
 
 @click.command(
@@ -166,48 +160,33 @@ def run(
     if not 0 <= grace <= MOST_SECONDS:
         raise UsageError(f"--grace needs a number of seconds from 0 to {MOST_SECONDS}")
     given: dict[str, Any] = {
-        "guest": name, "kernel": kernel, "initrd": initrd, "append": command_line, "memory": memory, "cpus": cpus,
-        "firmware": firmware, "boot": boot, "accel": accelerator, "machine": board, "cpu": cpu, "devices": devices,
-        "disks": disk_options, "cdroms": cdroms,
+        "guest": name if name != "debian" else None, "kernel": kernel, "initrd": initrd, "append": command_line,
+        "firmware": firmware, "boot": boot, "memory": memory, "cpus": cpus,
+        "accel": accelerator, "machine": board, "cpu": cpu, "devices": devices, "disks": disk_options,
+        "cdroms": cdroms,
         "net": [network for network in networks if network != "none"], "reboot": not no_reboot, "timeout": timeout,
     }  # fmt: skip
-    if file is not None:
-        return run_file(file, only_given(given), grace, Watch(trace, trace_only, control))
-    # Bad input first: it is cheaper to refuse than to open an accelerator.
-    check_size(memory)
-    catalogue.check(board, devices)
-    cpu_model.check(cpu)
-    for text in networks:
-        Network.parse(text)
-    wanted = [Disk.parse(text) for text in disk_options]
-    config = None
-    options = BootOptions.parse(boot)
-    parts: dict[str, Any] = {
-        "memory": memory, "cpus": cpus, "machine": board, "cpu": cpu, "devices": devices, "networks": networks,
-    }  # fmt: skip
-    if firmware is not None:
-        config = Config(firmware=read_firmware(firmware), boot=options, **parts)
-    elif kernel is not None:
-        image, disk = read_image(kernel, "kernel"), read_image(initrd, "initrd") if initrd else None
-        line = command_line if command_line is not None else "console=ttyS0"
-        config = Config(image, disk, line, **parts)
-    elif name == "debian":
-        config, own = debian_guest(command_line, parts)
-        wanted.insert(0, own)
-    with contextlib.ExitStack() as opened:
-        # Once for all machines of the session: what a snapshot holds outlives a reboot.
-        images = [(disk.interface, opened.enter_context(disk.open())) for disk in wanted]
-        drives: dict[str, Any] = {
-            "disks": [image for interface, image in images if interface == "virtio"],
-            "ide_disks": [image for interface, image in images if interface == "ide"],
-            "cdroms": [opened.enter_context(open_cdrom(path)) for path in cdroms],
-        }
-        choice = accel.choose(accelerator)
-        opened.enter_context(choice.system)
-        if config is None:
-            config = default_guest(command_line, parts)
-        session = Session(choice, partial(boards.create, choice.system, config, **drives), no_reboot, grace)
-        outcome = Watch(trace, trace_only, control).run(session, timeout)
+    if file is None:
+        # Bad input first: it is cheaper to refuse than to open an accelerator.
+        check_size(memory)
+        catalogue.check(board, devices)
+        cpu_model.check(cpu)
+        BootOptions.parse(boot)
+        plan = Plan(
+            kernel, initrd, command_line, memory, cpus, board, cpu, devices, accelerator,
+            tuple(map(Disk.parse, disk_options)), tuple(map(Network.parse, networks)), not no_reboot, timeout,
+            firmware, boot, cdroms,
+        )  # fmt: skip
+    else:
+        plan = planned(file, only_given(given))
+    if name == "debian":
+        plan = debian_guest(plan)
+    with contextlib.closing(Build(plan)) as build:
+        choice = accel.choose(plan.accel)
+        with choice.system:
+            build.fetch(progress_bars)
+            session = Session(choice, partial(build.machine, choice.system), not plan.reboot, grace)
+            outcome = Watch(trace, trace_only, control).run(session, plan.timeout)
     return report(session, outcome)
 
 
@@ -271,22 +250,19 @@ def only_given(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_file(file: Path, given: dict[str, Any], grace: float, watch: Watch) -> int:
-    """Run what *file* describes, with *given* in place of its settings, as ``vmonty.VM.from_file`` does."""
+def planned(file: Path, given: dict[str, Any]) -> Plan:
+    """What *file* describes, with *given* in place of its settings, as ``vmonty.VM.from_file`` does."""
     # Not for everybody: checking settings needs code that a plain start should not wait for.
-    from vmonty.cli.progress import terminal_progress
-    from vmonty.vm.build import Build
     from vmonty.vm.settings import read_file, settings
 
-    wanted = settings({**read_file(file), **given})
-    with contextlib.closing(Build(wanted)) as build:
-        choice = accel.choose(wanted.accel)
-        with choice.system:
-            with terminal_progress() as progress:
-                build.fetch(progress)
-            session = Session(choice, partial(build.machine, choice.system), not wanted.reboot, grace)
-            outcome = watch.run(session, wanted.timeout)
-    return report(session, outcome)
+    return settings({**read_file(file), **given}).plan()
+
+
+def progress_bars() -> AbstractContextManager[Progress]:
+    """For the build of a guest that is not in the cache."""
+    from vmonty.cli.progress import terminal_progress
+
+    return terminal_progress()
 
 
 def asked_for_help(board: str, cpu: str, devices: tuple[str, ...]) -> str | None:
@@ -298,29 +274,21 @@ def asked_for_help(board: str, cpu: str, devices: tuple[str, ...]) -> str | None
     return catalogue.TYPES.describe("device") if "help" in devices else None
 
 
-def default_guest(command_line: str | None, parts: dict[str, Any]) -> Config:
-    """The busybox guest, fetched and built when it is not in the cache."""
-    from vmonty.cli.progress import terminal_progress
-    from vmonty.guests import busybox
-
-    with terminal_progress() as progress:
-        guest = busybox.build(progress=progress)
-    line = command_line if command_line is not None else "console=ttyS0 quiet cryptomgr.notests=1"
-    return Config(read_image(guest.kernel, "kernel"), read_image(guest.initrd, "initrd"), line, **parts)
-
-
-def debian_guest(command_line: str | None, parts: dict[str, Any]) -> tuple[Config, Disk]:
-    """The Debian guest and its disk, built when they are not there; says how ssh reaches it."""
+def debian_guest(plan: Plan) -> Plan:
+    """The plan with the Debian guest and its disk, built when they are not there; says how ssh reaches it."""
     from vmonty.cli import debian
 
     guest = debian.prepare()
-    if not parts["networks"]:
+    if not plan.networks:
         port = debian.free_port()
-        parts = parts | {"networks": (f"user,hostfwd=tcp:127.0.0.1:{port}-:22",)}
+        plan = plan._replace(networks=(Network.parse(f"user,hostfwd=tcp:127.0.0.1:{port}-:22"),))
         click.echo(f"vmonty: ssh -i {guest.key} -p {port} root@127.0.0.1", err=True)
-    line = command_line if command_line is not None else guest.command_line
-    config = Config(read_image(guest.kernel, "kernel"), read_image(guest.initrd, "initrd"), line, **parts)
-    return config, Disk(guest.disk, "qcow2")
+    return plan._replace(
+        kernel=guest.kernel,
+        initrd=guest.initrd,
+        append=plan.append if plan.append is not None else guest.command_line,
+        disks=(Disk(guest.disk, "qcow2"), *plan.disks),
+    )
 
 
 class Session:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from vmonty.base.errors import UsageError
 from vmonty.guests.progress import Progress, silent
@@ -16,7 +17,6 @@ from vmonty.kvm.api import Vcpu
 from vmonty.kvm.uapi import Exit
 from vmonty.vm.build import Build
 from vmonty.vm.console import ConsoleEnded, ConsoleSession, ConsoleTimeout
-from vmonty.vm.settings import Settings, read_file, settings
 from vmonty.vmm import accel, inspection
 from vmonty.vmm.control import ControlSocket
 from vmonty.vmm.inspection import CONTROL_REGISTERS, GENERAL_REGISTERS, Counters, StateError
@@ -24,9 +24,22 @@ from vmonty.vmm.machine import Machine
 from vmonty.vmm.outcome import Ending, Outcome
 from vmonty.vmm.tracing import Tracers
 
+if TYPE_CHECKING:
+    from vmonty.vm.settings import Settings
+
 __all__ = [
     "VM", "ConsoleEnded", "ConsoleTimeout", "Ending", "Event", "Outcome", "Settings", "State", "StateError",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    # What checks settings is pydantic; the command line, which shares this package, starts without it.
+    if name == "Settings":
+        from vmonty.vm.settings import Settings
+
+        return Settings
+    raise AttributeError(f"module 'vmonty.vm' has no attribute {name!r}")
+
 
 ExitHook = Callable[[Vcpu, "Exit | int"], None]
 
@@ -70,7 +83,9 @@ class VM:
     ) -> None:
         if ready is not None and fields:
             raise UsageError("give either Settings or their fields")
-        self.settings = ready if ready is not None else settings(fields)
+        from vmonty.vm.settings import settings
+
+        self.settings: Settings = ready if ready is not None else settings(fields)
         self.state = State.NEW
         self.outcome: Outcome | None = None
         self._output, self._progress = output, progress
@@ -92,6 +107,8 @@ class VM:
     @classmethod
     def from_file(cls, path: str | Path, **others: Any) -> VM:
         """A VM as a TOML or YAML file describes it; fields among *others* replace the file's. Raises UsageError."""
+        from vmonty.vm.settings import read_file
+
         return cls(**{**read_file(Path(path)), **others})
 
     # ---- life -------------------------------------------------------------------------------------------
@@ -101,10 +118,10 @@ class VM:
         if self.state is not State.NEW:
             raise StateError("a VM is opened once; make another one")
         # Bad input first: it is cheaper to refuse than to open an accelerator.
-        self._build = Build(self.settings)
+        self._build = Build(self.settings.plan())
         try:
             self._choice = accel.choose(self.settings.accel)
-            self._build.fetch(self._progress)
+            self._build.fetch(lambda: contextlib.nullcontext(self._progress))
             self._console = ConsoleSession(self._send, self._panicked, self._output, self.settings.console_log)
             self._machine = self._build.machine(self._choice.system, self._console.feed)
         except BaseException:
@@ -154,8 +171,8 @@ class VM:
     @property
     def forwarded_ports(self) -> tuple[int, ...]:
         """The host's ports of all ``hostfwd``, in order; tells those that were given as 0."""
-        networks = self._build.user_networks if self._build is not None else []
-        return tuple(forward.port for network in networks for forward in network.forwards)
+        networks = self._machine.networks if self._machine is not None else []
+        return tuple(forward.port for network in networks for forward in getattr(network, "forwards", ()))
 
     # ---- control ----------------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from vmonty.base.errors import UsageError
 from vmonty.base.sizes import parse_size
-from vmonty.vmm import catalogue
+from vmonty.vm.plan import Plan
+from vmonty.vmm import catalogue, peripherals
 from vmonty.vmm import cpu as cpu_model
 from vmonty.vmm.firmware import NAMES, BootOptions
 from vmonty.vmm.machine import MOST_VCPUS
@@ -64,6 +65,10 @@ class Disk(_Model):
     snapshot: bool = False
     bus: Literal["virtio", "ide"] = "virtio"
 
+    def plan(self) -> peripherals.Disk:
+        """For the machine."""
+        return peripherals.Disk(self.file, self.format, self.readonly, self.snapshot, self.bus)
+
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: object) -> object:
@@ -101,6 +106,10 @@ class UserNetwork(_Model):
         given = self.model_dump(exclude={"type", "hostfwd", "mac", "pcap"}, exclude_none=True)
         return UserConfig(**given, forwards=tuple(map(Forward.parse, self.hostfwd)))
 
+    def plan(self) -> peripherals.Network:
+        """For the machine."""
+        return peripherals.Network("user", self.config(), mac=_mac(self.mac), capture=self.pcap)
+
 
 class TapNetwork(_Model):
     """A card on the host's tap interface *ifname*; as text ``tap,ifname=tap0``."""
@@ -109,6 +118,14 @@ class TapNetwork(_Model):
     ifname: str = "tap%d"
     mac: Annotated[str | None, Field(pattern=r"^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$")] = None
     pcap: Path | None = None
+
+    def plan(self) -> peripherals.Network:
+        """For the machine."""
+        return peripherals.Network("tap", interface=self.ifname, mac=_mac(self.mac), capture=self.pcap)
+
+
+def _mac(text: str | None) -> bytes | None:
+    return bytes.fromhex(text.replace(":", "")) if text is not None else None
 
 
 def _network(value: object) -> object:
@@ -149,6 +166,14 @@ class Settings(_Model):
     reboot: bool = True
     timeout: Annotated[float | None, Field(gt=0, le=MOST_SECONDS)] = None
     console_log: Path | None = None
+
+    def plan(self) -> Plan:
+        """For the machine."""
+        return Plan(
+            self.kernel, self.initrd, self.append, self.memory, self.cpus, self.machine, self.cpu, self.devices,
+            self.accel, tuple(disk.plan() for disk in self.disks), tuple(network.plan() for network in self.net),
+            self.reboot, self.timeout, self.firmware, self.boot, self.cdroms,
+        )  # fmt: skip
 
     @field_validator("disks", "cdroms", "net", "devices", mode="before")
     @classmethod

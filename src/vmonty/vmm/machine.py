@@ -32,6 +32,7 @@ from vmonty.vmm.vcpu import VcpuThread
 if TYPE_CHECKING:
     from vmonty.vmm.display.screen import Screen
     from vmonty.vmm.hw.pci import PciDevice
+    from vmonty.vmm.net.backend import NetBackend
 
 # An xAPIC's ID is a byte, and 0xFF is everybody.
 MOST_VCPUS = 255
@@ -90,8 +91,7 @@ class Config:
 
     It enters *kernel* directly, or starts *firmware*, which looks for something to boot as *boot* says. *machine* is a
     board with properties (``q35,root-ports=2``), *cpu* a model with flags (``Haswell,-pcid``), *devices* are devices by
-    name (``isa-debug-exit,iobase=0xf4``): see ``vmonty.vmm.catalogue``; *networks* are network cards by what they are
-    connected to (``user,hostfwd=tcp::2222-:22``): see ``vmonty.vmm.peripherals.Network``.
+    name (``isa-debug-exit,iobase=0xf4``): see ``vmonty.vmm.catalogue``.
     """
 
     kernel: bytes | None = None
@@ -102,7 +102,6 @@ class Config:
     machine: str = "pc"
     cpu: str = cpu.DEFAULT
     devices: tuple[str, ...] = ()
-    networks: tuple[str, ...] = ()
     firmware: Firmware | None = None
     boot: BootOptions = field(default_factory=BootOptions)
 
@@ -152,6 +151,7 @@ class Machine(ABC):
         self._outcome: Outcome | None = None
         self._outcome_lock = threading.Lock()
         self.vcpus: list[VcpuThread] = []
+        self.networks: list[NetBackend] = []  # what its cards are connected to
         self.serial_ports = [1]  # numbers of the COM ports
         self.loop = EventLoop("io")
         self.resources = contextlib.ExitStack()  # closed when the vCPUs have ended, before the loop does

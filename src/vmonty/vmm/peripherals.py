@@ -140,7 +140,7 @@ def _mac(text: str) -> bytes:
     return mac
 
 
-def add_networks(machine: Machine, networks: tuple[Network, ...]) -> None:
+def add_networks(machine: Machine, networks: Sequence[Network]) -> None:
     """A card for each of *networks*, in order. Raises UsageError."""
     for number, network in enumerate(network for network in networks if network.kind != "none"):
         backend = network.open(machine)
@@ -149,6 +149,7 @@ def add_networks(machine: Machine, networks: tuple[Network, ...]) -> None:
         except BaseException:
             backend.close()
             raise
+        machine.networks.append(backend)
 
 
 def add_virtio(machine: Machine, device: VirtioDevice) -> None:

@@ -11,6 +11,7 @@ from vmonty.vmm.machine import Config, Machine
 
 if TYPE_CHECKING:
     from vmonty.vmm.block.device import BlockDevice
+    from vmonty.vmm.peripherals import Network
 
 # Name → its class. Each has chips of its own, whose modules the others need not wait for.
 BOARDS = {"pc": "Pc", "q35": "Q35", "microvm": "Microvm"}
@@ -29,17 +30,17 @@ def create(
     disks: Sequence[BlockDevice] = (),
     ide_disks: Sequence[BlockDevice] = (),
     cdroms: Sequence[BlockDevice] = (),
+    networks: Sequence[Network] = (),
 ) -> Machine:
-    """The machine that *config* describes, on *system*, with its devices; *disks* (virtio), *ide_disks* and
-    *cdroms* stay open when it is closed.
+    """The machine that *config* describes, on *system*, with its devices, and a card for each of *networks*.
+
+    *disks* (virtio), *ide_disks* and *cdroms* stay open when it is closed.
 
     Raises what Machine raises, and UsageError for an unknown board, property or device.
     """
     # These know the boards of this package.
     from vmonty.vmm.catalogue import TYPES
-    from vmonty.vmm.peripherals import Network, add_disk, add_ide, add_networks
-
-    networks = tuple(map(Network.parse, config.networks))
+    from vmonty.vmm.peripherals import add_disk, add_ide, add_networks
 
     board = TYPES.create(config.machine, "machine")
     devices = [TYPES.create(text, "device") for text in config.devices]

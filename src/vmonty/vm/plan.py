@@ -1,0 +1,39 @@
+"""What one virtual machine is made of, checked: the command line and the settings both end here.
+
+It needs no pydantic: the command line checks its options itself, and starts sooner.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmonty.vmm import cpu
+
+if TYPE_CHECKING:
+    from vmonty.vmm.peripherals import Disk, Network
+
+
+class Plan(NamedTuple):
+    """A virtual machine. *memory* in bytes, *timeout* in seconds; *machine*, *cpu* and *devices* as in ``Config``.
+
+    Without *kernel* and *firmware* it is the busybox guest. *append* None is the guest's or the kernel's usual command
+    line.
+    """
+
+    kernel: Path | None = None
+    initrd: Path | None = None
+    append: str | None = None
+    memory: int = 512 << 20
+    cpus: int = 1
+    machine: str = "pc"
+    cpu: str = cpu.DEFAULT
+    devices: tuple[str, ...] = ()
+    accel: str = "auto"
+    disks: tuple[Disk, ...] = ()
+    networks: tuple[Network, ...] = ()
+    reboot: bool = True
+    timeout: float | None = None
+    firmware: str | None = None
+    boot: str = ""
+    cdroms: tuple[Path, ...] = ()
