@@ -13,6 +13,8 @@ cdef enum:
     CC_NE = 5
     CC_BE = 6
     CC_A = 7
+    CC_GE = 13
+    CC_LE = 14
 
 cdef struct Assembler:
     uint8_t *at              # next byte, in the writable mapping

@@ -15,6 +15,7 @@ from cython.cimports.vmonty.cpu.state import (
     SHADOW_MOV_SS,
     TLB_ENTRIES,
     TLB_SETS,
+    forget_windows,
     raise_exception,
 )
 
@@ -32,8 +33,7 @@ def _forget(s, va):
     for n in range(TLB_SETS):
         s.tlb_read[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
         s.tlb_write[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
-    for n in range(s.page_slots_used):
-        s.page_slots[n].negated_tag = cython.cast(uint64_t, 1) << 62
+    forget_windows(s)
 
 
 def load_dr7(s, value):

@@ -39,6 +39,7 @@ cdef struct Block:
     uint16_t length          # guest bytes
     uint16_t count           # of pairs in offsets: guest instructions, those of each round in a loop
     uint32_t offsets         # index into offsets: host offset, guest offset pairs
+    uint32_t pairs           # how many
     uint32_t valid
     uint32_t next            # hash chain, index + 1
     uint32_t page_next       # chains of blocks of one host page
@@ -111,6 +112,7 @@ cdef struct CodeCache:
     uint64_t careful_commit
     uint64_t call_helper
     uint64_t to_linear       # rcx = offset, immediate pushed: rcx = linear address after the segment's checks
+    uint64_t window[6]       # rcx = linear address, r15 = 8 * slot: fill the slot from a TLB; reads, writes, by set
     uint64_t lookup[3]       # r15 = guest rip: jump through the jump cache of a TLB set
     uint64_t copy[4]         # void copy(to, from, count): rep movs by log2 size
     uint64_t fill[4]         # void fill(to, count, value): rep stos

@@ -40,6 +40,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     op_reg,
     pext_mem,
     put8,
+    rorx,
     store,
     store32,
     store_imm32,
@@ -49,6 +50,7 @@ from cython.cimports.vmonty.cpu.state import (
     ARITHMETIC_FLAGS,
     JUMP_CACHE_BITS,
     JUMP_CACHE_ENTRIES,
+    LARGE_ENTRIES,
     LOCAL_JUMP,
     LOCAL_LOG,
     SHADOW_STACK,
@@ -347,6 +349,64 @@ def _fpu_stubs(c: cython.pointer(CodeCache)) -> cython.void:
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
+def _fill_slot(a: cython.pointer(Assembler), s: cython.pointer(CpuState), tag: int32_t, host: int32_t) -> cython.void:
+    """Emit the copy of a TLB entry, at [rbp + r12] and ``tag`` and ``host``, into slot r15 / 8."""
+    slot: int32_t = displacement(s, cython.address(s.page_slots[0]))
+    op_mem(a, 0, 1, 0x8B, 1, 5, 12, 0, tag)
+    op_mem(a, 0, 1, 0x89, 1, 5, 15, 0, displacement(s, cython.address(s.slot_tags[0])))
+    lea(a, 15, 15, 15, 1, 0)  # PageSlot has 48 bytes
+    op_mem(a, 0, 1, 0x03, 1, 5, 12, 0, host)
+    op_mem(a, 0, 1, 0x89, 1, 5, 15, 1, slot + 24)
+    op_mem(a, 0, 1, 0x8B, 1, 5, 12, 0, host)
+    op_mem(a, 0, 1, 0x89, 1, 5, 15, 1, slot)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _window_stub(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), large: int32_t, table: int32_t) -> uint64_t:
+    """Emit the routine that fills a slot from the TLB for large pages or the other one; where both miss it stays.
+
+    In: rcx a linear address, r15 eight times the slot's number. Clobbers rcx, r12, r15 and the flags.
+    """
+    a: cython.pointer(Assembler) = cython.address(c.a)
+    address: uint64_t = here(a)
+    slot: int32_t = displacement(s, cython.address(s.page_slots[0]))
+    at: cython.p_uchar
+    rorx(a, 1, 12, 1, 16)
+    alu_imm(a, 0, 4, 12, (LARGE_ENTRIES - 1) << 5)
+    op_mem(a, 0, 1, 0x03, 1, 5, 12, 0, large)
+    op_mem(a, 0, 1, 0x3B, 1, 5, 12, 0, large + 8)
+    put8(a, 0x77)  # ja: not there
+    put8(a, 0)
+    at = a.at
+    _fill_slot(a, s, large, large + 16)
+    op_mem(a, 0, 1, 0x8B, 1, 5, 12, 0, large + 8)
+    alu_imm(a, 1, 0, 1, 1)
+    op_mem(a, 0, 1, 0x2B, 1, 5, 15, 1, slot + 16)
+    op_mem(a, 0, 1, 0x89, 1, 5, 15, 1, slot + 8)
+    put8(a, 0xC3)
+    at[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, at)
+    op_mem(a, 0, 1, 0x2B, 1, 5, 12, 0, large)
+    rorx(a, 0, 12, 1, 8)
+    alu_imm(a, 0, 4, 12, (TLB_ENTRIES - 1) << 4)
+    op_mem(a, 0, 1, 0x03, 1, 5, 12, 0, table)
+    alu_imm(a, 1, 7, 1, 4095)
+    put8(a, 0x77)
+    put8(a, 0)
+    at = a.at
+    _fill_slot(a, s, table, table + 8)
+    mov_imm(a, 1, 4096)
+    op_mem(a, 0, 1, 0x2B, 1, 5, 15, 1, slot + 16)
+    op_mem(a, 0, 1, 0x89, 1, 5, 15, 1, slot + 8)
+    at[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, at)
+    put8(a, 0xC3)
+    return address
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
 def _memory_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), saved: uint64_t) -> cython.void:
     a: cython.pointer(Assembler) = cython.address(c.a)
     at: cython.p_uchar
@@ -368,6 +428,14 @@ def _memory_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), sav
     c.to_linear = _call_c(c, s, functions[4], 2, saved, 1)
     c.execute_system = _execute_stub(c, s, functions[5], saved)
     k: cython.int
+    for k in range(TLB_SETS):
+        c.window[k] = _window_stub(
+            c, s, displacement(s, cython.address(s.large_read[k][0])), displacement(s, cython.address(s.tlb_read[k][0]))
+        )
+        c.window[TLB_SETS + k] = _window_stub(
+            c, s, displacement(s, cython.address(s.large_write[k][0])),
+            displacement(s, cython.address(s.tlb_write[k][0])),
+        )  # fmt: skip
     for k in range(TLB_SETS):
         c.lookup[k] = here(a)
         pext_mem(a, 12, 15, 5, displacement(s, cython.address(s.jump_mask)))
@@ -741,9 +809,12 @@ def _forget_writable(s: cython.pointer(CpuState), host_page: uint64_t) -> cython
     t: cython.int
     n: cython.int = s.page_slots_used
     for k in range(n):
-        if s.page_slots[k].host == host_page:
-            s.page_slots[k].negated_tag = cython.cast(uint64_t, 1) << 62
+        if host_page - s.page_slots[k].host <= s.page_slots[k].last:
+            s.slot_tags[k] = cython.cast(uint64_t, 1) << 62
     for t in range(TLB_SETS):
+        for k in range(LARGE_ENTRIES):
+            if host_page - s.large_write[t][k].host <= s.large_write[t][k].last:
+                s.large_write[t][k].negated_tag = cython.cast(uint64_t, 1) << 62
         for k in range(TLB_ENTRIES):
             if s.tlb_write[t][k].host == host_page:
                 s.tlb_write[t][k].negated_tag = cython.cast(uint64_t, 1) << 62

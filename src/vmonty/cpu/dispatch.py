@@ -143,7 +143,7 @@ def _trap(s: cython.pointer(CpuState)) -> cython.int:
     offset = s.trap_rip - cython.cast(uint64_t, c.executable) - b.entry
     if offset >= b.body_size:
         return -1
-    for k in range(b.count):
+    for k in range(b.pairs):
         if c.offsets[b.offsets + 2 * k] <= offset:
             n = k
     s.rip = b.rip + c.offsets[b.offsets + 2 * n + 1]

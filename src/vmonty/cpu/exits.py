@@ -2,13 +2,13 @@
 
 import cython
 from cython.cimports.vmonty.cpu.assembler import (
+    CC_BE,
     CC_E,
     NONE,
-    alu_imm,
     call_to,
     fit,
+    jcc_to,
     jmp_to,
-    lea,
     load32,
     mov_imm,
     mov_rr,
@@ -16,8 +16,6 @@ from cython.cimports.vmonty.cpu.assembler import (
     push_imm32,
     put8,
     put32,
-    rorx,
-    store,
 )
 from cython.cimports.vmonty.cpu.codecache import Link, displacement
 from cython.cimports.vmonty.cpu.operands import (
@@ -26,8 +24,9 @@ from cython.cimports.vmonty.cpu.operands import (
     S1,
     S2,
     emit_ea,
+    slot_field,
 )
-from cython.cimports.vmonty.cpu.state import TLB_ENTRIES
+from cython.cimports.vmonty.cpu.state import TLB_SETS
 from cython.cimports.vmonty.cpu.translate import (
     STUB_LINK,
     STUB_LOOKUP,
@@ -173,7 +172,6 @@ def emit_stubs(w):
     a: cython.pointer(Assembler) = w.a
     n: cython.int
     k: cython.pointer(Stub)
-    at: cython.p_uchar
     for n in range(w.stubs):
         k = cython.address(w.stub[n])
         _patch32(k.patch, a.at)
@@ -189,20 +187,17 @@ def emit_stubs(w):
             jmp_to(a, w.c.leave_poll)
         else:
             emit_ea(w, cython.address(k.ea))
-            if k.kind == STUB_SLOT:  # flags are dead: look into the TLB, remember the page, go on
-                rorx(a, 0, S1, S0, 8)
-                alu_imm(a, 0, 4, S1, (TLB_ENTRIES - 1) << 4)
-                op_mem(a, 0, 1, 0x8B, S2, RBP_HOST, S1, 0, k.table)
-                lea(a, S0, S0, S2, 0, 0)
-                alu_imm(a, 1, 7, S0, 4096 - k.size)
-                put8(a, 0x77)
-                put8(a, 0)
-                at = a.at
-                op_mem(a, 0, 1, 0x8B, S1, RBP_HOST, S1, 0, k.table + 8)
-                store(a, S2, RBP_HOST, k.slot)
-                store(a, S1, RBP_HOST, k.slot + 8)
-                jmp_to(a, cython.cast(uint64_t, k.back) + a.delta)
-                at[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, at)
+            if k.kind == STUB_SLOT:  # flags are dead: look into the TLBs, remember what is there, go on
+                mov_imm(a, S2, 8 * k.slot)
+                call_to(a, w.c.window[(TLB_SETS if k.write else 0) + w.s.tlb_set])
+                emit_ea(w, cython.address(k.ea))
+                op_mem(a, 0, 1, 0x03, S0, RBP_HOST, NONE, 0, slot_field(w, k.slot, -1))
+                op_mem(a, 0, 1, 0x3B, S0, RBP_HOST, NONE, 0, slot_field(w, k.slot, 1))
+                if k.what == 0:
+                    jcc_to(a, CC_BE, cython.cast(uint64_t, k.back) + a.delta)
+                    jmp_to(a, cython.cast(uint64_t, w.ordinary) + a.delta)
+                    continue
+                jcc_to(a, CC_BE, cython.cast(uint64_t, k.back) + a.delta)
                 emit_ea(w, cython.address(k.ea))
             push_imm32(a, k.what)
             call_to(a, w.c.memory_slow)
@@ -210,4 +205,5 @@ def emit_stubs(w):
                 mov_imm(a, S1, 0)
             else:
                 mov_rr(a, S1, S0)
-            jmp_to(a, cython.cast(uint64_t, k.back) + a.delta)
+            # A slot's load of r12 is stepped over.
+            jmp_to(a, cython.cast(uint64_t, k.back) + (7 if k.kind == STUB_SLOT else 0) + a.delta)

@@ -97,10 +97,7 @@ def _join(w: cython.pointer(Work), number: cython.int, base: cython.int, index: 
     i.group_offset = cython.cast(int32_t, low)
 
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _constant_step(i: cython.pointer(Insn), reg: cython.p_int, by: cython.pointer(int64_t)) -> cython.int:
+def constant_step(i, reg, by):
     """Tell whether the instruction only moves a 64-bit register by a constant."""
     digit: cython.int = i.modrm >> 3 & 7
     if i.map or i.vex or i.operand_size != 8:
@@ -111,6 +108,12 @@ def _constant_step(i: cython.pointer(Insn), reg: cython.p_int, by: cython.pointe
         return i.base == i.reg and i.index == NO_REGISTER and i.address_size == 8
     if i.has_memory or i.lock:
         return 0
+    if i.opcode == 0x05 or i.opcode == 0x2D:
+        reg[0] = 0
+        by[0] = cython.cast(int32_t, i.immediate)
+        if i.opcode == 0x2D:
+            by[0] = -by[0]
+        return 1
     reg[0] = i.rm
     if (i.opcode == 0x81 or i.opcode == 0x83) and (digit == 0 or digit == 5):
         if i.opcode == 0x83:
@@ -136,10 +139,7 @@ def _written(n: cython.int, size: cython.uchar, version: cython.p_int) -> cython
         version[n - 4] += 1  # perhaps AH, CH, DH, BH
 
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _writes(i: cython.pointer(Insn), version: cython.p_int) -> cython.void:
+def count_writes(i, version):
     """Count up the versions of the registers that the instruction writes."""
     r: cython.pointer(OpRow) = cython.address(ROW[i.row])
     if r.g and r.access[r.g - 1] & 2:
@@ -150,9 +150,20 @@ def _writes(i: cython.pointer(Insn), version: cython.p_int) -> cython.void:
         version[i.vvvv] += 1
     # What is written without being named: the accumulator and its companions, counted whenever in doubt.
     if i.map == 0 and not i.vex:
-        if r.operands == 0 or i.opcode < 0x40 or i.opcode >= 0xA0 or (0x90 <= i.opcode < 0xA0):
-            version[0] += 1
-            version[2] += 1
+        if i.opcode < 0x40:
+            if i.opcode & 6 == 4 and i.opcode < 0x38:  # with an immediate operand, and not CMP
+                version[0] += 1
+        elif r.operands == 0 or i.opcode >= 0x90:
+            # not: MOV of immediates, shifts, INC and DEC, TEST and NOT and NEG
+            if (
+                not 0xB0 <= i.opcode < 0xC2
+                and i.opcode & 0xFE != 0xC6
+                and not 0xD0 <= i.opcode < 0xD4
+                and i.opcode < 0xFE
+                and (i.opcode & 0xFE != 0xF6 or i.modrm >> 3 & 4)
+            ):
+                version[0] += 1
+                version[2] += 1
     elif i.map == 1 and (i.opcode == 0xB0 or i.opcode == 0xB1 or i.opcode == 0xC7):
         version[0] += 1
         version[2] += 1
@@ -207,10 +218,10 @@ def find_groups(w):
                 _join(w, k, i.base, i.index, i.scale, cython.address(version[0]), by, i.memory_size,
                       1 if i.memory_access & 2 else 0)  # fmt: skip
             if cls != C_NOP and cls != C_EMMS:
-                if _constant_step(i, cython.address(n), cython.address(by)):
+                if constant_step(i, cython.address(n), cython.address(by)):
                     delta[n] += by
                 else:
-                    _writes(i, cython.address(version[0]))
+                    count_writes(i, cython.address(version[0]))
         elif cls in (C_PUSH, C_PUSHI):
             _join(w, k, 4, NONE, 0, cython.address(version[0]), delta[4] - size, size, 1)
             delta[4] -= size
@@ -228,7 +239,7 @@ def find_groups(w):
             elif cls in (C_POPM, C_LEAVE):
                 _new_versions(cython.address(version[0]))
             else:
-                _writes(i, cython.address(version[0]))
+                count_writes(i, cython.address(version[0]))
         else:
             _new_versions(cython.address(version[0]))  # a helper may change anything
     for k in range(w.groups):

@@ -18,6 +18,9 @@ cdef int32_t home(Work *w, int g) noexcept nogil
 cdef void ea_of(Work *w, Insn *i, Ea *ea) noexcept nogil
 cdef void ea_stack(Work *w, int64_t displacement, Ea *ea) noexcept nogil
 cdef void emit_ea(Work *w, Ea *ea) noexcept nogil
+cdef int new_slot(Work *w, int size) noexcept nogil
+cdef int32_t slot_field(Work *w, int slot, int field) noexcept nogil
+cdef void emit_slot_check(Work *w, int slot, uint32_t what, Ea *ea, int write) noexcept nogil
 cdef void emit_access(Work *w, Insn *i, Ea *ea, int size, int access, int stack) noexcept nogil
 cdef void emit_commit(Work *w, int access) noexcept nogil
 cdef void emit_copy(Work *w, Insn *i) noexcept nogil

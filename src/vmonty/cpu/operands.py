@@ -71,6 +71,7 @@ from cython.cimports.vmonty.cpu.translate import (
     STUB_MEMORY_LIVE,
     STUB_SLOT,
     Group,
+    Stream,
     Stub,
 )
 
@@ -234,6 +235,73 @@ def _is_loaded(w: cython.pointer(Work), g: cython.int) -> cython.int:
     return g >= 0 and (w.loaded >> g) & 1
 
 
+def new_slot(w, size):
+    """Take a slot for an access, or for several that lie within ``size`` bytes; there must be one."""
+    n: cython.int = w.s.page_slots_used
+    w.s.page_slots_used += 1
+    w.s.slot_tags[n] = cython.cast(uint64_t, 1) << 62
+    w.s.page_slots[n].last = 0
+    w.s.page_slots[n].host = 0
+    w.s.page_slots[n].size = size
+    return n
+
+
+def slot_field(w, slot, field):
+    """Give the displacement from rbp of a field of a slot: 0 host, 1 last, 3 delta, 4 base, 5 limit; -1 its tag."""
+    if field < 0:
+        return displacement(w.s, cython.address(w.s.slot_tags[slot]))
+    return displacement(w.s, cython.address(w.s.page_slots[slot])) + 8 * field
+
+
+def emit_slot_check(w, slot, what, ea, write):
+    """Turn the linear address in rcx into the offset in the slot's window; where it does not fit, go to a stub.
+
+    ``what`` 0: it is for a strip, and the stub goes to the loop's ordinary body if there is no window.
+    """
+    a: cython.pointer(Assembler) = w.a
+    at: cython.p_uchar
+    k: cython.pointer(Stub)
+    op_mem(a, 0, 1, 0x03, S0, RBP_HOST, NONE, 0, slot_field(w, slot, -1))
+    fit(a, 13)
+    op_mem(a, 0, 1, 0x3B, S0, RBP_HOST, NONE, 0, slot_field(w, slot, 1))
+    put8(a, 0x0F)
+    put8(a, 0x80 | CC_A)
+    at = a.at
+    put32(a, 0)
+    _stub(w, STUB_SLOT, at, what, ea)
+    k = cython.address(w.stub[w.stubs - 1])
+    k.slot = slot
+    k.write = write
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _in_stream(w: cython.pointer(Work), i: cython.pointer(Insn), ea: cython.pointer(Ea)) -> cython.int:
+    """In a strip, address an operand by what the setup has kept; 0 when it belongs to no stream."""
+    number: cython.int = w.stream_of[i - cython.address(w.insns[0])]
+    t: cython.pointer(Stream)
+    reg: cython.int
+    if number == 0:
+        return 0
+    t = cython.address(w.stream[number - 1])
+    w.disp = cython.cast(int32_t, ea.displacement - t.low)
+    w.index = NONE
+    if t.driver != NONE:
+        reg = w.driver[t.driver].reg
+        w.index = host(reg)
+        if w.index < 0:
+            w.index = S1
+            load(w.a, S1, RBP_HOST, home(w, reg))
+        if reg != t.base:
+            w.scale = t.scale
+    w.base = t.reg
+    if t.reg == NONE:
+        w.base = S0
+        load(w.a, S0, RBP_HOST, slot_field(w, t.slot, 4))
+    return 1
+
+
 def emit_access(w, i, ea, size, access, stack):
     """Emit the way to one memory operand; w.base and w.index then address it in the host.
 
@@ -261,7 +329,10 @@ def emit_access(w, i, ea, size, access, stack):
         what |= SLOW_MASKED
     what |= cython.cast(uint32_t, size) << SLOW_SIZE_SHIFT
     w.disp = 0
-    if i.group:
+    w.scale = 0
+    if w.strip and _in_stream(w, i, ea):
+        return
+    if i.group and not w.strip:
         g = cython.address(w.group[i.group - 1])
         if not i.leader:
             w.base = w.held_base
@@ -306,26 +377,14 @@ def emit_access(w, i, ea, size, access, stack):
         i.flags_in == 0
         and w.in_loop
         and not constant
-        and not i.group
+        and (w.strip or not i.group)
         and w.s.page_slots_used < PAGE_SLOTS
         and not _is_loaded(w, ea.base)
         and not _is_loaded(w, ea.index)
     ):
-        slot = displacement(w.s, cython.address(w.s.page_slots[w.s.page_slots_used]))
-        w.s.page_slots[w.s.page_slots_used].negated_tag = cython.cast(uint64_t, 1) << 62
-        w.s.page_slots_used += 1
-        op_mem(a, 0, 1, 0x03, S0, RBP_HOST, NONE, 0, slot)
-        fit(a, 13)
-        alu_imm(a, 1, 7, S0, 4096 - size)
-        put8(a, 0x0F)
-        put8(a, 0x80 | CC_A)
-        at = a.at
-        put32(a, 0)
-        load(a, S1, RBP_HOST, slot + 8)
-        _stub(w, STUB_SLOT, at, what, ea)
-        w.stub[w.stubs - 1].slot = slot
-        w.stub[w.stubs - 1].table = table
-        w.stub[w.stubs - 1].size = size
+        slot = new_slot(w, size)
+        emit_slot_check(w, slot, what, ea, 1 if access & 2 else 0)
+        load(a, S1, RBP_HOST, slot_field(w, slot, 0))
         w.base = S0
         w.index = S1
         return
@@ -349,7 +408,7 @@ def emit_access(w, i, ea, size, access, stack):
         _stub(w, STUB_MEMORY, at, what, ea)
         w.base = S0
         w.index = S1
-        if i.group:
+        if i.group and not w.strip:
             lea(a, S0, S0, S1, 0, 0)
             w.index = NONE
             _keep_group(w, i)
@@ -376,7 +435,7 @@ def emit_access(w, i, ea, size, access, stack):
     _stub(w, STUB_MEMORY_LIVE, at, what, ea)
     w.base = S1
     w.index = NONE
-    if i.group:
+    if i.group and not w.strip:
         _keep_group(w, i)
 
 
@@ -399,18 +458,19 @@ def emit_commit(w, access):
 
 def access_op(w, prefix, wide, opcode, reg):
     """Emit an instruction on the memory operand that emit_access prepared."""
-    op_mem(w.a, prefix, wide, opcode, reg, w.base, w.index, 0, w.disp)
+    op_mem(w.a, prefix, wide, opcode, reg, w.base, w.index, w.scale, w.disp)
 
 
 def to_one_register(w, reg):
     """Bring the host address into one register, rcx or r12, freeing the other."""
     w.held = 0
     if w.index != NONE or w.disp:
-        lea(w.a, reg, w.base, w.index, 0, w.disp)
+        lea(w.a, reg, w.base, w.index, w.scale, w.disp)
     elif w.base != reg:
         mov_rr(w.a, reg, w.base)
     w.base = reg
     w.index = NONE
+    w.scale = 0
     w.disp = 0
 
 
@@ -429,7 +489,10 @@ def _prefix66(i: cython.pointer(Insn), r: cython.pointer(OpRow)) -> cython.int:
 @cython.exceptval(check=False)
 def _body(w: cython.pointer(Work), i: cython.pointer(Insn), reg: cython.int, rm: cython.int, base: cython.int,
           index: cython.int, disp: cython.int, vvvv: cython.int, force_rex: cython.int) -> cython.void:  # fmt: skip
-    """Emit the instruction again with other registers; ``rm`` NONE takes the memory operand [base + index + disp]."""
+    """Emit the instruction again with other registers; ``rm`` NONE takes the memory operand [base + index + disp].
+
+    The index is scaled by w.scale.
+    """
     a: cython.pointer(Assembler) = w.a
     r: cython.pointer(OpRow) = cython.address(ROW[i.row])
     p: cython.p_uchar
@@ -474,7 +537,7 @@ def _body(w: cython.pointer(Work), i: cython.pointer(Insn), reg: cython.int, rm:
         if rm >= 0:
             put8(a, 0xC0 | ((reg & 7) << 3) | (rm & 7))
         else:
-            memory(a, reg, base, index, 0, disp)
+            memory(a, reg, base, index, w.scale if index != NONE else 0, disp)
     if i.immediate_size:
         put64(a, i.immediate)  # what is too much is overwritten
         a.at += cython.cast(cython.int, i.immediate_size) - 8

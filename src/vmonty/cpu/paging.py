@@ -27,6 +27,7 @@ from cython.cimports.vmonty.cpu.state import (
     EFER_NXE,
     FLAG_AC,
     GO_ON,
+    LARGE_BYTES,
     NESTED_ENTRIES,
     TABLE_ENTRIES,
     NestedEntry,
@@ -138,6 +139,7 @@ def nested_host(s, physical, wanted, t, size, granted):
 def _region_host(s, physical, wanted, size, granted):
     i: uint32_t
     offset: uint64_t
+    low: uint64_t
     if s.a20_off:
         physical &= ~cython.cast(uint64_t, 0x100000)
     for i in range(s.region_count):
@@ -145,6 +147,9 @@ def _region_host(s, physical, wanted, size, granted):
         if offset < s.regions[i].size:
             granted[0] = NESTED_READ | NESTED_WRITE | NESTED_EXEC
             size[0] = 4096
+            low = offset - (physical & (LARGE_BYTES - 1))
+            if low <= offset and low + LARGE_BYTES <= s.regions[i].size and not s.a20_off:
+                size[0] = LARGE_BYTES
             if s.regions[i].readonly:
                 granted[0] = NESTED_READ | NESTED_EXEC
                 if wanted & NESTED_WRITE:

@@ -165,7 +165,9 @@ cdef enum:
 cdef enum:
     TLB_BITS = 10
     TLB_ENTRIES = 1024
-    PAGE_SLOTS = 1024        # accesses in loops that remember their last page
+    PAGE_SLOTS = 2048        # accesses in loops that remember where they were
+    LARGE_ENTRIES = 64       # of the TLBs for large pages
+    LARGE_BYTES = 2097152
     TLB_SETS = 3             # supervisor, user, supervisor with EFLAGS.AC under SMAP
     FETCH_BITS = 8
     FETCH_ENTRIES = 256
@@ -224,6 +226,24 @@ cdef struct Exit:
 cdef struct TlbEntry:
     uint64_t negated_tag     # minus the page's linear address; TLB_INVALID when empty
     uint64_t host            # where the page is in our address space
+
+
+# A stretch of a large page: RAM all through, and for writes free of translated code.
+cdef struct LargeEntry:
+    uint64_t negated_tag     # minus the linear address of its first byte
+    uint64_t last            # its length minus 1
+    uint64_t host
+    uint64_t pad
+
+
+# Where one access of one block was last; minus the linear address of that page or stretch is in slot_tags.
+cdef struct PageSlot:
+    uint64_t host
+    uint64_t last            # the greatest offset at which the access still fits
+    uint64_t size            # of the access
+    uint64_t delta           # host minus linear address
+    uint64_t base            # strips: what its registers that stay the same come to, in the host
+    uint64_t limit           # strips: how far its driver may go
 
 
 cdef struct FetchEntry:
@@ -452,13 +472,16 @@ cdef struct CpuState:
     uint8_t host_xsave[64]
     uint64_t jump_negated[3][4096]   # by tlb_set: minus the guest rip, and the code for it
     uint64_t jump_code[3][4096]
-    TlbEntry page_slots[1024]    # each belongs to one instruction of one block
+    uint64_t slot_tags[2048]     # each belongs to one instruction of one block
+    PageSlot page_slots[2048]
+    LargeEntry large_read[3][64]
+    LargeEntry large_write[3][64]
     uint32_t local_count[3]      # entries below in use; more than LOCAL_LOG: the log ran over
     uint16_t local_tlb[512]      # entries of tables that a load of CR3 drops: TLB set << 10 | index
     uint16_t local_fetch[512]    # user << 8 | index
     uint16_t local_jump[512]     # TLB set << 12 | index
     uint32_t page_slots_used
-    uint32_t page_slots_pad
+    uint32_t large_used          # something stands in large_read or large_write
     TableEntry tables[64]
     NestedEntry nested_pages[512]
     FetchEntry fetch[2][256]
@@ -497,6 +520,8 @@ cdef inline bint has_feature(CpuState *s, int number) noexcept nogil:
 
 
 cdef CpuState *state_new() noexcept nogil
+# Take everything out of the TLBs for large pages, and out of what accesses remember.
+cdef void forget_windows(CpuState *s) noexcept nogil
 cdef void state_free(CpuState *s) noexcept nogil
 cdef int raise_exception(CpuState *s, uint32_t vector) noexcept nogil
 cdef int raise_error(CpuState *s, uint32_t vector, uint32_t error_code) noexcept nogil

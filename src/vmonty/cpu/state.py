@@ -25,9 +25,25 @@ def state_new():
     s.bit_mask_32 = 31
     s.bit_mask_64 = 63
     s.physical_bits = 46
+    s.large_used = 1
+    forget_windows(s)
     for k in range(8):
         s.features[k] = ~cython.cast(uint64_t, 0)
     return s
+
+
+def forget_windows(s):
+    """Take everything out of the TLBs for large pages, and out of what accesses remember."""
+    k: uint32_t
+    n: uint32_t
+    for k in range(s.page_slots_used):
+        s.slot_tags[k] = cython.cast(uint64_t, 1) << 62
+    if s.large_used:
+        for n in range(cython.cast(uint32_t, TLB_SETS)):
+            for k in range(cython.cast(uint32_t, LARGE_ENTRIES)):
+                s.large_read[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
+                s.large_write[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
+        s.large_used = 0
 
 
 def state_free(s):

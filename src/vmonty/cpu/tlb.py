@@ -36,6 +36,8 @@ from cython.cimports.vmonty.cpu.state import (
     FETCH_ENTRIES,
     FLAG_AC,
     FLAG_VM,
+    LARGE_BYTES,
+    LARGE_ENTRIES,
     LEAVE_CAREFUL,
     LEAVE_EXIT,
     LEAVE_PLAIN,
@@ -56,7 +58,9 @@ from cython.cimports.vmonty.cpu.state import (
     TLB_BITS,
     TLB_ENTRIES,
     TLB_SETS,
+    LargeEntry,
     TlbEntry,
+    forget_windows,
     note_local,
     raise_error,
 )
@@ -126,6 +130,32 @@ def _canonical(s: cython.pointer(CpuState), va: uint64_t, stack: cython.int) -> 
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
+def _enter_large(s: cython.pointer(CpuState), set_: cython.int, page: uint64_t, host: uint64_t,
+                 write: cython.int) -> cython.void:  # fmt: skip
+    """Enter the 2 MiB around a page, which are mapped alike; to write, the stretch around it that holds no code."""
+    e: cython.pointer(LargeEntry)
+    index: cython.int = (page >> 21) & (LARGE_ENTRIES - 1)
+    low: uint64_t = page & ~cython.cast(uint64_t, LARGE_BYTES - 1)
+    high: uint64_t = low + LARGE_BYTES
+    if write:
+        e = cython.address(s.large_write[set_][index])
+        low = page
+        while low & (LARGE_BYTES - 1) and not is_code_page(s, host - (page - low) - 4096):
+            low -= 4096
+        high = page + 4096
+        while high & (LARGE_BYTES - 1) and not is_code_page(s, host + (high - page)):
+            high += 4096
+    else:
+        e = cython.address(s.large_read[set_][index])
+    e.negated_tag = 0 - low
+    e.last = high - low - 1
+    e.host = host - (page - low)
+    s.large_used = 1
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
 def _look(s: cython.pointer(CpuState), va: uint64_t, access: cython.int, t: cython.pointer(Translation)) -> cython.int:
     """Translate one page, entering what may enter into the tables.
 
@@ -135,13 +165,25 @@ def _look(s: cython.pointer(CpuState), va: uint64_t, access: cython.int, t: cyth
     index: cython.int = (va >> 12) & (TLB_ENTRIES - 1)
     page: uint64_t = _page(va)
     r: cython.int
+    large: cython.bint
     e: cython.pointer(TlbEntry)
+    wide: cython.pointer(LargeEntry)
     e = cython.address(s.tlb_read[set_][index])
     if access & ACCESS_WRITE:
         e = cython.address(s.tlb_write[set_][index])
     if e.negated_tag + page == 0 and not s.observe:
         t.host = e.host
         t.may_write = 1
+        return 0
+    wide = cython.address(s.large_read[set_][(page >> 21) & (LARGE_ENTRIES - 1)])
+    if access & ACCESS_WRITE:
+        wide = cython.address(s.large_write[set_][(page >> 21) & (LARGE_ENTRIES - 1)])
+    if page + wide.negated_tag <= wide.last and not s.observe:
+        t.host = wide.host + (page + wide.negated_tag)
+        t.may_write = 1
+        note_local(s, LOCAL_TLB, cython.address(s.local_tlb[0]), set_ << TLB_BITS | index)
+        e.negated_tag = 0 - page
+        e.host = t.host
         return 0
     r = translate(s, va, access, t)
     if r:
@@ -150,12 +192,19 @@ def _look(s: cython.pointer(CpuState), va: uint64_t, access: cython.int, t: cyth
         if not t.is_global:
             note_local(s, LOCAL_TLB, cython.address(s.local_tlb[0]), set_ << TLB_BITS | index)
         e = cython.address(s.tlb_read[set_][index])
+        large = t.size >= LARGE_BYTES and not s.watch and (s.direct or not s.nested)
+        wide = cython.address(s.large_read[set_][(page >> 21) & (LARGE_ENTRIES - 1)])
         e.negated_tag = 0 - page
         e.host = t.host
+        if large and page + wide.negated_tag > wide.last:
+            _enter_large(s, set_, page, t.host, 0)
         if access & ACCESS_WRITE and t.may_write and not is_code_page(s, t.host):
             e = cython.address(s.tlb_write[set_][index])
             e.negated_tag = 0 - page
             e.host = t.host
+            wide = cython.address(s.large_write[set_][(page >> 21) & (LARGE_ENTRIES - 1)])
+            if large and page + wide.negated_tag > wide.last:
+                _enter_large(s, set_, page, t.host, 1)
     return 0
 
 
@@ -543,7 +592,7 @@ def flush_all(s):
     _clear_tables(s)
     for k in range(NESTED_ENTRIES):
         s.nested_pages[k].tag = 0
-    _clear(s, cython.address(s.page_slots[0]), s.page_slots_used)
+    forget_windows(s)
     _clear_data(s)
     for n in range(2):
         for k in range(FETCH_ENTRIES):
@@ -560,7 +609,7 @@ def flush_non_global(s):
     k: uint32_t
     n: uint32_t
     _clear_tables(s)
-    _clear(s, cython.address(s.page_slots[0]), s.page_slots_used)
+    forget_windows(s)
     if s.local_count[LOCAL_TLB] > LOCAL_LOG:
         _clear_data(s)
     for k in range(s.local_count[LOCAL_TLB]):
@@ -586,7 +635,7 @@ def flush_page(s, va):
     k: cython.int = (va >> 12) & (TLB_ENTRIES - 1)
     n: cython.int
     _clear_tables(s)
-    _clear(s, cython.address(s.page_slots[0]), s.page_slots_used)
+    forget_windows(s)
     for n in range(TLB_SETS):
         s.tlb_read[n][k].negated_tag = cython.cast(uint64_t, 1) << 62
         s.tlb_write[n][k].negated_tag = cython.cast(uint64_t, 1) << 62

@@ -14,6 +14,9 @@ cdef enum:
     KEY_SINGLE = 0x80000000  # one instruction, every memory access through careful_access
     KEY_PLAIN = 0x40000000   # each memory operand has a TLB check of its own
     MAX_GROUPS = 8
+    MAX_STREAMS = 6
+    MAX_DRIVERS = 3
+    MAX_PATCHES = 32
 
 # How an effective address is made besides base, index, displacement.
 cdef enum:
@@ -46,9 +49,8 @@ cdef struct Stub:
     int kind
     uint8_t *patch           # the rel32 that goes to the stub
     uint8_t *back
-    int32_t slot             # STUB_SLOT: displacements of its slot and of the TLB it is filled from
-    int32_t table
-    int size
+    int slot                 # STUB_SLOT: its number, and whether it is for writes
+    int write
     uint32_t what            # memory: word for memory_slow; link: its number
     uint64_t target
     Ea ea
@@ -67,6 +69,25 @@ cdef struct Group:
     int64_t high
     int first                # its leader
 
+# Strips (see there): a register that moves in a loop, and operands by the same registers.
+cdef struct Driver:
+    int reg
+    int kind
+    int by                   # the register that it moves by
+    int32_t limit            # displacement of its limit
+    int64_t step
+
+cdef struct Stream:
+    int base
+    int index
+    int scale
+    int driver               # its number, or NONE
+    int write
+    int slot
+    int reg                  # host register that holds what the others come to, or NONE: it is in the slot
+    int64_t low
+    int64_t high
+
 cdef struct Work:
     CpuState *s
     CodeCache *c
@@ -81,6 +102,7 @@ cdef struct Work:
     int stubs
     int base                 # of the memory operand after emit_access
     int index
+    int scale
     int disp
     int groups
     int held                 # group whose host address held_base has, + 1
@@ -93,6 +115,15 @@ cdef struct Work:
     uint32_t loaded          # registers that the block loads from memory
     Group group[8]
     int closed               # the block has its exits
+    int strip                # the strip of a loop is emitted
+    int streams
+    int drivers
+    int patches
+    uint8_t *ordinary        # the body of a loop behind its strip
+    uint8_t *patch[32]       # jumps to it
+    Stream stream[6]
+    Driver driver[3]
+    uint8_t stream_of[64]    # of each instruction's operand, + 1
     uint8_t *window          # the bytes of the first page
     uint32_t window_size
     Insn insns[64]

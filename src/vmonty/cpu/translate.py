@@ -53,6 +53,8 @@ from cython.cimports.vmonty.cpu.state import (
     MODE_PROT32,
     SS,
 )
+from cython.cimports.vmonty.cpu.stripcode import emit_setup, emit_strip_end
+from cython.cimports.vmonty.cpu.strips import find_strip
 from cython.cimports.vmonty.cpu.tlb import fetch_page
 
 
@@ -135,6 +137,7 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
         if _ends_block(i):
             break
     b.length = at - start
+    b.count = w.count
     return 1
 
 
@@ -222,28 +225,56 @@ def _rounds(w: cython.pointer(Work)) -> cython.int:
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
+def _offset(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
+    """Note where the host code of an instruction begins."""
+    to: cython.pointer(uint16_t) = cython.address(w.c.offsets[w.c.offsets_used])
+    to[0] = (cython.cast(uint64_t, w.a.at) - cython.cast(uint64_t, w.c.writable)) - w.block.entry
+    to[1] = i.rip - w.block.rip
+    w.c.offsets_used += 2
+    w.block.pairs += 1
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
 def _emit_body(w: cython.pointer(Work)) -> cython.void:
-    b: cython.pointer(Block) = w.block
-    c: cython.pointer(CodeCache) = w.c
     i: cython.pointer(Insn)
     k: cython.int
     rounds: cython.int = _rounds(w)
     slots: uint32_t = w.s.page_slots_used
-    b.count = w.count * rounds
     while rounds > 0:
         rounds -= 1
         w.s.page_slots_used = slots  # the same ones in each round
         w.held = 0
         for k in range(w.count):
             i = cython.address(w.insns[k])
-            c.offsets[c.offsets_used] = (cython.cast(uint64_t, c.a.at) - cython.cast(uint64_t, c.writable)) - b.entry
-            c.offsets[c.offsets_used + 1] = i.rip - b.rip
-            c.offsets_used += 2
+            _offset(w, i)
             if rounds and k == w.count - 1:
                 settle_rsp(w)
                 next_round(w, i)
             else:
                 emit_instruction(w, i)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _emit_strip(w: cython.pointer(Work)) -> cython.void:
+    """Emit a loop's setup and strip; its ordinary body then stands behind them."""
+    k: cython.int
+    strip: cython.p_uchar
+    emit_setup(w)
+    strip = w.a.at
+    w.strip = 1
+    for k in range(w.count - 1):
+        _offset(w, cython.address(w.insns[k]))
+        emit_instruction(w, cython.address(w.insns[k]))
+    _offset(w, cython.address(w.insns[w.count - 1]))
+    emit_strip_end(w, cython.address(w.insns[w.count - 1]), strip)
+    w.strip = 0
+    w.in_loop = 0
+    w.held = 0
+    w.kept = 0
 
 
 def translate_block(s, rip, page, single, plain, why):
@@ -261,7 +292,7 @@ def translate_block(s, rip, page, single, plain, why):
         c.a.limit - c.a.at < 65536
         or c.blocks_used + 1 >= MAX_BLOCKS
         or c.links_used + 8 >= MAX_LINKS
-        or c.offsets_used + 2 * MAX_INSNS + 2 >= MAX_OFFSETS
+        or c.offsets_used + 4 * MAX_INSNS + 2 >= MAX_OFFSETS
         or c.side_used + MAX_INSNS >= MAX_SIDE
         or c.pages_used + 2 >= MAX_PAGES
     ):
@@ -280,6 +311,7 @@ def translate_block(s, rip, page, single, plain, why):
     b.page_next2 = 0
     b.incoming = 0
     b.offsets = c.offsets_used
+    b.pairs = 0
     w.s = s
     w.c = c
     w.a = cython.address(c.a)
@@ -309,11 +341,14 @@ def translate_block(s, rip, page, single, plain, why):
             w.insns[k].flags_in = F_ALL
             w.insns[k].flags_needed = F_ALL
     _find_loop(cython.address(w))
-    if not single and not plain and w.code_size == 8 and w.operands > 1:
-        find_groups(cython.address(w))
+    w.strip = 0
     w.held = 0
     w.kept = 0
     w.pending = 0
+    if not single and not plain and find_strip(cython.address(w)):
+        _emit_strip(cython.address(w))
+    if not single and not plain and w.code_size == 8 and w.operands > 1:
+        find_groups(cython.address(w))
     _emit_body(cython.address(w))
     if not w.closed:
         settle_rsp(cython.address(w))
