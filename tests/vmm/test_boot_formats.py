@@ -228,6 +228,9 @@ def test_it_runs_and_finds_what_it_was_given(system: System, screen: Screen, nam
     assert outcome.ending is Ending.POWER_OFF
 
 
+SMALL = {name: compress(b"\x7fELF" + random.Random(2).randbytes(700) * 2) for name, compress in COMPRESSORS.items()}
+
+
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_decompression(name: str) -> None:
     data = vmlinux_bytes()
@@ -239,6 +242,23 @@ def test_decompression(name: str) -> None:
             assert len(payload.decompress(damaged) or data) == len(data)
     with pytest.raises(BootImageError):
         payload.decompress(packed[:-4] + struct.pack("<I", len(data) + 1))
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+@settings(deadline=None, max_examples=60)
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=4),
+    length=st.none() | st.integers(0, 1 << 12),
+)
+def test_damaged_payloads_of_every_format(name: str, changes: list[tuple[int, int]], length: int | None) -> None:
+    """Bytes changed, and cut off: an error of one line, no kernel, or one of the size that it names."""
+    packed = bytearray(SMALL[name])
+    for at, value in changes:
+        packed[at % len(packed)] = value
+    del packed[length:]
+    with contextlib.suppress(BootImageError):
+        made = payload.decompress(bytes(packed))
+        assert made is None or len(made) == struct.unpack("<I", packed[-4:])[0]
 
 
 def vmlinux_bytes() -> bytes:
