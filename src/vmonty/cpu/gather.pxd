@@ -8,3 +8,4 @@ from vmonty.cpu.state cimport CpuState
 
 cdef int masked_instruction(CpuState *s, Insn *i) noexcept nogil
 cdef int gather_instruction(CpuState *s, Insn *i) noexcept nogil
+cdef int masked_bytes(CpuState *s, Insn *i) noexcept nogil

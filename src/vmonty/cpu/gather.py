@@ -3,14 +3,15 @@
 A gather loads an element where the sign bit of its element of the mask is set, and clears that: after a fault or an
 exit in the middle the instruction goes on where it was. SDM, "VPGATHERDD/VPGATHERQD—Gather Packed Dword Values".
 A masked move touches the elements that its mask chooses and no others; translated code does it at once where all of
-them are in one page. SDM, "VMASKMOV—Conditional SIMD Packed Loads and Stores".
+them are in one page. SDM, "VMASKMOV—Conditional SIMD Packed Loads and Stores", "MASKMOVDQU—Store Selected Bytes of
+Double Quadword".
 """
 
 import cython
 from cython.cimports.vmonty.cpu.codecache import string_function
 from cython.cimports.vmonty.cpu.decode import NO_REGISTER
 from cython.cimports.vmonty.cpu.segmentation import effective_address, linear_address
-from cython.cimports.vmonty.cpu.state import ACCESS_READ, ACCESS_WRITE
+from cython.cimports.vmonty.cpu.state import ACCESS_READ, ACCESS_WRITE, DS
 from cython.cimports.vmonty.cpu.tlb import probe_write, read_value, write_linear
 
 
@@ -124,4 +125,54 @@ def masked_instruction(s, i):
         for k in range(count * size, 32):
             register_[k] = 0
         _vectors(s, cython.address(vectors[0]), 1)
+    return 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _mmx(s: cython.pointer(CpuState), buffer: cython.p_uchar, register_: cython.int) -> cython.p_uchar:
+    """Find an MMX register in an FXSAVE image, which has the x87 registers from the top of their stack on."""
+    top: cython.int = buffer[3] >> 3 & 7
+    return buffer + 32 + 16 * ((register_ - top) & 7)
+
+
+def masked_bytes(s, i):
+    """Execute MASKMOVQ or MASKMOVDQU: all bytes that the mask chooses or none; GO_ON or LEAVE_*."""
+    memory: uint8_t[1088]
+    buffer: cython.p_uchar = cython.cast(
+        cython.p_uchar, (cython.cast(uint64_t, cython.address(memory[0])) + 63) & ~cython.cast(uint64_t, 63)
+    )
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    save: string_function = cython.cast(string_function, cython.cast(cython.p_void, c.fpu[0]))
+    wide: cython.int = 1 if i.pp == 1 else 0
+    source: cython.p_uchar
+    mask: cython.p_uchar
+    base: uint64_t = s.gpr[7]
+    linear: uint64_t = 0
+    k: cython.int
+    write: cython.int
+    r: cython.int
+    if wide:
+        _vectors(s, buffer, 0)
+        source = buffer + 32 * i.reg
+        mask = buffer + 32 * i.rm
+    else:
+        save(cython.cast(uint64_t, buffer), 0, 0)
+        source = _mmx(s, buffer, i.reg & 7)
+        mask = _mmx(s, buffer, i.rm & 7)
+    for write in range(2):
+        for k in range(16 if wide else 8):
+            if not mask[k] & 0x80:
+                continue
+            linear = base + k
+            if i.address_size != 8:
+                linear &= cython.cast(uint64_t, 0xFFFF if i.address_size == 2 else 0xFFFFFFFF)
+            r = linear_address(s, i.segment if i.segment_override else DS, linear, 1, 1, cython.address(linear))
+            if not r and write:
+                r = write_linear(s, linear, source + k, 1, ACCESS_WRITE)
+            elif not r:
+                r = probe_write(s, linear, 1, ACCESS_WRITE)
+            if r:
+                return r
     return 0

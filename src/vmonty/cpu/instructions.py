@@ -167,9 +167,22 @@ def _xlat(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
 @cython.nogil
 @cython.exceptval(check=False)
 def _masked_move(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
-    """MASKMOVQ and MASKMOVDQU: the memory operand is at rdi, which then has to hold the host address."""
+    """MASKMOVQ and MASKMOVDQU: the memory operand is at rdi, which then has to hold the host address.
+
+    The whole operand must be in memory for that; else a helper looks at each byte, between an FWAIT and a move that
+    make of MASKMOVQ the x87 exception and the transition to MMX that are its.
+    """
     ea: Ea
     k: cython.int
+    if w.single:
+        if i.pp != 1:
+            put8(w.a, 0x9B)
+        call_helper(w, i)
+        if i.pp != 1:
+            put8(w.a, 0x0F)  # movq mm0, mm0
+            put8(w.a, 0x6F)
+            put8(w.a, 0xC0)
+        return
     ea_of(w, i, cython.address(ea))
     ea.base = 7
     ea.index = NONE

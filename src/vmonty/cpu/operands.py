@@ -46,6 +46,7 @@ from cython.cimports.vmonty.cpu.decode import (
     A_X87,
     C_BTM,
     C_MASKED,
+    C_MASKMOV,
     RIP_BASE,
     ROW,
     OpRow,
@@ -325,7 +326,7 @@ def emit_access(w, i, ea, size, access, stack):
         what |= SLOW_STACK
     if ROW[i.row].attributes & A_ALIGN and (size == 16 or size == 32):
         what |= SLOW_ALIGNED
-    if ROW[i.row].cls == C_MASKED:
+    if ROW[i.row].cls in (C_MASKED, C_MASKMOV):
         what |= SLOW_MASKED
     what |= cython.cast(uint32_t, size) << SLOW_SIZE_SHIFT
     w.disp = 0

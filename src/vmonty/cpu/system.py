@@ -13,6 +13,7 @@ from cython.cimports.vmonty.cpu.decode import (
     C_FPU,
     C_GATHER,
     C_MASKED,
+    C_MASKMOV,
     C_POPF,
     C_PUSHF,
     C_STRING,
@@ -20,7 +21,7 @@ from cython.cimports.vmonty.cpu.decode import (
     ROW,
 )
 from cython.cimports.vmonty.cpu.fpu import fpu_instruction
-from cython.cimports.vmonty.cpu.gather import gather_instruction, masked_instruction
+from cython.cimports.vmonty.cpu.gather import gather_instruction, masked_bytes, masked_instruction
 from cython.cimports.vmonty.cpu.legacy import legacy_instruction
 from cython.cimports.vmonty.cpu.segmentation import effective_address, linear_address, operand_address
 from cython.cimports.vmonty.cpu.state import (
@@ -820,6 +821,8 @@ def execute(s, i):
         return 0
     if cls == C_MASKED:
         return masked_instruction(s, i)
+    if cls == C_MASKMOV:
+        return masked_bytes(s, i)
     if cls == C_GATHER:
         return gather_instruction(s, i)
     if cls == C_FPU:

@@ -1,0 +1,66 @@
+"""MASKMOVQ and MASKMOVDQU touch the bytes that their mask chooses, and no others."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from vmonty.testing.nasm import assemble
+
+from .machine import CODE, SIZE, Machine
+
+TABLES, PAGE = 0x20000, 0x41000  # 4 KiB pages; PAGE is missing
+DATA, MASK = 0x30000, 0x30010
+
+
+@pytest.fixture
+def long() -> Machine:
+    machine = Machine().long_mode()
+    for level in range(3):
+        machine.ram.write_u64(TABLES + 0x1000 * level, TABLES + 0x1000 * (level + 1) + 7)
+    pages = [0x7 | page << 12 for page in range(SIZE >> 12)]
+    pages[PAGE >> 12] = 0
+    machine.ram.write(TABLES + 0x3000, struct.pack(f"<{len(pages)}Q", *pages))
+    machine["cr3"] = TABLES
+    machine["cr4"] |= 0x200
+    machine.ram.write(DATA, bytes(range(1, 17)))
+    return machine
+
+
+CASES = {
+    "maskmovdqu": (16, f"movdqu xmm0, [{DATA}]\n movdqu xmm1, [{MASK}]\n maskmovdqu xmm0, xmm1"),
+    "maskmovq": (8, f"fld1\n movq mm0, [{DATA}]\n movq mm5, [{MASK}]\n fld1\n fld1\n maskmovq mm0, mm5\n emms"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chosen", [0, 0b11, 0b1010, 0x80])
+@pytest.mark.parametrize("inside", [3, 8])
+def test_only_chosen_bytes_fault(long: Machine, name: str, chosen: int, inside: int) -> None:
+    """SDM, "MASKMOVQ—Store Selected Bytes of Quadword", "MASKMOVDQU—Store Selected Bytes of Double Quadword"."""
+    size, code = CASES[name]
+    at = PAGE - inside
+    long.ram.write(MASK, bytes(0xFF if chosen >> n & 1 else 0x7F for n in range(16)))
+    long.ram.write(at, b"\xee" * inside)
+    code = code.replace("fld1\n fld1\n maskmovq", "maskmovq")
+    assert long.run(assemble(f"mov edi, {at}\n {code}\n mov eax, 1\n hlt", 64, CODE)) == "halt"
+    first = next((n for n in range(inside, size) if chosen >> n & 1), None)
+    if first is not None:
+        assert (long.handler, long["cr2"]) == (14, PAGE + first - inside)
+        assert long.ram.read(at, inside) == b"\xee" * inside
+    else:
+        assert long["rax"] == 1
+        assert long.ram.read(at, inside) == bytes(n + 1 if chosen >> n & 1 else 0xEE for n in range(inside))
+
+
+def test_mmx_registers_wherever_the_top_of_the_stack_is(long: Machine) -> None:
+    """The byte-wise way finds MM0 and MM5 in the x87 registers, and makes of them MMX registers: the tag word is 0."""
+    long.ram.write(MASK, b"\xff" * 8)
+    code = f"mov edi, {PAGE - 8}\n movq mm0, [{DATA}]\n movq mm5, [{MASK}]\n fincstp\n fincstp\n maskmovq mm0, mm5\n"
+    long.ram.write_u64(MASK, 0x00FFFFFFFFFFFFFF)
+    code = code.replace(str(PAGE - 8), str(PAGE - 7))
+    assert long.run(assemble(f"{code} fnstenv [{DATA + 0x100}]\n mov eax, 1\n hlt", 64, CODE)) == "halt"
+    assert long.ram.read(PAGE - 7, 7) == bytes(range(1, 8))
+    _control, status, tags = (long.ram.read_u64(DATA + 0x100 + 4 * n) & 0xFFFF for n in range(3))
+    assert (status >> 11 & 7, tags) == (0, tags & 0x5555 | tags & 0xAAAA) and tags != 0xFFFF
