@@ -106,6 +106,18 @@ def test_guests_own_single_step(guest: TinyGuest) -> None:
     assert guest.out() == (0x20, 1)
 
 
+@pytest.mark.parametrize("exits", ["cpuid", "mov dx, 0x1234", "rdmsr"])
+def test_guests_own_single_step_over_what_exits(guest: TinyGuest, exits: str) -> None:
+    """kvm_skip_emulated_instruction(): the trap comes right behind what KVM executes for the guest."""
+    guest.load(
+        Mode.LONG,
+        f"mov ecx, 0x1b\n lea rsi, [rel behind]\n pushfq\n or qword [rsp], 0x100\n popfq\n {exits}\n behind: nop\n"
+        " out 0x10, al",
+        handlers={1: "cmp [rsp], rsi\n sete al\n out 0x20, al"},
+    )
+    assert guest.out() == (0x20, 1)
+
+
 def test_switched_off(guest: TinyGuest) -> None:
     guest.load(Mode.LONG, "nop\n nop\n out 0x10, al")
     guest.vcpu.set_guest_debug(STEP)

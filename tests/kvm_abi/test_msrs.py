@@ -95,9 +95,25 @@ def test_unknown_msr_in_the_guest_is_a_fault(guest: TinyGuest) -> None:
     assert guest.out() == (0x20, 13)
 
 
+FAULT = {13: "mov al, 13\n out 0x20, al"}
+
+
+@pytest.mark.parametrize("index", [0xC1, 0x187, 0xC0010000, 0xC0010007])
+def test_old_performance_counters_without_a_pmu(guest: TinyGuest, index: int) -> None:
+    """kvm_set_msr_common(): what a guest without a PMU writes to the counters of a P6 or K7 is dropped."""
+    guest.load(
+        Mode.LONG, f"mov ecx, {index:#x}\n xor eax, eax\n xor edx, edx\n wrmsr\n rdmsr\n out 0x10, al", handlers=FAULT
+    )
+    assert guest.out() == (0x10, 0)
+
+
+def test_machine_check_capability_is_there(guest: TinyGuest) -> None:
+    guest.load(Mode.LONG, "mov ecx, 0x179\n rdmsr\n mov al, 1\n out 0x10, al", handlers=FAULT)
+    assert guest.out() == (0x10, 1)
+
+
 READ = f"mov ecx, {UNKNOWN:#x}\n rdmsr\n out 0x10, eax\n mov eax, edx\n out 0x11, eax"
 WRITE = f"mov ecx, {UNKNOWN:#x}\n mov eax, 0x55667788\n mov edx, 0x11223344\n wrmsr\n out 0x10, al"
-FAULT = {13: "mov al, 13\n out 0x20, al"}
 
 
 def expect_msr(guest: TinyGuest, exit_reason: Exit, index: int, why: int) -> None:

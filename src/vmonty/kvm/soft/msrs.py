@@ -20,7 +20,7 @@ MSR_SYSENTER_CS, MSR_SYSENTER_ESP, MSR_SYSENTER_EIP = 0x174, 0x175, 0x176
 MSR_MISC_ENABLE, MSR_PAT, MSR_MTRR_CAP = 0x1A0, 0x277, 0xFE
 MSR_EFER, MSR_STAR, MSR_LSTAR, MSR_CSTAR, MSR_FMASK = (0xC000_0080 + index for index in range(5))
 MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE, MSR_TSC_AUX = (0xC000_0100 + index for index in range(4))
-MSR_MCG_STATUS = 0x17A
+MSR_MCG_CAP, MSR_MCG_STATUS = 0x179, 0x17A
 MSR_UCODE_REV, MSR_ARCH_CAPABILITIES = 0x8B, 0x10A
 UCODE_REV = 1 << 32
 X2APIC_FIRST, X2APIC_LAST = 0x800, 0x8FF
@@ -41,7 +41,9 @@ STORED: dict[int, int] = {
     **{0x200 + index: 0 for index in range(16)},  # variable MTRRs
     **dict.fromkeys((592, 600, 601, *range(616, 624)), 0),  # fixed MTRRs
 }  # fmt: skip
-READ_ONLY: dict[int, int] = {MSR_MTRR_CAP: 0x508, 0x17: 0, 0xCE: 0, MSR_ARCH_CAPABILITIES: 0, 0x198: 0}
+READ_ONLY: dict[int, int] = {MSR_MTRR_CAP: 0x508, MSR_MCG_CAP: 0, 0x17: 0, 0xCE: 0, MSR_ARCH_CAPABILITIES: 0, 0x198: 0}
+# Performance counters of old processors (P6, K7) without a PMU: they read as 0, and what is written is dropped.
+DROPPED = frozenset((0xC1, 0xC2, 0x186, 0x187, *range(0xC001_0000, 0xC001_0008)))
 
 # KVM_GET_MSRS on the system file: what a vCPU starts with.
 FEATURE_MSRS: dict[int, int] = {MSR_UCODE_REV: UCODE_REV, MSR_ARCH_CAPABILITIES: READ_ONLY[MSR_ARCH_CAPABILITIES]}
@@ -90,6 +92,8 @@ class MsrIoctls(VcpuState):
             return self.stored_msrs[index]
         if index in READ_ONLY:
             return READ_ONLY[index]
+        if index in DROPPED:
+            return 0
         raise UnknownMsrError(index)
 
     def set_msr(self, index: int, value: int, host: bool = False) -> None:
@@ -116,6 +120,10 @@ class MsrIoctls(VcpuState):
                 raise OSError(errno.EPERM, "#GP")
         elif index == MSR_UCODE_REV and not host:
             pass  # what the guest does before it asks for the revision
+        elif index in DROPPED:
+            pass
+        elif index == MSR_MCG_CAP and not host:
+            raise OSError(errno.EPERM, "a read-only MSR")
         elif index in self.stored_msrs:
             self.stored_msrs[index] = value
         elif not (host and READ_ONLY.get(index) == value):

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 DB_VECTOR, PF_VECTOR = 1, 14
-DR6_TRAPS, DR6_RTM = 0xF, 1 << 16
+DR6_TRAPS, DR6_BS, DR6_RTM = 0xF, 1 << 14, 1 << 16
+RFLAGS_TF = 1 << 8
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,12 @@ class VcpuState(KvmFile):
         """An instruction is emulated: a debugger that steps sees its end."""
         if self.guest_debug & flags.KVM_GUESTDBG_SINGLESTEP:
             self.step_done = True
+
+    def note_skip(self) -> None:
+        """kvm_skip_emulated_instruction(): what steps sees the end of the instruction, be it outside or the guest."""
+        self.note_step()
+        if not self.step_done and self.vendor.get_rflags() & RFLAGS_TF:
+            self.queue_exception(DB_VECTOR, payload=DR6_BS)
 
     def queue_exception(self, vector: int, error_code: int | None = None, payload: int | None = None) -> None:
         """kvm_queue_exception(): before the next instruction."""

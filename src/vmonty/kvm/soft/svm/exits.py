@@ -60,7 +60,7 @@ class SvmExits(Intercepts):
         vmcb = self.vmcb
         vmcb[Field.RIP] = vmcb[Field.RIP] + length & 0xFFFF_FFFF_FFFF_FFFF
         vmcb[Field.INT_STATE] = 0
-        self.vcpu.note_step()
+        self.vcpu.note_skip()
 
     def lost_memory(self) -> int:
         return self.cpu.lost_memory()

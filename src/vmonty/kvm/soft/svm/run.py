@@ -6,7 +6,7 @@ As vmx/run.py: what changed only registers goes on in the processor; for an even
 from __future__ import annotations
 
 import cython
-from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM
+from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM, FLAG_TF
 from cython.cimports.vmonty.cpu.svm import Svm, svm_run_guest
 from cython.cimports.vmonty.cpu.svm_entry import enter_svm_guest, leave_svm_guest, load_state, save_state
 from cython.cimports.vmonty.cpu.svm_exit import svm_of
@@ -53,7 +53,7 @@ def svm_exit_handlers_fastpath(a, s, v):
     """FAST_*; the guest is still in the processor."""
     code: uint64_t = get64(v.vmcb, VMCB_EXITCODE)
     done: cython.int = FAST_NONE
-    if (get64(v.vmcb, VMCB_EXITINTINFO) >> 31) & 1:
+    if (get64(v.vmcb, VMCB_EXITINTINFO) >> 31) & 1 or s.rflags & FLAG_TF:
         return FAST_NONE
     if code == SVM_CPUID:
         done = fastpath_cpuid(a, s)

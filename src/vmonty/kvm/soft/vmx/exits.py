@@ -60,7 +60,7 @@ class VmxExits(Intercepts):
         shadow = cpu.vmread(Field.GUEST_INTERRUPTIBILITY_INFO)
         if shadow & 3:
             cpu.vmwrite(Field.GUEST_INTERRUPTIBILITY_INFO, shadow & ~3)
-        self.vcpu.note_step()
+        self.vcpu.note_skip()
 
     def _window(self, control: int, on: bool) -> None:
         old = self.cpu.vmread(Field.CPU_BASED_VM_EXEC_CONTROL)

@@ -7,7 +7,7 @@ event or a window the VMCS is written, and entered again. Python sees the last e
 from __future__ import annotations
 
 import cython
-from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM
+from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM, FLAG_TF
 from cython.cimports.vmonty.cpu.vmcs import (
     CPU_BASED_VM_EXEC_CONTROL,
     EXIT_QUALIFICATION,
@@ -58,7 +58,7 @@ def vmx_exit_handlers_fastpath(a, s, v):
     """FAST_*; the guest is still in the processor."""
     reason: uint64_t = get(v.vmcs, VM_EXIT_REASON)
     done: cython.int = FAST_NONE
-    if (get(v.vmcs, IDT_VECTORING_INFO_FIELD) >> 31) & 1:
+    if (get(v.vmcs, IDT_VECTORING_INFO_FIELD) >> 31) & 1 or s.rflags & FLAG_TF:
         return FAST_NONE
     if reason == REASON_CPUID:
         done = fastpath_cpuid(a, s)
