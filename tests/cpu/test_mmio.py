@@ -43,6 +43,12 @@ def accesses(machine: Machine, source: str, reads: tuple[int, ...] = ()) -> list
         ("xadd [HOLE], rax", (1,), [(0, 8, False, 0), (0, 8, True, 0x1122334455667789)]),
         ("lock cmpxchg [HOLE], ebx", (0x55667788,), [(0, 4, False, 0), (0, 4, True, 7)]),
         ("movups [HOLE], xmm0", (), [(0, 8, True, 0x1122334455667788), (8, 8, True, 0)]),
+        ("movaps [HOLE + 16], xmm0", (), [(16, 8, True, 0x1122334455667788), (24, 8, True, 0)]),
+        (
+            "vmovaps [HOLE + 32], ymm0",
+            (),
+            [(32, 8, True, 0x1122334455667788), *[(n, 8, True, 0) for n in (40, 48, 56)]],
+        ),
         ("vmovups [HOLE], ymm0", (), [(0, 8, True, 0x1122334455667788), *[(n, 8, True, 0) for n in (8, 16, 24)]]),
         ("mov edi, HOLE\n mov ecx, 3\n rep stosb", (), [(n, 1, True, 0x88) for n in range(3)]),
         (

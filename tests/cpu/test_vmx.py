@@ -471,3 +471,14 @@ def test_tlb_follows_vpid_and_invvpid(guest: Guest) -> None:
     guest.vmx.invvpid(1, 1)
     assert guest.run("8b042500002600f4") == HLT
     assert guest.handler == 14
+
+
+def test_rip_may_be_off_the_canonical_half_by_one_bit(guest: Guest) -> None:
+    """SDM, "Checks on Guest RIP, RFLAGS, and SSP": bits 63:48 are identical, bit 47 may differ; the fetch faults."""
+    assert guest.run("0fa2 f4".replace(" ", "")) == CPUID
+    guest[F.EXCEPTION_BITMAP] = 1 << 13
+    guest[F.GUEST_RIP] = 1 << 47
+    assert guest.vmx.vmresume() == 0
+    assert (guest[F.VM_EXIT_INTR_INFO] & 0xFF, guest[F.GUEST_RIP]) == (13, 1 << 47)
+    guest[F.GUEST_RIP] = 1 << 48
+    assert guest.vmx.vmresume() == 33 | 1 << 31

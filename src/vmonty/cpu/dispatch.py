@@ -384,7 +384,9 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
         if out == OUT_LINK:
             link = s.leave_argument
             s.rip = c.links[link].target
-        elif out in (OUT_INDIRECT, OUT_POLL):
+        elif out == OUT_INDIRECT:
+            _check_target(s)
+        elif out == OUT_POLL:
             pass
         elif out in (OUT_SYSTEM, OUT_FAULT):
             i = cython.address(c.side[s.leave_argument])
@@ -406,6 +408,8 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             if single and _stepped(s, r, before):
                 return
         elif out == OUT_NEXT:
+            if _check_target(s):
+                continue
             mmio_done(s)
             data_trap(s)
             s.interruptibility &= ~shadow
@@ -433,6 +437,19 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
         elif out == LEAVE_RETRY and s.observe_again:
             _observe(s, OBSERVE_DONE)
         # LEAVE_EVENT, LEAVE_RETRY: go round again
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _check_target(s: cython.pointer(CpuState)) -> cython.int:
+    """Raise #GP(0) for a branch to an address that is not canonical, before anything else can happen there.
+
+    No VM entry takes such a rip, so there must be no exit in between.
+    """
+    if s.mode != MODE_LONG64 or (s.rip + (cython.cast(uint64_t, 1) << 47)) >> 48 == 0:
+        return 0
+    return raise_error(s, 13, 0)
 
 
 @cython.cfunc

@@ -226,6 +226,15 @@ def _leave(s: cython.pointer(CpuState), code: cython.int, what: uint32_t, host_r
     return 0
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _bounce(s: cython.pointer(CpuState), k: uint32_t, va: uint64_t) -> cython.p_uchar:
+    """Give the buffer for an operand, aligned as the operand is: instructions that demand it look at the buffer."""
+    start: uint64_t = (cython.cast(uint64_t, cython.address(s.bounce[k][0])) + 63) & ~cython.cast(uint64_t, 63)
+    return cython.cast(cython.p_uchar, start + (va & 63))
+
+
 def memory_slow(s, va, what, host_rip):
     """Serve a TLB miss of translated code: the host address to use, or 0 to leave the block.
 
@@ -279,7 +288,7 @@ def memory_slow(s, va, what, host_rip):
         return _leave(s, r, what, host_rip)
     if u.host == 0:
         return _leave(s, LEAVE_CAREFUL, what, host_rip)
-    to = cython.address(s.bounce[0][0]) + (va & 63)
+    to = _bounce(s, 0, va)
     copy_bytes(to, cython.cast(cython.p_uchar, t.host + (va & 0xFFF)), first)
     copy_bytes(to + first, cython.cast(cython.p_uchar, u.host), size - first)
     return cython.cast(uint64_t, to)
@@ -319,7 +328,7 @@ def careful_access(s, va, what, host_rip):
     to: cython.p_uchar
     s.slow_host_rip = host_rip
     s.slow_what = what
-    if k >= 4 or size > 512:
+    if k >= 4 or size > 448:  # the last buffer's room behind an aligned start
         return _leave(s, LEAVE_EXIT, what, host_rip)
     r = 0
     if what & SLOW_ALIGNED and va & (size - 1):
@@ -343,7 +352,7 @@ def careful_access(s, va, what, host_rip):
         watch_access(s, va, size, write)
     if first == size and t.host and not s.observe and not (write and is_code_page(s, t.host)):
         return t.host + (va & 0xFFF)
-    to = cython.address(s.bounce[k][0]) + (va & 63)
+    to = _bounce(s, k, va)
     if what & SLOW_READ or not write:
         r = 0
         if t.host:
@@ -391,7 +400,7 @@ def careful_commit(s):
     data: cython.p_uchar
     for k in range(s.careful_count):
         first = s.careful_write[k]
-        data = cython.address(s.bounce[k][0]) + (s.careful_va[k] & 63)
+        data = _bounce(s, k, s.careful_va[k])
         if s.observe & OBSERVE_MEMORY:
             note_access(
                 s, s.careful_va[k], s.careful_physical[k] | (s.careful_va[k] & 0xFFF), data, s.careful_size[k], 1
