@@ -99,6 +99,9 @@ class Bench:
         if why == "internal":
             return f"internal error {cpu.exit}"
         ours = event["vector"] if why == "debug" else -1
+        if (ours, theirs.vector) == (-1, PF) and any(r.cls == "maskmov" for r in case.rows):
+            # Whether a mask of all zeros faults is "implementation dependent". SDM, "MASKMOVQ"
+            return ""
         if ours != theirs.vector:
             return f"vector {ours} not {theirs.vector} ({why}, {event}, native trap {theirs.trap})"
         if ours >= 0 and not any(r.name in INEXACT_FAULTS for r in case.rows):

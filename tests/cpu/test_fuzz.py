@@ -108,7 +108,8 @@ def test_fetch_from_where_nobody_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["lodsb", "mov al, [0x10]", "xlatb", "mov di, 0\n outsb", "maskmovq mm0, mm1", "movsb", "cmpsb"]
+    "source",
+    ["lodsb", "mov al, [0x10]", "xlatb", "mov di, 0\n outsb", "pcmpeqb mm1, mm1\n maskmovq mm0, mm1", "movsb", "cmpsb"],
 )
 def test_operands_without_modrm_go_through_ds(source: str) -> None:
     """SDM, "Segment Selection": DS is their default, with its base and its limit."""
