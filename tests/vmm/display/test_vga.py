@@ -185,21 +185,23 @@ def test_256_colours_are_linear(driver: Driver) -> None:
     driver.set_mode(MODE_13)
     driver.poke(0xA0000 + 320 * 199 + 319, b"\x07")
     screen = screen_of(driver)
-    assert screen.size == (320, 200)
-    assert pixel(screen, 319, 199) == (six(7), six(14), six(21))
+    assert screen.size == (640, 400)
+    for x, y in ((638, 398), (639, 398), (638, 399), (639, 399)):
+        assert pixel(screen, x, y) == (six(7), six(14), six(21))
+    assert pixel(screen, 637, 399) == (0, 0, 0)
     assert driver.card.memory.read_u8(320 * 199 + 319) == 7
 
 
 def test_cga_lines_alternate_between_two_banks(driver: Driver) -> None:
     driver.set_mode(MODE_4)
     screen = screen_of(driver)
-    assert screen.size == (320, 200)
+    assert screen.size == (640, 400)
     driver.poke(0xB8000, b"\x1b")  # colours 0 1 2 3
     driver.poke(0xB8001, b"\xff")
     driver.poke(0xB8000 + 0x2000 + 79, b"\x03")
     colours = [(six(entry), six(2 * entry & 63), six(3 * entry & 63)) for entry in (0, 0x13, 0x15, 0x17)]
-    assert [pixel(screen, x, 0) for x in range(8)] == [*colours, *(colours[3],) * 4]
-    assert pixel(screen, 319, 1) == colours[3]
+    assert [pixel(screen, 2 * x + 1, 1) for x in range(8)] == [*colours, *(colours[3],) * 4]
+    assert pixel(screen, 639, 3) == colours[3]
 
 
 def test_dispi_sets_linear_modes(driver: Driver) -> None:

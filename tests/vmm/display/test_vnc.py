@@ -180,7 +180,7 @@ def test_a_new_size(driver: Driver, connect: Callable[..., Client], encoding: En
     client.update(False)
     driver.set_mode(MODE_13)
     driver.poke(0xA0000, bytes(range(256)))
-    assert client.update() == [(0, 0, 320, 200, encoding)]
+    assert client.update() == [(0, 0, 640, 400, encoding)]
     client.update()
     assert client.picture == shown(driver)
 

@@ -1,4 +1,5 @@
-from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdint cimport uint8_t, uint32_t
+from libc.string cimport memcpy
 
 cdef enum:
     PLANAR = 0
@@ -11,6 +12,7 @@ cdef enum:
 
 cdef void _glyph_line(
     uint32_t *at, unsigned int bits, int width, uint32_t ink, uint32_t paper, bint repeat_last) noexcept nogil
+cdef void _widen(uint32_t *at, int width) noexcept nogil
 cdef void _planar_line(
     uint32_t *at, const uint8_t *memory, size_t size, size_t place, int width, int planes, const uint32_t *palette
 ) noexcept nogil

@@ -161,22 +161,33 @@ def _packed_line(at, memory, size, place, width, kind, palette):  # type: ignore
             at[x] = blue | green << 8 | red << 16
 
 
+def _widen(at, width):  # type: ignore[no-untyped-def]
+    """Each pixel twice, in place: the last first."""
+    x: cython.int
+    for x in range(width - 1, -1, -1):
+        at[2 * x + 1] = at[2 * x] = at[x]
+
+
 def draw_pixels(  # type: ignore[no-untyped-def]
-    out, memory, kind, width, height, start, pitch, split, banked, planes, palette
+    out, memory, kind, columns, lines, wide, high, start, pitch, split, banked, planes, palette
 ):
     """Fill *out* with a graphics screen: see scanout.PixelMode for the rest."""
     pixels: cython.uchar[::1] = out
     video: cython.const[cython.uchar][::1] = memory
     colours: cython.const[cython.uchar][::1] = palette or bytes(4)
-    across: cython.int = width
-    down: cython.int = height
+    across: cython.int = columns
+    down: cython.int = lines
+    times: cython.int = wide
+    repeated: cython.int = high
     how: cython.int = kind
     size: cython.size_t = video.shape[0]
     if size < 0x40000 or size & (size - 1):
         raise ValueError("video memory is a power of two, 256 KiB or more")
     if colours.shape[0] < (1024 if how == INDEXED else 64 if how <= CGA else 4):
         raise ValueError("the palette is too small for the mode")
-    if across <= 0 or down <= 0 or pixels.shape[0] < 4 * across * down or (how == PLANAR and across & 7):
+    if not (0 < across <= 4096 and 0 < down <= 4096 and 0 < times <= 2 and 0 < repeated <= 64):
+        raise ValueError("no graphics mode")
+    if pixels.shape[0] < 4 * across * times * down * repeated or (how == PLANAR and across & 7):
         raise ValueError("the picture does not fit the mode")
     ink: cython.pointer[cython.const[uint32_t]] = cython.cast(
         cython.pointer[cython.const[uint32_t]], cython.address(colours[0])
@@ -188,7 +199,9 @@ def draw_pixels(  # type: ignore[no-untyped-def]
     second: cython.int = min(split, 0x7FFFFFFF)
     banks: cython.bint = banked
     enabled: cython.int = planes
+    stride: cython.size_t = across * times
     y: cython.int
+    copy: cython.int
     with cython.nogil:
         for y in range(down):
             number: cython.int = y - second if y >= second else y
@@ -203,4 +216,8 @@ def draw_pixels(  # type: ignore[no-untyped-def]
                 _cga_line(target, source, size, base, across, ink)
             else:
                 _packed_line(target, source, size, base, across, how, ink)
-            target += across
+            if times == 2:
+                _widen(target, across)
+            for copy in range(1, repeated):
+                memcpy(target + copy * stride, target, 4 * stride)
+            target += stride * repeated

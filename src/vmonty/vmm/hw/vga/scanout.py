@@ -1,7 +1,7 @@
 """What the registers say is on the screen: a text mode or a pixel mode, with all that is needed to draw it.
 
 Source: IBM Personal System/2 Hardware Interface Technical Reference, "Video Subsystem", "CRT Controller Registers"
-and "Attribute Controller Registers". Lines that a mode shows twice are drawn once, as its programs count them.
+and "Attribute Controller Registers".
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ class Kind(IntEnum):
 _DISPI_KINDS = {
     4: Kind.PLANAR, 8: Kind.INDEXED, 15: Kind.RGB15, 16: Kind.RGB16, 24: Kind.RGB24, 32: Kind.RGB32,
 }  # fmt: skip
-DEPTHS = {Kind.PLANAR: 4, Kind.CGA: 2, Kind.INDEXED: 8, Kind.RGB15: 15, Kind.RGB16: 16, Kind.RGB24: 24, Kind.RGB32: 32}
 
 
 @dataclass(frozen=True)
@@ -94,13 +93,16 @@ class TextMode:
 class PixelMode:
     """Pixels. *start* and *pitch* are in bytes, of one plane for planar modes.
 
-    Lines from *split* on begin at address 0. Where *banked*, bit 13 of the address is the line's lowest. A *linear*
-    mode has all of video memory, VGA's have the four planes.
+    *columns* and *lines* are those in memory; each is shown *across* and *down* times. Lines
+    from *split* on begin at address 0. Where *banked*, bit 13 of the address is the line's lowest. A *linear* mode has
+    all of video memory, VGA's have the four planes.
     """
 
     kind: Kind
-    width: int
-    height: int
+    columns: int
+    lines: int
+    across: int
+    down: int
     start: int
     pitch: int
     split: int
@@ -109,11 +111,21 @@ class PixelMode:
     planes: int
     palette: bytes
 
+    @property
+    def width(self) -> int:
+        """In pixels of the screen."""
+        return self.columns * self.across
+
+    @property
+    def height(self) -> int:
+        """In pixels of the screen."""
+        return self.lines * self.down
+
     def draw(self, memory: Ram, out: bytearray) -> None:
         """Fill *out*, four bytes for each pixel."""
         raster.draw_pixels(
-            out, memory.view(0, memory.size if self.linear else 4 * _ALL_PLANES), self.kind, self.width, self.height,
-            self.start, self.pitch, self.split, self.banked, self.planes, self.palette,
+            out, memory.view(0, memory.size if self.linear else 4 * _ALL_PLANES), self.kind, self.columns, self.lines,
+            self.across, self.down, self.start, self.pitch, self.split, self.banked, self.planes, self.palette,
         )  # fmt: skip
 
 
@@ -202,11 +214,13 @@ def _graphics_mode(registers: VgaRegisters, characters: int, lines: int) -> Pixe
     else:
         kind, width, palette = Kind.PLANAR, characters * 8, _sixteen(registers)
     height = lines // repeat
-    if not height or width > MOST_WIDTH or height > MOST_HEIGHT:
+    # Two dots of the monitor's make one of 320 pixels.
+    across = 2 if mode & vga.MODE_256 or registers.sequencer[vga.CLOCKING] & vga.CLOCKING_HALF else 1
+    if not height or width * across > MOST_WIDTH or height * repeat > MOST_HEIGHT:
         return None
     return PixelMode(
-        kind, width, height, unit * _start(registers), unit * 2 * crtc[vga.OFFSET], compare // repeat + 1,
-        banked, False, registers.attribute[vga.PLANE_ENABLE], palette,
+        kind, width, height, across, repeat, unit * _start(registers), unit * 2 * crtc[vga.OFFSET],
+        compare // repeat + 1, banked, False, registers.attribute[vga.PLANE_ENABLE], palette,
     )  # fmt: skip
 
 
@@ -223,5 +237,5 @@ def _dispi_mode(registers: VgaRegisters, dispi: Dispi) -> PixelMode | None:
         palette = _all_colours(registers)
     across = x // 8 if bits == 4 else x * ((bits + 7) // 8)
     return PixelMode(
-        kind, width, height, pitch * dispi[vbe.Y_OFFSET] + across, pitch, height + 1, False, True, 15, palette
+        kind, width, height, 1, 1, pitch * dispi[vbe.Y_OFFSET] + across, pitch, height + 1, False, True, 15, palette
     )  # fmt: skip
