@@ -52,6 +52,24 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return programs
 
 
+def test_without_privileges(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user namespace where newuidmap makes one; else fakechroot, and what it needs is named."""
+    monkeypatch.setenv("PATH", str(host))
+    (host / "newuidmap").unlink(missing_ok=True)
+    for name in ("mke2fs", "tar", "fakeroot"):
+        (host / name).unlink(missing_ok=True)
+        (host / name).symlink_to("/bin/true")
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(GuestError, match=r"apt-get install fakechroot \(or uidmap"):
+        rootdisk.tools()
+    (host / "fakechroot").symlink_to("/bin/true")
+    rootdisk.tools()
+    assert (rootdisk._mode(), rootdisk._disguise()) == ("fakechroot", ["fakeroot"])
+    for name in ("newuidmap", "unshare"):
+        (host / name).symlink_to("/bin/true")
+    assert (rootdisk._mode(), rootdisk._disguise()[0]) == ("unshare", "unshare")
+
+
 def pack(raw: Path, image: Path, progress: Progress) -> None:
     progress("packing", 0, 0)
     shutil.copyfile(raw, image)

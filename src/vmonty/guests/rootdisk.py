@@ -174,11 +174,22 @@ def host_sources() -> tuple[str, str]:
 def tools() -> None:
     """Raise GuestError, naming the packages, when a program that the build needs is missing."""
     needed = {"mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "tar": "tar"}
-    if os.geteuid() and not _disguise():
-        needed["fakeroot"] = "fakeroot"
-    missing = sorted({package for program, package in needed.items() if _which(program) is None})
+    missing = {package for program, package in needed.items() if _which(program) is None}
+    if os.geteuid() and not _namespace():
+        # mmdebstrap's other way without privileges needs both.
+        missing |= {program for program in ("fakechroot", "fakeroot") if _which(program) is None}
     if missing:
-        raise GuestError(f"building the Debian guest needs more programs: apt-get install {' '.join(missing)}")
+        instead = "" if "fakechroot" not in missing else " (or uidmap, with a range of yours in /etc/subuid)"
+        raise GuestError(
+            f"building the Debian guest needs more programs: apt-get install {' '.join(sorted(missing))}{instead}"
+        )
+
+
+def _mode() -> str:
+    """How mmdebstrap becomes root of what it makes; fakeroot makes the file system where fakechroot made its files."""
+    if os.geteuid() == 0:
+        return "root"
+    return "unshare" if _namespace() else "fakechroot"
 
 
 def _which(program: str) -> str | None:
@@ -189,11 +200,15 @@ def _disguise() -> list[str]:
     """What a command is run under so that it may own files as anybody: nothing for root."""
     if os.geteuid() == 0:
         return []
-    if shutil.which("unshare") and shutil.which("newuidmap"):
-        wrapper = ["unshare", "--map-root-user", "--map-auto"]
-        if subprocess.run([*wrapper, "true"], capture_output=True, check=False).returncode == 0:
-            return wrapper
-    return ["fakeroot"] if shutil.which("fakeroot") else []
+    return _namespace() or ["fakeroot"]
+
+
+def _namespace() -> list[str]:
+    """The command that runs another as root of a user namespace with all our subordinate users; [] if it cannot."""
+    wrapper = ["unshare", "--map-root-user", "--map-auto"]
+    if shutil.which("unshare") is None or shutil.which("newuidmap") is None:
+        return []
+    return wrapper if subprocess.run([*wrapper, "true"], capture_output=True, check=False).returncode == 0 else []
 
 
 def _apt_options() -> list[str]:
@@ -214,7 +229,7 @@ def _bootstrap(work: Path, sources: str, packages: tuple[str, ...], public: byte
     setup.write_text(SETUP)
     hook = 'mkdir -p "$1/etc/initramfs-tools/conf.d" && echo MODULES=list > "$1/etc/initramfs-tools/conf.d/vmonty"'
     command = [
-        "mmdebstrap", f"--mode={'root' if os.geteuid() == 0 else 'auto'}", "--variant=minbase",
+        "mmdebstrap", f"--mode={_mode()}", "--variant=minbase",
         f"--include={','.join(packages)}", *_apt_options(),
         f"--essential-hook={hook}", f'--customize-hook=sh {setup} "$1"',
         "", str(tar), "-",
