@@ -355,6 +355,8 @@ class Intercepts:
             return False
         vendor.set_control("efer", efer)
         vendor.set_control("cr0", value)
+        if self.shadow is not None and (old ^ value) & CR0_PG:
+            self.shadow.flush()  # kvm_post_set_cr0(): tables that went out of step
         vendor.flush_tlb()
         return True
 

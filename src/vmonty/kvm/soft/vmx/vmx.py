@@ -332,7 +332,18 @@ class Vmx(VmxExits):
         if self.shadow is not None:
             self.shadow.load_pdptrs(**self.guest_controls)
             self.shadow.reset()
+        else:
+            self._load_pdptrs()
         self.flush_tlb()
+
+    def _load_pdptrs(self) -> None:
+        """load_pdptrs(), ept_load_pdptrs(): with EPT the processor takes PAE's four from the VMCS at each entry."""
+        cr0, cr3, cr4, efer = (self.get_control(name) for name in ("cr0", "cr3", "cr4", "efer"))
+        if not cr0 & CR0_PG or not cr4 & CR4_PAE or efer & c.EFER_LMA:
+            return
+        for number, field in enumerate(PDPTES):
+            entry = self.vcpu.kvm.read_gpa((cr3 & 0xFFFF_FFE0) + 8 * number, 8)
+            self.cpu.vmwrite(field, int.from_bytes(entry or b"", "little"))
 
     def get_debug(self, number: int) -> int:
         if (own := self._guest_debug_registers) is not None and number in own:
