@@ -134,6 +134,8 @@ def test_timeouts(vmonty: Run, kernel: Path, seconds: str) -> None:
         (["--firmware", "/nowhere"], "the firmware /nowhere cannot be read: No such file"),
         (["--boot", "menu=on"], "--boot needs --firmware"),
         (["--firmware", "bios", "--boot", "quickly"], "--boot: 'quickly' is no option"),
+        (["--nvram", "/nowhere"], "--nvram needs --firmware"),
+        (["--firmware", "/usr/bin/env", "--nvram", "/nowhere"], "/usr/bin/env has"),
         (["--cdrom", "/nowhere.iso", "--firmware", "bios"], "/nowhere.iso"),
         (["--kernel"], "requires an argument"),
         (["--nonsense"], "--nonsense"),

@@ -107,12 +107,12 @@ def test_seabios_looks_for_a_disk(bios: Firmware, screen: Screen, tmp_path: Path
     assert "ERROR" not in said.upper()
 
 
-def test_ovmf_reaches_its_shell(screen: Screen) -> None:
-    """On q35, by the serial console, where it also reads what is typed."""
-    try:
-        uefi = firmware.read("uefi")
-    except BootImageError as error:
-        pytest.skip(str(error))
+def test_ovmf_reaches_its_shell(screen: Screen, tmp_path: Path) -> None:
+    """On q35, by the serial console, where it also reads what is typed; its variables go to their file."""
+    store = tmp_path / "variables"
+    if not Path("/usr/share/OVMF/OVMF_CODE.fd").exists():
+        pytest.skip("OVMF is not on this host: apt-get install ovmf")
+    uefi = firmware.read("uefi", store)
     config = Config(machine="q35", memory=256 << 20, firmware=uefi)
     with kvm.open("soft") as system, boards.create(system, config, screen.write) as machine:
         machine.start()
@@ -122,3 +122,23 @@ def test_ovmf_reaches_its_shell(screen: Screen) -> None:
         screen.wait_for(b"Shell> ", UEFI_LIMIT_S)
         machine.terminal.receive(b"ver\r")
         screen.wait_for(b"UEFI v2", UEFI_LIMIT_S)
+        assert "kept".encode("utf-16-le") not in store.read_bytes()
+        machine.terminal.receive(b"set kept 4711\r")
+        machine.terminal.receive(b"echo do%kept%ne\r")
+        screen.wait_for(b"do4711ne", UEFI_LIMIT_S)
+        with pytest.raises(BootImageError, match="in use by another machine"):
+            firmware.open_store(store)
+    assert "kept".encode("utf-16-le") in store.read_bytes()
+    assert "4711".encode("utf-16-le") in store.read_bytes()
+    firmware.open_store(store).close()
+
+
+@pytest.mark.parametrize("size", [0, 100, 16 << 20])
+def test_variable_stores_that_no_flash_has(tmp_path: Path, size: int) -> None:
+    rom, store = tmp_path / "rom", tmp_path / "variables"
+    rom.write_bytes(bytes(0x1_0000))
+    store.write_bytes(bytes(size))
+    with pytest.raises(BootImageError, match="it must be a multiple of 4 KiB"):
+        firmware.read(str(rom), store)
+    with pytest.raises(BootImageError, match="cannot be read: No such file"):
+        firmware.read(str(rom), tmp_path / "none")

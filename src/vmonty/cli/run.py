@@ -57,6 +57,10 @@ STATUS = {
     help="Start firmware in place of a kernel: SeaBIOS, OVMF, or the ROM in FILE.",
 )
 @click.option(
+    "--nvram", type=click.Path(path_type=Path), metavar="FILE",
+    help="Where a UEFI firmware keeps its variables; made when it is not there.",
+)  # fmt: skip
+@click.option(
     "--boot",
     "boot",
     metavar="menu=on,wait=MS",
@@ -117,6 +121,7 @@ def run(
     initrd: Path | None,
     command_line: str | None,
     firmware: str | None,
+    nvram: Path | None,
     boot: str,
     memory: int,
     cpus: int,
@@ -153,15 +158,16 @@ def run(
         raise UsageError("give either NAME or --kernel")
     if firmware is not None and (kernel is not None or name is not None):
         raise UsageError("--firmware boots what is on the disks: give no NAME and no --kernel with it")
-    if boot and firmware is None:
-        raise UsageError("--boot needs --firmware")
+    for option, given_too in (("--boot", boot), ("--nvram", nvram)):
+        if given_too and firmware is None:
+            raise UsageError(f"{option} needs --firmware")
     if timeout is not None and not 0 < timeout <= MOST_SECONDS:
         raise UsageError(f"--timeout needs a number of seconds above 0, {MOST_SECONDS} at most")
     if not 0 <= grace <= MOST_SECONDS:
         raise UsageError(f"--grace needs a number of seconds from 0 to {MOST_SECONDS}")
     given: dict[str, Any] = {
         "guest": name if name != "debian" else None, "kernel": kernel, "initrd": initrd, "append": command_line,
-        "firmware": firmware, "boot": boot, "memory": memory, "cpus": cpus,
+        "firmware": firmware, "nvram": nvram, "boot": boot, "memory": memory, "cpus": cpus,
         "accel": accelerator, "machine": board, "cpu": cpu, "devices": devices, "disks": disk_options,
         "cdroms": cdroms,
         "net": [network for network in networks if network != "none"], "reboot": not no_reboot, "timeout": timeout,
@@ -175,7 +181,7 @@ def run(
         plan = Plan(
             kernel, initrd, command_line, memory, cpus, board, cpu, devices, accelerator,
             tuple(map(Disk.parse, disk_options)), tuple(map(Network.parse, networks)), not no_reboot, timeout,
-            firmware, boot, cdroms,
+            firmware, boot, cdroms, nvram,
         )  # fmt: skip
     else:
         plan = planned(file, only_given(given))

@@ -47,7 +47,9 @@ class Build:
         self._disks: list[BlockDevice] = []
         self._cdroms: list[BlockDevice] = []
         if plan.firmware is not None:
-            self._config = self._described(firmware=read_firmware(plan.firmware), boot=BootOptions.parse(plan.boot))
+            self._config = self._described(
+                firmware=read_firmware(plan.firmware, plan.nvram), boot=BootOptions.parse(plan.boot)
+            )
         elif plan.kernel is not None:
             self._config = self._boot(plan.kernel, plan.initrd, DEFAULT_APPEND)
         try:

@@ -37,3 +37,4 @@ class Plan(NamedTuple):
     firmware: str | None = None
     boot: str = ""
     cdroms: tuple[Path, ...] = ()
+    nvram: Path | None = None

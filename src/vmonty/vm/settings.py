@@ -153,6 +153,7 @@ class Settings(_Model):
     initrd: Path | None = None
     append: str | None = None
     firmware: str | None = None
+    nvram: Path | None = None
     boot: str = ""
     memory: Annotated[int, BeforeValidator(_size)] = 512 << 20
     cpus: int = 1
@@ -172,7 +173,7 @@ class Settings(_Model):
         return Plan(
             self.kernel, self.initrd, self.append, self.memory, self.cpus, self.machine, self.cpu, self.devices,
             self.accel, tuple(disk.plan() for disk in self.disks), tuple(network.plan() for network in self.net),
-            self.reboot, self.timeout, self.firmware, self.boot, self.cdroms,
+            self.reboot, self.timeout, self.firmware, self.boot, self.cdroms, self.nvram,
         )  # fmt: skip
 
     @field_validator("disks", "cdroms", "net", "devices", mode="before")
@@ -226,8 +227,8 @@ class Settings(_Model):
             raise ValueError("give either guest or kernel")
         if self.firmware is not None and (self.kernel is not None or self.guest is not None):
             raise ValueError("firmware boots what is on the disks: give no guest and no kernel with it")
-        if self.boot and self.firmware is None:
-            raise ValueError("boot needs firmware")
+        if (self.boot or self.nvram) and self.firmware is None:
+            raise ValueError("boot and nvram need firmware")
         return self
 
 
@@ -280,7 +281,7 @@ def read_file(path: Path) -> dict[str, Any]:
     return {name: _beside(path.parent, name, value) for name, value in fields.items()}
 
 
-_PATHS = ("cdroms", "kernel", "initrd", "firmware", "console_log", "file", "tftp", "pcap")
+_PATHS = ("nvram", "cdroms", "kernel", "initrd", "firmware", "console_log", "file", "tftp", "pcap")
 
 
 def _beside(folder: Path, name: str, value: Any) -> Any:

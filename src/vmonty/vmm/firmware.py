@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from vmonty.base.errors import BootImageError, UsageError
+from vmonty.base.ram import PAGE_SIZE
 
 UNIT = 64 << 10
 MOST_BYTES = 16 << 20
@@ -15,21 +18,35 @@ NAMES = {
     # Code and variables in one image. As a ROM: what the guest stores lasts until the machine ends.
     "uefi": ("ovmf", ("/usr/share/ovmf/OVMF.fd", "/usr/share/OVMF/OVMF.fd")),
 }
+SPLIT_OVMF = (("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),)
 MOST_MENU_WAIT_MS = 0xFFFF
 
 
 @dataclass(frozen=True)
 class Firmware:
-    """The ROM that ends at 4 GiB. Raises BootImageError for what no such ROM can be."""
+    """The ROM that ends at 4 GiB, and the file of a flash chip below it, which keeps the guest's *variables*.
+
+    Raises BootImageError for what no such ROM or flash can be.
+    """
 
     name: str
     code: bytes
+    variables: Path | None = None
 
     def __post_init__(self) -> None:
         size = len(self.code)
-        if not size or size % UNIT or size > MOST_BYTES:
+        unit = UNIT if self.variables is None else PAGE_SIZE  # a flash chip ends where the other one begins
+        if not size or size % unit or size > MOST_BYTES:
             raise BootImageError(
-                f"the firmware {self.name} has {size} bytes: it must be a multiple of 64 KiB, 16 MiB at most"
+                f"the firmware {self.name} has {size} bytes: it must be a multiple of {unit >> 10} KiB, 16 MiB at most"
+            )
+
+    def check_variables(self, size: int) -> None:
+        """Raise BootImageError when no flash of *size* bytes can stand below the ROM."""
+        if not size or size % PAGE_SIZE or size + len(self.code) > MOST_BYTES:
+            raise BootImageError(
+                f"the variable store {self.variables} has {size} bytes: it must be a multiple of 4 KiB, "
+                "and 16 MiB with its firmware at most"
             )
 
 
@@ -44,14 +61,52 @@ def find(text: str) -> Path:
     raise BootImageError(f"there is no {text} firmware on this host: apt-get install {package}, or give its path")
 
 
-def read(text: str) -> Firmware:
-    """The firmware that *text* means. Raises BootImageError."""
+def read(text: str, variables: Path | None = None) -> Firmware:
+    """The firmware that *text* means; with *variables* its flash, which is made for uefi when it is not there.
+
+    Raises BootImageError.
+    """
     path = find(text)
+    if variables is not None and text == "uefi":
+        path = _in_two_files(variables)
     try:
         with path.open("rb") as file:
-            return Firmware(str(path), file.read(MOST_BYTES + 1))
+            made = Firmware(str(path), file.read(MOST_BYTES + 1), variables)
     except OSError as error:
         raise BootImageError(f"the firmware {path} cannot be read: {error.strerror}") from error
+    if variables is not None:
+        try:
+            made.check_variables(variables.stat().st_size)
+        except OSError as error:
+            raise BootImageError(f"the variable store {variables} cannot be read: {error.strerror}") from error
+    return made
+
+
+def _in_two_files(variables: Path) -> Path:
+    """OVMF's code for a variable store of its own; the store is made from OVMF's template when it is not there."""
+    for code, template in SPLIT_OVMF:
+        if Path(code).is_file() and Path(template).is_file():
+            try:
+                if not variables.exists():
+                    variables.write_bytes(Path(template).read_bytes())
+            except OSError as error:
+                raise BootImageError(f"the variable store {variables} cannot be made: {error.strerror}") from error
+            return Path(code)
+    raise BootImageError("there is no OVMF with a variable store on this host: apt-get install ovmf")
+
+
+def open_store(path: Path) -> BinaryIO:
+    """The file of a variable store, for this machine alone. Raises BootImageError."""
+    try:
+        file = path.open("r+b", buffering=0)
+    except OSError as error:
+        raise BootImageError(f"the variable store {path} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise BootImageError(f"the variable store {path} is in use by another machine") from error
+    return cast("BinaryIO", file)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from vmonty.vmm.boot import acpi, aml, dsdt, lowmem, pci_setup, smbios
 from vmonty.vmm.boot.dsdt import Window
 from vmonty.vmm.boot.smbios import NOT_SET, Identity
 from vmonty.vmm.bus import BusDevice
+from vmonty.vmm.firmware import Firmware, open_store
 from vmonty.vmm.hw import fw_cfg, hpet
 from vmonty.vmm.hw.acpi_pm import AcpiPm
 from vmonty.vmm.hw.cmos import Cmos
@@ -23,11 +24,13 @@ from vmonty.vmm.hw.hpet import Hpet
 from vmonty.vmm.hw.pci import ConfigPorts, Decoder, PciBus, PciDevice
 from vmonty.vmm.hw.pci.pam import READ_WRITE, REGISTERS
 from vmonty.vmm.machine import Machine
+from vmonty.vmm.memory import HIGH_RAM_BASE, DeviceMemory
 from vmonty.vmm.shadow import ShadowRam
 
 if TYPE_CHECKING:
     from vmonty.vmm.hw.ata.drive import Drive
 
+FLASH_SLOT = shadow.NEXT_FREE_SLOT + 2  # behind the display adapter's
 CONFIG_PORTS = 0xCF8
 # Command block, control block, ISA interrupt.
 IDE_CHANNELS = ((0x1F0, 0x3F6, 14), (0x170, 0x376, 15))
@@ -67,9 +70,30 @@ class PciMachine(Machine):
         if firmware is not None:
             rom = Ram(len(firmware.code), "vmonty-rom")
             rom.write(0, firmware.code)
+            self._add_flash(firmware)
         memory = ShadowRam(self.vm, self.memory, rom)
         self.mmio.place(shadow.BASE, shadow.SIZE, memory, "shadow-ram")
         return memory
+
+    def _add_flash(self, firmware: Firmware) -> None:
+        """The flash chip with the firmware's variables, right below its ROM."""
+        if firmware.variables is None:
+            return
+        from vmonty.vmm.hw.flash import Flash
+
+        contents = open_store(firmware.variables)
+        self.resources.callback(contents.close)
+        data = contents.read()
+        firmware.check_variables(len(data))
+        ram = Ram(len(data), "vmonty-flash")
+        ram.write(0, data)
+        base = HIGH_RAM_BASE - len(firmware.code) - ram.size
+        slot, provider = DeviceMemory(self.vm, FLASH_SLOT), self.vm.provider
+        chip = Flash(
+            ram, contents.fileno(), lambda shown: slot.place(ram, base if shown else None, writable=False),
+            lambda offset, size: provider.memory_written(ram.address + offset, size),
+        )  # fmt: skip
+        self.mmio.place(base, ram.size, chip, "flash")
 
     def add_ide(self, drives: Sequence[Drive | None]) -> None:
         """The south bridge's IDE function with its two channels at the ports of a PC."""
