@@ -27,7 +27,7 @@ from vmonty.kvm.uapi.flags import KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_SLAVE, KVM
 from vmonty.kvm.uapi.run import kvm_coalesced_mmio_zone
 
 if TYPE_CHECKING:
-    from vmonty.kvm.soft.x86 import VcpuX86
+    from vmonty.kvm.soft.vcpu_state import VcpuState
 
 
 class IrqchipIoctls(KvmFile):
@@ -195,14 +195,14 @@ class IrqchipIoctls(KvmFile):
 
     # ---- who answers an access ----------------------------------------------------------------------------
 
-    def mmio_write(self, vcpu: VcpuX86, gpa: int, data: bytes) -> bool:
+    def mmio_write(self, vcpu: VcpuState, gpa: int, data: bytes) -> bool:
         """vcpu_mmio_write(): the vCPU's own APIC first, then the bus; False: nobody."""
         value, size = int.from_bytes(data, "little"), len(data)
         if vcpu.apic is not None and vcpu.apic.mmio_write(gpa, size, value):
             return True
         return self.buses.mmio.write(gpa, size, value)
 
-    def mmio_read(self, vcpu: VcpuX86, gpa: int, size: int) -> bytes | None:
+    def mmio_read(self, vcpu: VcpuState, gpa: int, size: int) -> bytes | None:
         """vcpu_mmio_read(); None: nobody."""
         value = vcpu.apic.mmio_read(gpa, size) if vcpu.apic is not None else None
         if value is None:

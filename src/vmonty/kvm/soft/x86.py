@@ -35,7 +35,6 @@ from vmonty.kvm.soft.stats import (
     HALT_POLL_SUCCESS_NS,
     HALT_SUCCESSFUL_POLL,
     IRQ_INJECTIONS,
-    MMIO_EXITS,
     NMI_INJECTIONS,
     REQUEST_IRQ_EXITS,
     SIGNAL_EXITS,
@@ -44,10 +43,9 @@ from vmonty.kvm.soft.stats import (
 from vmonty.kvm.soft.timer import Timer
 from vmonty.kvm.soft.tsc import check_tsc_khz, host_tsc_khz, read_tsc
 from vmonty.kvm.soft.user import Argument
+from vmonty.kvm.soft.user_exits import UserExits, run_offset
 from vmonty.kvm.uapi import Cap, Exit, Requests, flags
-from vmonty.kvm.uapi.exits import KVM_EXIT_HYPERCALL_LONG_MODE, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
 from vmonty.kvm.uapi.irq import kvm_vapic_addr
-from vmonty.kvm.uapi.run import kvm_run
 from vmonty.kvm.uapi.vcpu import (
     kvm_cpuid,
     kvm_cpuid2,
@@ -69,21 +67,10 @@ RFLAGS_IF = 0x200
 SIGSET_SIZE = 8
 SYNC_FIELDS = flags.KVM_SYNC_X86_VALID_FIELDS
 APIC_BASE_DEFAULT, APIC_BASE_BSP = 0xFEE0_0900 & ~0x100, 0x100
-PIO_DATA_OFFSET = flags.KVM_PIO_PAGE_OFFSET * 4096
-
-
-def _at(field: str) -> int:
-    """Where a field of struct kvm_run is."""
-    offset: int = getattr(kvm_run, field).offset
-    return offset
-
-
-# The io member of its union, from direction to data_offset; what post_kvm_run_save() writes; kvm_valid_regs and
-# kvm_dirty_regs.
-EXIT_IO, RUN_U = struct.Struct("<BBHIQ"), _at("u")
-RUN_SAVED, RUN_SAVED_AT = struct.Struct("<BB2xQQ"), _at("ready_for_interrupt_injection")
-SYNC_REGS, SYNC_REGS_AT = struct.Struct("<QQ"), _at("kvm_valid_regs")
-IMMEDIATE_EXIT_AT = _at("immediate_exit")
+# struct kvm_run: what post_kvm_run_save() writes; kvm_valid_regs and kvm_dirty_regs.
+RUN_SAVED, RUN_SAVED_AT = struct.Struct("<BB2xQQ"), run_offset("ready_for_interrupt_injection")
+SYNC_REGS, SYNC_REGS_AT = struct.Struct("<QQ"), run_offset("kvm_valid_regs")
+IMMEDIATE_EXIT_AT = run_offset("immediate_exit")
 GP_VECTOR = 13
 # The TSC multiplier's fixed point. SDM, "Time-Stamp Counter Multiplier".
 TSC_FRACTION_BITS = 48
@@ -91,7 +78,7 @@ TSC_UNITY = 1 << TSC_FRACTION_BITS
 DR6_ACTIVE_LOW, DR6_BS = 0xFFFF_0FF0, 1 << 14
 
 
-class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
+class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
     """A vCPU of whichever vendor module is loaded."""
 
     def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
@@ -101,7 +88,6 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         self.need_resched = False
         self.dirty_ring: DirtyRing | None = None
         self.vendor = kvm.module.ops.vcpu_create(self)
-        self._completion: Callable[[], bool] | None = None
         self._tsc_offset = 0
         self._tsc_ratio = TSC_UNITY
         self.tsc_khz = host_tsc_khz()
@@ -458,7 +444,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         if dirty:
             self.load_sync_regs()
         self.vendor.host_had_control()
-        completion, self._completion = self._completion, None
+        completion, self.completion = self.completion, None
         if completion is not None and not completion():
             self._save_run()
             return 0
@@ -786,7 +772,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
         if SYNC_REGS.unpack_from(self.page, SYNC_REGS_AT)[0]:
             self.store_sync_regs()
 
-    # ---- what exit handlers share ---------------------------------------------------------------------------
+    # ---- halting --------------------------------------------------------------------------------------------
 
     def halt(self) -> bool:
         """kvm_emulate_halt(): wait here with an in-kernel local APIC, else tell user space."""
@@ -799,85 +785,3 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls):
             return True
         self.run.exit_reason = Exit.HLT
         return False
-
-    def port_out(self, port: int, size: int, data: bytes) -> bool:
-        """Write *data*, a whole number of *size* units, to a port: the in-kernel bus, or user space."""
-        bus = self.kvm.buses.pio
-        at = 0
-        if bus.candidates(port, size):
-            while at < len(data) and bus.write(port, size, int.from_bytes(data[at : at + size], "little")):
-                at += size
-            if at == len(data):
-                return True
-        self._exit_io(KVM_EXIT_IO_OUT, port, size, data[at:])
-        return False
-
-    def port_in(self, port: int, size: int, count: int, done: Callable[[bytes], bool]) -> bool:
-        """Read *count* units from a port and give them to *done*, now or when user space has answered.
-
-        *done* returns as an exit handler does: False when it needs user space itself.
-        """
-        data = b""
-        while len(data) < size * count:
-            value = self.kvm.buses.pio.read(port, size)
-            if value is None:
-                break
-            data += value.to_bytes(size, "little")
-        if len(data) == size * count:
-            return done(data)
-        had, rest = data, size * count - len(data)
-        self._exit_io(KVM_EXIT_IO_IN, port, size, bytes(rest))
-        self._completion = lambda: done(had + bytes(self.page[PIO_DATA_OFFSET : PIO_DATA_OFFSET + rest]))
-        return False
-
-    def _exit_io(self, direction: int, port: int, size: int, data: bytes) -> None:
-        # At once: a field of a ctypes structure costs as much.
-        EXIT_IO.pack_into(self.page, RUN_U, direction, size, port, len(data) // size, PIO_DATA_OFFSET)
-        self.run.exit_reason = Exit.IO
-        self.page[PIO_DATA_OFFSET : PIO_DATA_OFFSET + len(data)] = data
-
-    def hypercall_exit(self, number: int, arguments: list[int], long_mode: bool, done: Callable[[int], bool]) -> bool:
-        """KVM_EXIT_HYPERCALL: *done* gets user space's answer."""
-        self.run.exit_reason = Exit.HYPERCALL
-        call = self.run.u.hypercall
-        call.nr, call.ret, call.flags = number, 0, KVM_EXIT_HYPERCALL_LONG_MODE if long_mode else 0
-        call.args[: len(arguments)] = [*arguments]
-        self._completion = lambda: done(call.ret)
-        return False
-
-    def msr_exit(
-        self, exit_reason: Exit, reason: int, index: int, data: int, done: Callable[[int | None], bool]
-    ) -> None:
-        """kvm_msr_user_space(): *done* gets user space's value, None where it wants a fault."""
-        self.run.exit_reason = exit_reason
-        msr = self.run.u.msr
-        msr.error, msr.reason, msr.index, msr.data = 0, reason, index, data
-        msr.pad[:] = [0] * len(msr.pad)
-        self._completion = lambda: done(None if msr.error else msr.data)
-
-    def mmio_write(self, gpa: int, data: bytes, done: Callable[[], bool]) -> bool:
-        """Write to where no memory is: the local APIC, the in-kernel bus, the coalesced ring, or user space.
-
-        False: *done* is called when user space comes back.
-        """
-        if self.kvm.mmio_write(self, gpa, data):
-            return True
-        self._exit_mmio(gpa, data, True)
-        self._completion = done
-        return False
-
-    def mmio_read(self, gpa: int, size: int, done: Callable[[bytes], bool]) -> bool:
-        """Read where no memory is, and give the bytes to *done*, now or when user space has answered."""
-        value = self.kvm.mmio_read(self, gpa, size)
-        if value is not None:
-            return done(value)
-        self._exit_mmio(gpa, bytes(size), False)
-        self._completion = lambda: done(bytes(self.run.u.mmio.data[:size]))
-        return False
-
-    def _exit_mmio(self, gpa: int, data: bytes, is_write: bool) -> None:
-        self.stats.values[MMIO_EXITS] += 1
-        self.run.exit_reason = Exit.MMIO
-        mmio = self.run.u.mmio
-        mmio.phys_addr, mmio.len, mmio.is_write = gpa, len(data), int(is_write)
-        mmio.data[: len(data)] = list(data)
