@@ -208,7 +208,7 @@ def _write_msr(a, index, value):
                 l.regs[WORD_TPR] = value & 0xFF
                 return True
             return index == X2APIC_SELF_IPI and (value >> 8) == 0 and _send_ipi(a, ICR_SELF | value)
-    if index in (MSR_UCODE_REV, MSR_WALL_CLOCK_NEW):
+    if index in (MSR_UCODE_REV, MSR_MCG_CAP, MSR_WALL_CLOCK_NEW):
         return False
     slot = stored_msr(a.msrs, index)
     if slot == cython.NULL:
