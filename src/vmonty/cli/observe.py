@@ -133,7 +133,8 @@ class SessionControl:
         self._lock = threading.Lock()
         self._paused: Machine | None = None
 
-    def _machine(self) -> Machine:
+    def machine(self) -> Machine:
+        """The one that runs. Raises StateError between two."""
         machine = self._session.machine
         if machine is None or self._session.observation is None:
             raise StateError("no machine runs at this moment; try again")
@@ -143,18 +144,18 @@ class SessionControl:
         return self._paused is not None and self._paused is self._session.machine
 
     def status(self) -> dict[str, Any]:
-        machine = self._machine()
+        machine = self.machine()
         state = "paused" if self._is_paused() else "ended" if machine.wait(0) is not None else "running"
         return {"state": state, "accelerator": self._session.choice.reason, **inspection.description(machine)}
 
     def counters(self) -> dict[str, dict[str, int]]:
-        self._machine()
+        self.machine()
         observation = self._session.observation
         return {} if observation is None else observation.counters.read()
 
     def registers(self, cpu: int) -> dict[str, int]:
         with self._lock:
-            machine = self._machine()
+            machine = self.machine()
             vcpu = inspection.vcpu_of(machine, cpu)
             if self._is_paused():
                 return inspection.registers(vcpu)
@@ -168,7 +169,7 @@ class SessionControl:
         with self._lock:
             if self._is_paused():
                 raise StateError("the machine is paused already")
-            machine = self._machine()
+            machine = self.machine()
             inspection.pause(machine)
             self._paused = machine
 
@@ -176,16 +177,16 @@ class SessionControl:
         with self._lock:
             if not self._is_paused():
                 raise StateError("the machine is not paused")
-            inspection.resume(self._machine())
+            inspection.resume(self.machine())
             self._paused = None
 
     def reset(self) -> None:
-        self._machine().reset()
+        self.machine().reset()
 
     def power_down(self) -> None:
         if self._is_paused():
             raise StateError("the machine is paused: nobody would see the power button")
-        self._machine()
+        self.machine()
         self._session.power_down(0)
 
     def quit(self) -> None:

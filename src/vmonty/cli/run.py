@@ -23,7 +23,7 @@ from vmonty.cli.observe import Observation, SessionControl, TraceFile
 from vmonty.cli.sizes import Size
 from vmonty.cli.terminal import MOST_BACKLOG, Console
 from vmonty.vm.build import Build
-from vmonty.vm.plan import Plan
+from vmonty.vm.plan import Plan, usual_firmware
 from vmonty.vmm import accel, catalogue
 from vmonty.vmm import cpu as cpu_model
 from vmonty.vmm.firmware import BootOptions
@@ -104,6 +104,10 @@ STATUS = {
     "--config", "file", type=click.Path(path_type=Path),
     help="A TOML or YAML file with settings; what is given here as an option goes before it.",
 )  # fmt: skip
+@click.option(
+    "--vnc", metavar="[HOST]:DISPLAY[,OPTION=VALUE…]",
+    help="Show the screen to VNC viewers, such as :0 or :0,websocket=5700,password-file=F.",
+)  # fmt: skip
 @click.option("--no-reboot", is_flag=True, help="End when the guest reboots.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="End after this time, with status 124.")
 @click.option(
@@ -134,6 +138,7 @@ def run(
     networks: tuple[str, ...],
     file: Path | None,
     grace: float,
+    vnc: str | None,
     no_reboot: bool,
     timeout: float | None,
     trace: Path | None,
@@ -158,6 +163,8 @@ def run(
         raise UsageError("give either NAME or --kernel")
     if firmware is not None and (kernel is not None or name is not None):
         raise UsageError("--firmware boots what is on the disks: give no NAME and no --kernel with it")
+    if firmware is None and file is None:
+        firmware = usual_firmware(name is not None or kernel is not None, cdroms)
     for option, given_too in (("--boot", boot), ("--nvram", nvram)):
         if given_too and firmware is None:
             raise UsageError(f"{option} needs --firmware")
@@ -169,7 +176,7 @@ def run(
         "guest": name if name != "debian" else None, "kernel": kernel, "initrd": initrd, "append": command_line,
         "firmware": firmware, "nvram": nvram, "boot": boot, "memory": memory, "cpus": cpus,
         "accel": accelerator, "machine": board, "cpu": cpu, "devices": devices, "disks": disk_options,
-        "cdroms": cdroms,
+        "cdroms": cdroms, "vnc": vnc,
         "net": [network for network in networks if network != "none"], "reboot": not no_reboot, "timeout": timeout,
     }  # fmt: skip
     if file is None:
@@ -181,7 +188,7 @@ def run(
         plan = Plan(
             kernel, initrd, command_line, memory, cpus, board, cpu, devices, accelerator,
             tuple(map(Disk.parse, disk_options)), tuple(map(Network.parse, networks)), not no_reboot, timeout,
-            firmware, boot, cdroms, nvram,
+            firmware, boot, cdroms, nvram, vnc,
         )  # fmt: skip
     else:
         plan = planned(file, only_given(given))

@@ -19,6 +19,8 @@ from vmonty.vm.build import Build
 from vmonty.vm.console import ConsoleEnded, ConsoleSession, ConsoleTimeout
 from vmonty.vmm import accel, inspection
 from vmonty.vmm.control import ControlSocket
+from vmonty.vmm.display.console import screen_of, type_text
+from vmonty.vmm.display.screen import Screen
 from vmonty.vmm.inspection import CONTROL_REGISTERS, GENERAL_REGISTERS, Counters, StateError
 from vmonty.vmm.machine import Machine
 from vmonty.vmm.outcome import Ending, Outcome
@@ -300,6 +302,20 @@ class VM:
         # Not on the vCPU's thread, which prints: the callback may pause the VM.
         threading.Thread(target=self._tell, args=(Event.PANIC, line), name="VM event", daemon=True).start()
 
+    # ---- screen, keyboard -----------------------------------------------------------------------------------
+
+    @property
+    def screen(self) -> Screen:
+        """What it shows: ``text()``, ``save(path)``, ``frame()``. Raises UsageError when it has no display adapter.
+
+        ``vnc=":0"`` or ``devices="VGA"`` adds one. A reset makes another screen: ask for it again.
+        """
+        return screen_of(self._running(State.READY, State.RUNNING, State.PAUSED))
+
+    def type(self, text: str) -> None:
+        """Write *text* on the keyboard; a line's end is Enter. Raises UsageError for what a US keyboard lacks."""
+        type_text(self._running(State.RUNNING), text)
+
     # ---- events and exits ---------------------------------------------------------------------------------
 
     def on(self, event: Event | str, callback: Callable[..., object]) -> None:
@@ -392,6 +408,9 @@ class _Remote:
         machine = self._vm._machine
         config = {} if machine is None else inspection.description(machine)
         return {"state": self._vm.state.value, "accelerator": self._vm.accelerator, **config}
+
+    def machine(self) -> Machine:
+        return self._vm._running(State.READY, State.RUNNING, State.PAUSED)
 
     def counters(self) -> dict[str, dict[str, int]]:
         counters = Counters(self._vm._running(State.RUNNING, State.PAUSED))

@@ -19,6 +19,8 @@ from vmonty.vmm.peripherals import open_cdrom
 if TYPE_CHECKING:
     from vmonty.guests.progress import Progress
     from vmonty.vmm.block.device import BlockDevice
+    from vmonty.vmm.display.console import DisplayConsole
+    from vmonty.vmm.display.vnc.server import VncServer
 
 DEFAULT_APPEND = "console=ttyS0"
 GUEST_APPEND = "console=ttyS0 quiet cryptomgr.notests=1"
@@ -46,6 +48,8 @@ class Build:
         self._config: Config | None = None
         self._disks: list[BlockDevice] = []
         self._cdroms: list[BlockDevice] = []
+        self._display: DisplayConsole | None = None
+        self._vnc: VncServer | None = None
         if plan.firmware is not None:
             self._config = self._described(
                 firmware=read_firmware(plan.firmware, plan.nvram), boot=BootOptions.parse(plan.boot)
@@ -57,9 +61,24 @@ class Build:
                 self._disks.append(disk.open())
             for path in plan.cdroms:
                 self._cdroms.append(open_cdrom(path))
+            if plan.vnc is not None:
+                self._serve(plan.vnc)
         except BaseException:
             self.close()
             raise
+
+    def _serve(self, options: str) -> None:
+        from vmonty.vmm.display.console import DisplayConsole
+        from vmonty.vmm.display.vnc.server import VncOptions, VncServer
+
+        self._display = display = DisplayConsole()
+        self._vnc = VncServer(VncOptions.parse(options), "vmonty", display, display, display)
+        self._vnc.start()
+
+    @property
+    def vnc_ports(self) -> list[int]:
+        """Where viewers connect: the RFB port, and a WebSocket's."""
+        return self._vnc.ports if self._vnc is not None else []
 
     def _boot(self, kernel: Path, initrd: Path | None, append: str) -> Config:
         line = self.plan.append if self.plan.append is not None else append
@@ -68,9 +87,10 @@ class Build:
 
     def _described(self, **booted: Any) -> Config:
         plan = self.plan
-        return Config(
-            memory=plan.memory, cpus=plan.cpus, machine=plan.machine, cpu=plan.cpu, devices=plan.devices, **booted
-        )
+        devices = plan.devices
+        if plan.vnc is not None and not any(device.partition(",")[0] == "VGA" for device in devices):
+            devices = ("VGA", *devices)
+        return Config(memory=plan.memory, cpus=plan.cpus, machine=plan.machine, cpu=plan.cpu, devices=devices, **booted)
 
     def fetch(self, shown: Callable[[], AbstractContextManager[Progress]]) -> None:
         """Get the guest that vmonty builds, if it is that, its progress *shown*. Raises GuestError."""
@@ -87,10 +107,18 @@ class Build:
         on: dict[str, list[BlockDevice]] = {"virtio": [], "ide": []}
         for disk, image in zip(self.plan.disks, self._disks, strict=True):
             on[disk.interface].append(image)
-        return boards.create(system, self._config, console, on["virtio"], on["ide"], self._cdroms, self.plan.networks)
+        machine = boards.create(
+            system, self._config, console, on["virtio"], on["ide"], self._cdroms, self.plan.networks
+        )
+        if self._display is not None:
+            self._display.connect(machine)
+        return machine
 
     def close(self) -> None:
-        """Close the disks."""
+        """Close the disks, and send viewers away."""
+        if self._vnc is not None:
+            self._vnc.stop()
+            self._vnc = None
         while self._disks:
             self._disks.pop().close()
         while self._cdroms:

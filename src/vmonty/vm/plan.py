@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from vmonty.vmm.peripherals import Disk, Network
 
 
+def usual_firmware(named: bool, cdroms: tuple[Path, ...]) -> str | None:
+    """Who has a CD in the drive, and no guest or kernel *named*, wants to boot it."""
+    return "bios" if cdroms and not named else None
+
+
 class Plan(NamedTuple):
     """A virtual machine. *memory* in bytes, *timeout* in seconds; *machine*, *cpu* and *devices* as in ``Config``.
 
@@ -38,3 +43,4 @@ class Plan(NamedTuple):
     boot: str = ""
     cdroms: tuple[Path, ...] = ()
     nvram: Path | None = None
+    vnc: str | None = None

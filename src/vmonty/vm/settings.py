@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from vmonty.base.errors import UsageError
 from vmonty.base.sizes import parse_size
-from vmonty.vm.plan import Plan
+from vmonty.vm.plan import Plan, usual_firmware
 from vmonty.vmm import catalogue, peripherals
 from vmonty.vmm import cpu as cpu_model
 from vmonty.vmm.firmware import NAMES, BootOptions
@@ -64,10 +64,11 @@ class Disk(_Model):
     readonly: bool = False
     snapshot: bool = False
     bus: Literal["virtio", "ide"] = "virtio"
+    size: Annotated[int, BeforeValidator(_size)] | None = None
 
     def plan(self) -> peripherals.Disk:
         """For the machine."""
-        return peripherals.Disk(self.file, self.format, self.readonly, self.snapshot, self.bus)
+        return peripherals.Disk(self.file, self.format, self.readonly, self.snapshot, self.bus, self.size)
 
     @model_validator(mode="before")
     @classmethod
@@ -145,7 +146,8 @@ class Settings(_Model):
 
     Without *kernel* and *firmware* it is the *guest* that vmonty builds itself. *machine*, *cpu* and *devices* are
     text as the command line has it (``q35,root-ports=2``). *disks* and *net* take one or several, as text or as
-    tables. *firmware* is ``bios`` or a file, and *boot* its options (``menu=on``).
+    tables. *firmware* is ``bios`` or a file, and *boot* its options (``menu=on``). *vnc* is where viewers connect
+    (``:0``).
     """
 
     guest: Literal["busybox"] | None = None
@@ -163,6 +165,7 @@ class Settings(_Model):
     accel: str = "auto"
     disks: tuple[Disk, ...] = ()
     cdroms: tuple[Path, ...] = ()
+    vnc: str | None = None
     net: tuple[Network, ...] = ()
     reboot: bool = True
     timeout: Annotated[float | None, Field(gt=0, le=MOST_SECONDS)] = None
@@ -173,8 +176,12 @@ class Settings(_Model):
         return Plan(
             self.kernel, self.initrd, self.append, self.memory, self.cpus, self.machine, self.cpu, self.devices,
             self.accel, tuple(disk.plan() for disk in self.disks), tuple(network.plan() for network in self.net),
-            self.reboot, self.timeout, self.firmware, self.boot, self.cdroms, self.nvram,
+            self.reboot, self.timeout, self.firmware or self._usual_firmware(), self.boot, self.cdroms, self.nvram,
+            self.vnc,
         )  # fmt: skip
+
+    def _usual_firmware(self) -> str | None:
+        return usual_firmware(self.kernel is not None or self.guest is not None, self.cdroms)
 
     @field_validator("disks", "cdroms", "net", "devices", mode="before")
     @classmethod
@@ -202,6 +209,16 @@ class Settings(_Model):
         _as_value_error(lambda: cpu_model.check(value))
         return value
 
+    @field_validator("vnc")
+    @classmethod
+    def _known_display(cls, value: str | None) -> str | None:
+        if value is not None:
+            from vmonty.vmm.display.vnc.server import VncOptions  # asyncio is only for those who need it
+
+            text = value
+            _as_value_error(lambda: VncOptions.parse(text))
+        return value
+
     @field_validator("boot")
     @classmethod
     def _known_options(cls, value: str) -> str:
@@ -227,7 +244,7 @@ class Settings(_Model):
             raise ValueError("give either guest or kernel")
         if self.firmware is not None and (self.kernel is not None or self.guest is not None):
             raise ValueError("firmware boots what is on the disks: give no guest and no kernel with it")
-        if (self.boot or self.nvram) and self.firmware is None:
+        if (self.boot or self.nvram) and self.firmware is None and self._usual_firmware() is None:
             raise ValueError("boot and nvram need firmware")
         return self
 

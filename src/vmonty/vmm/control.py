@@ -11,6 +11,7 @@ Whatever comes in, the worst that happens is an error line, or for a line withou
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -21,10 +22,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from vmonty.base.errors import UsageError, VmontyError
+from vmonty.vmm.display.console import screen_of, type_text
 from vmonty.vmm.tracing import Tracers, fields
+
+if TYPE_CHECKING:
+    from vmonty.vmm.machine import Machine
 
 LONGEST_LINE = 1 << 16
 MOST_CONNECTIONS = 32
@@ -49,6 +54,10 @@ class Controlled(Protocol):
 
     def registers(self, cpu: int) -> dict[str, int]:
         """General and control registers of a vCPU; a machine that runs is paused meanwhile."""
+        ...
+
+    def machine(self) -> Machine:
+        """The machine that runs. Raises StateError between two."""
         ...
 
     def pause(self) -> None: ...
@@ -249,6 +258,8 @@ class _Connection:
         known: dict[str, dict[str, type]] = {
             **{key: {} for key in plain},
             "registers": {"cpu": int},
+            "screen": {"text": bool},
+            "type": {"text": str},
             "trace": {"on": bool, "names": list, "vcpus": list},
         }
         if not isinstance(name, str) or name not in known:
@@ -259,6 +270,14 @@ class _Connection:
                 raise UsageError(f"{name}: {key}={value!r} is wrong; arguments are: {wanted or 'none'}")
         if name == "registers":
             return {key: f"{value:#x}" for key, value in target.registers(request.get("cpu", 0)).items()}
+        if name == "screen":
+            screen = screen_of(target.machine())
+            if request.get("text", False):
+                return {"text": screen.text()}
+            return {"png": base64.b64encode(screen.png()).decode()}
+        if name == "type":
+            type_text(target.machine(), request.get("text", ""))
+            return {}
         if name == "trace":
             return self._set_trace(request.get("on", True), request.get("names", []), request.get("vcpus", []))
         return plain[name]() or {}

@@ -32,6 +32,7 @@ from vmonty.vmm.vcpu import VcpuThread
 if TYPE_CHECKING:
     from vmonty.vmm.display.screen import Screen
     from vmonty.vmm.hw.pci import PciDevice
+    from vmonty.vmm.hw.ps2 import Ps2Keyboard, Ps2Mouse
     from vmonty.vmm.net.backend import NetBackend
 
 # An xAPIC's ID is a byte, and 0xFF is everybody.
@@ -147,6 +148,8 @@ class Machine(ABC):
         self.console = console
         self.memory = GuestMemory(config.memory, self.low_ram_limit)
         self.screen: Screen | None = None
+        self.keyboard: Ps2Keyboard | None = None
+        self.mouse: Ps2Mouse | None = None
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._outcome_lock = threading.Lock()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmonty.base.errors import UsageError
+from vmonty.base.sizes import parse_size
 from vmonty.vmm.bus import BusDevice
 from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.machine import Machine, MmioSlot
@@ -31,13 +32,14 @@ IDE_DRIVES = 4
 
 @dataclass(frozen=True)
 class Disk:
-    """A disk from ``FILE,format=…,ro,snapshot,if=virtio|ide``."""
+    """A disk from ``FILE,format=…,ro,snapshot,if=virtio|ide,size=…``; one of a given *size* is made if it is not there."""
 
     path: Path
     format: str = "auto"
     read_only: bool = False
     snapshot: bool = False
     interface: str = "virtio"
+    size: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Disk:
@@ -57,12 +59,14 @@ class Disk:
                     disk = replace(disk, snapshot=True)
                 case "if", ("virtio" | "ide"):
                     disk = replace(disk, interface=value)
+                case "size", _:
+                    disk = replace(disk, size=parse_size(value))
                 case (("ro" | "snapshot"), "off"):
                     continue
                 case _:
                     raise UsageError(
                         f"--disk {name}: {option!r} is no option; "
-                        "there are: format=raw|qcow2|auto, ro, snapshot, if=virtio|ide"
+                        "there are: format=raw|qcow2|auto, ro, snapshot, if=virtio|ide, size=BYTES"
                     )
         return disk
 
@@ -70,6 +74,10 @@ class Disk:
         """The image. Raises DiskImageError."""
         from vmonty.vmm.block.image import open_image
 
+        if self.size is not None and not self.path.exists():
+            from vmonty.vmm.block.convert import create_image
+
+            create_image(self.path, self.size, format="raw" if self.format == "raw" else "qcow2")
         return open_image(self.path, format=self.format, read_only=self.read_only, snapshot=self.snapshot)
 
 

@@ -45,6 +45,7 @@ def add_legacy_devices(machine: Machine) -> LegacyDevices:
     serial = Serial(lines.source(irq), machine.console, polled=machine.config.firmware is not None)
     ports.place(base, 8, serial, "serial")
     keyboard, mouse, post = Ps2Keyboard(), Ps2Mouse(), PostPort()
+    machine.keyboard, machine.mouse = keyboard, mouse
     controller = I8042(
         machine.reset, keyboard, mouse, keyboard_irq=lines.source(KEYBOARD_IRQ), mouse_irq=lines.source(MOUSE_IRQ)
     )

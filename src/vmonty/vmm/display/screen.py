@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,16 +77,27 @@ class Screen:
         rows = [cells[::2].translate(_PRINTABLE).decode("cp437").rstrip() for cells in mode.cells(self._memory)]
         return "\n".join(rows)
 
-    def save(self, path: Path) -> None:
-        """Write the picture as a PNG file. Raises UsageError when that cannot be written."""
+    def png(self) -> bytes:
+        """The picture as a PNG file has it."""
         from PIL import Image
 
         frame = self.frame()
         image = Image.frombytes("RGB", (frame.width, frame.height), bytes(frame.pixels), "raw", "BGRX")
-        try:
-            image.save(path, format="PNG")
-        except OSError as error:
-            raise UsageError(f"the screenshot {path} cannot be written: {error.strerror or error}") from error
+        made = io.BytesIO()
+        image.save(made, format="PNG")
+        return made.getvalue()
+
+    def save(self, path: Path) -> None:
+        """Write the picture as a PNG file. Raises UsageError when that cannot be written."""
+        save(path, self.png())
+
+
+def save(path: Path, picture: bytes) -> None:
+    """Write a picture. Raises UsageError when that is not possible."""
+    try:
+        path.write_bytes(picture)
+    except OSError as error:
+        raise UsageError(f"the screenshot {path} cannot be written: {error.strerror}") from error
 
 
 # Below 0x20 the code page has pictures, which Python's codec takes for control characters.

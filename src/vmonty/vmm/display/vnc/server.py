@@ -14,13 +14,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.typing import Subprotocol
 
 from vmonty.base.errors import UsageError
 from vmonty.vmm.display.input import Input, Keyboard, Mouse
-from vmonty.vmm.display.screen import Frame, Screen
+from vmonty.vmm.display.screen import Frame
 from vmonty.vmm.display.vnc.security import Access, handshake
 from vmonty.vmm.display.vnc.viewer import FRAME_TIME, Viewer
 from vmonty.vmm.display.vnc.wire import MOST_MESSAGE, Disconnected, ProtocolError, Stream, TcpStream, WebSocketStream
@@ -97,10 +98,18 @@ class VncOptions:
         return Access(password, context)
 
 
+class Picture(Protocol):
+    """A screen."""
+
+    def frame(self) -> Frame:
+        """What it shows now."""
+        ...
+
+
 class VncServer:
     """The server of one screen. ``start`` listens, ``stop`` ends all; both from any thread but its own."""
 
-    def __init__(self, options: VncOptions, name: str, screen: Screen, keyboard: Keyboard, mouse: Mouse) -> None:
+    def __init__(self, options: VncOptions, name: str, screen: Picture, keyboard: Keyboard, mouse: Mouse) -> None:
         self.options = options
         self._access = options.access()
         self._name = name

@@ -1,0 +1,70 @@
+"""Screen, keyboard and mouse of a machine as its users have them: over resets, each of which makes a new machine."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from vmonty.base.errors import UsageError
+from vmonty.vmm.display.keys import type_keys
+from vmonty.vmm.display.screen import DARK_HEIGHT, DARK_WIDTH, Frame, Screen
+
+if TYPE_CHECKING:
+    from vmonty.vmm.hw.ps2 import Ps2Keyboard
+    from vmonty.vmm.machine import Machine
+
+# As a quick typist: a keyboard's buffer is small, and its guest has to keep up.
+KEY_SECONDS = 0.01
+
+
+def screen_of(machine: Machine) -> Screen:
+    """Its screen. Raises UsageError when it has none."""
+    if machine.screen is None:
+        raise UsageError("this machine has no screen: add one with --vnc or --device VGA")
+    return machine.screen
+
+
+def type_text(machine: Machine, text: str) -> None:
+    """Write *text* on its keyboard. Raises UsageError for a character without a key, or without a keyboard."""
+    keyboard = _keyboard_of(machine)
+    try:
+        events = type_keys(text)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    for code, pressed in events:
+        keyboard.key(code, pressed)
+        time.sleep(KEY_SECONDS)
+
+
+def _keyboard_of(machine: Machine) -> Ps2Keyboard:
+    if machine.keyboard is None:
+        raise UsageError(f"a {machine.name} has no keyboard; take pc or q35")
+    return machine.keyboard
+
+
+class DisplayConsole:
+    """What a VNC server shows and tells, of whichever machine there is. From any thread."""
+
+    def __init__(self) -> None:
+        self._machine: Machine | None = None
+
+    def connect(self, machine: Machine) -> None:
+        """Show *machine* from now on."""
+        self._machine = machine
+
+    def frame(self) -> Frame:
+        """The picture now; dark while there is none."""
+        machine = self._machine
+        if machine is None or machine.screen is None:
+            return Frame(DARK_WIDTH, DARK_HEIGHT, bytearray(4 * DARK_WIDTH * DARK_HEIGHT))
+        return machine.screen.frame()
+
+    def key(self, code: int, pressed: bool) -> None:
+        """See Ps2Keyboard."""
+        if (machine := self._machine) is not None and machine.keyboard is not None:
+            machine.keyboard.key(code, pressed)
+
+    def move(self, dx: int, dy: int, dz: int = 0, buttons: int = 0) -> None:
+        """See Ps2Mouse."""
+        if (machine := self._machine) is not None and machine.mouse is not None:
+            machine.mouse.move(dx, dy, dz, buttons)
