@@ -12,7 +12,7 @@ from vmonty.cli.attach import Attached
 from vmonty.vmm.display.screen import save
 
 
-@click.command(epilog="Example:  vmonty run --control work --vnc :0 …   then   vmonty screenshot work screen.png")
+@click.command(epilog="Example:  vmonty screenshot work screen.png")
 @click.argument("machine", metavar="NAME|PATH")
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--text", is_flag=True, help="Print the characters of a text mode in place of writing a picture.")

@@ -32,7 +32,7 @@ IDE_DRIVES = 4
 
 @dataclass(frozen=True)
 class Disk:
-    """A disk from ``FILE,format=…,ro,snapshot,if=virtio|ide,size=…``; one of a given *size* is made if it is not there."""
+    """A disk from ``FILE,format=…,ro,snapshot,if=virtio|ide,size=…``; with *size* it is made if there is none."""
 
     path: Path
     format: str = "auto"
