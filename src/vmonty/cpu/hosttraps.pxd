@@ -8,6 +8,7 @@ from vmonty.cpu.state cimport CpuState
 cdef enum:
     USER_CS = 0x33
     USER_DS = 0x2B
+    KEPT_WORDS = 4  # of a full shadow stack: more than translated code pushes besides predictions
 
 cdef extern from "<signal.h>" nogil:
     ctypedef struct siginfo_t:

@@ -4,8 +4,9 @@ Divide errors, misaligned SSE operands and unmasked floating-point exceptions ar
 translated code reports them by a signal. The handler finds the processor by the address that trapped, notes what
 happened in its state, and sends it to a stub that saves everything and leaves the block. Registers, flags and vector
 state pass through the signal frame unharmed. A push that runs into the guard page of the shadow stack is restarted
-with an empty shadow stack. Host memory of the guest that is gone (unmapped, or beyond the end of its file) ends the run
-with EXIT_HOST_FAULT, also where a compiled helper meets it. All other faults go to the handler that stood there before.
+with a shadow stack that has only the newest words. Host memory of the guest that is gone (unmapped, or beyond the end
+of its file) ends the run with EXIT_HOST_FAULT, also where a compiled helper meets it. All other faults go to the
+handler that stood there before.
 
 Handlers run on an alternate stack of the thread, because rsp is the shadow stack in translated code.
 """
@@ -16,6 +17,22 @@ import cython
 from cython.cimports.posix.mman import MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap
 from cython.cimports.vmonty.cpu.codecache import CodeCache
 from cython.cimports.vmonty.cpu.state import CS, SHADOW_STACK, state_free, state_new
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _wrap(s: cython.pointer(CpuState), rsp: uint64_t, miss: uint64_t) -> uint64_t:
+    """Forget all predictions of a full shadow stack but its newest words; where rsp goes.
+
+    The newest need not be a prediction: before it calls, translated code pushes what it asks of a stub.
+    """
+    top: uint64_t = s.shadow_base + SHADOW_STACK - 8 * KEPT_WORDS
+    k: cython.int
+    for k in range(KEPT_WORDS):
+        cython.cast(cython.pointer(uint64_t), top)[k] = cython.cast(cython.pointer(uint64_t), rsp)[k]
+    cython.cast(cython.pointer(uint64_t), top)[KEPT_WORDS] = miss
+    return top
 
 
 @cython.cfunc
@@ -41,8 +58,9 @@ def _handler(number: cython.int, info: cython.pointer(siginfo_t), context: cytho
             continue
         if number == SIGSEGV and s.shadow_base and address - s.shadow_base < 4096:
             c = cython.cast(cython.pointer(CodeCache), s.translator)
-            u.uc_mcontext.gregs[15] = cython.cast(cython.longlong, s.shadow_base + SHADOW_STACK)
-            cython.cast(cython.pointer(uint64_t), s.shadow_base + SHADOW_STACK)[0] = c.return_miss
+            u.uc_mcontext.gregs[15] = cython.cast(
+                cython.longlong, _wrap(s, cython.cast(uint64_t, u.uc_mcontext.gregs[15]), c.return_miss)
+            )
             return
         c = cython.cast(cython.pointer(CodeCache), s.translator)
         if c != cython.NULL and rip < s.code_low + c.first:
