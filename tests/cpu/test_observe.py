@@ -194,6 +194,18 @@ def test_observed_code_does_the_same(long: Machine) -> None:
     )
 
 
+@pytest.mark.parametrize("instruction", ["movaps", "paddd", "palignr"])
+@pytest.mark.parametrize("at", [AT, AT + 16, AT + 48])
+def test_aligned_operands_of_observed_code(long: Machine, instruction: str, at: int) -> None:
+    """Observed code has its operands in buffers: these are aligned as what they stand for."""
+    last = ", 0" if instruction == "palignr" else ""
+    long["cr4"] |= 0x200
+    long.ram.write(at, bytes(range(16)))
+    with Observer(long.cpu, on_memory=lambda _: None):
+        assert run(long, f"pxor xmm0, xmm0\n {instruction} xmm0, [{at}]{last}\n movaps [{at + 64}], xmm0") == "halt"
+    assert long.ram.read(at + 64, 16) == bytes(range(16))
+
+
 def test_disassemble() -> None:
     assert disassemble(b"\xb8\x34\x12", bits=16) == "mov ax,1234h"
 
