@@ -31,6 +31,8 @@ GAPS: dict[str, dict[str, str]] = {
         "debug-cpl3": "single steps and breakpoints of CPL3 code become #DB of the guest or nothing, never Exit.DEBUG",
         "watchpoint": "CPL0 code is emulated, and the emulator does not look at watchpoints; in CPL3 they never exit",
         "sw-breakpoint": "INT3 is never Exit.DEBUG: emulated code cannot execute it, in CPL3 it is the guest's #BP",
+        "memory-fault": "host memory of a slot that is gone reads as something else: KVM_RUN never fails with EFAULT",
+        "legacy-paging": "a guest that is entered with 32-bit or PAE paging on ends in a triple fault at once",
         "hypercall": "CPL0 code is emulated, and VMCALL and VMMCALL are patched and executed again for ever",
     },
     AMD_UNDER_TCG: {

@@ -60,7 +60,8 @@ def libraries(objects: Iterable[Path]) -> list[Path]:
     command = ["ldd", *map(str, objects)]
     # Status 1 only says that one of them is linked statically.
     listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return sorted({Path(path) for path in _LIBRARY.findall(listing)})
+    # A run path may lead up and down again: the loader finds it by the short name also.
+    return sorted({Path(os.path.normpath(path)) for path in _LIBRARY.findall(listing)})
 
 
 def environment_configuration() -> str:

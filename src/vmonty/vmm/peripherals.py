@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vmonty.vmm.virtio.device import VirtioDevice
     from vmonty.vmm.virtio.net import Net
 
+SECTOR = 512  # what disks count in
 # Locally administered, QEMU's prefix; the last byte is the card's number.
 MAC_PREFIX = bytes.fromhex("5254001234")
 FIRST_MAC = 0x56
@@ -60,7 +61,7 @@ class Disk:
                 case "if", ("virtio" | "ide"):
                     disk = replace(disk, interface=value)
                 case "size", _:
-                    disk = replace(disk, size=parse_size(value))
+                    disk = replace(disk, size=_disk_size(name, value))
                 case (("ro" | "snapshot"), "off"):
                     continue
                 case _:
@@ -79,6 +80,13 @@ class Disk:
 
             create_image(self.path, self.size, format="raw" if self.format == "raw" else "qcow2")
         return open_image(self.path, format=self.format, read_only=self.read_only, snapshot=self.snapshot)
+
+
+def _disk_size(name: str, text: str) -> int:
+    size = parse_size(text)
+    if not size or size % SECTOR:
+        raise UsageError(f"--disk {name}: a size of {size} bytes; it must be a multiple of {SECTOR}")
+    return size
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tests.vmm.display.client import Client
 import vmonty
 from vmonty.base.errors import BootImageError, UsageError
 from vmonty.cli.main import cli
+from vmonty.vm import StateError
 from vmonty.vm.settings import settings
 from vmonty.vmm import firmware
 from vmonty.vmm.peripherals import Disk
@@ -41,7 +42,7 @@ def until(condition: Callable[[], bool], what: Callable[[], str]) -> None:
 def text_of(machine: vmonty.VM) -> str:
     try:
         return machine.screen.text()
-    except UsageError as error:
+    except (UsageError, StateError) as error:  # no text, or between two machines
         return str(error)
 
 

@@ -1,0 +1,57 @@
+"""What people boot from discs: Debian's memtest86+ and iPXE, by SeaBIOS from a CD, read off the screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import vmonty
+from vmonty.base.errors import UsageError
+
+LIMIT_S = 180.0
+MEMTEST = Path("/usr/lib/memtest86+/memtest86+x64.iso")
+IPXE = Path("/usr/lib/ipxe/ipxe.iso")
+BIOS = Path("/usr/share/seabios/bios-256k.bin")
+
+
+def needs(*files: Path) -> pytest.MarkDecorator:
+    missing = [file for file in files if not file.exists()]
+    return pytest.mark.skipif(bool(missing), reason=f"not on this host: {', '.join(map(str, missing))}")
+
+
+def text_of(machine: vmonty.VM) -> str:
+    try:
+        return machine.screen.text()
+    except UsageError as error:
+        return str(error)
+
+
+def until(machine: vmonty.VM, holds: Callable[[str], bool]) -> str:
+    end = time.monotonic() + LIMIT_S
+    while not holds(text := text_of(machine)):
+        assert time.monotonic() < end, text
+        time.sleep(0.2)
+    return text
+
+
+@needs(MEMTEST, BIOS)
+def test_memtest_tests_memory() -> None:
+    with vmonty.VM(cdroms=MEMTEST, memory="128M", accel="soft", devices="VGA") as machine:
+        machine.start()
+        until(machine, lambda text: "start testing" in text)
+        machine.type("\n")
+        text = until(machine, lambda text: "Moving inversions" in text)
+    assert "Memtest86+" in text
+    assert "vmonty virtual CPU" in text
+    assert "127MB" in text
+    assert "Errors: 0" in text
+
+
+@needs(IPXE, BIOS)
+def test_ipxe_starts() -> None:
+    with vmonty.VM(cdroms=IPXE, memory="128M", accel="soft", devices="VGA") as machine:
+        machine.start()
+        until(machine, lambda text: "Open Source Network Boot Firmware" in text)
