@@ -14,6 +14,8 @@ from vmonty.kvm import linux
 PVM = "kvm_pvm"
 AMD_UNDER_TCG = "kvm_amd on an emulated CPU"
 
+_STRING_IO = "the emulator takes memory that it cannot read for a device's: no EFAULT"
+
 # platform → gap → what the KVM does wrong
 GAPS: dict[str, dict[str, str]] = {
     PVM: {
@@ -35,12 +37,16 @@ GAPS: dict[str, dict[str, str]] = {
         "legacy-paging": "a guest that is entered with 32-bit or PAE paging on ends in a triple fault at once",
         "hypercall": "CPL0 code is emulated, and VMCALL and VMMCALL are patched and executed again for ever",
     },
+    "kvm_amd": {"string-io-fault": _STRING_IO},
+    "kvm_intel": {"string-io-fault": _STRING_IO},
     AMD_UNDER_TCG: {
         "pv-kick": "KVM_HC_KICK_CPU does not wake a vCPU that is halted with interrupts off (not understood yet)",
         "hw-breakpoint": "the emulated CPU does not stop at hardware breakpoints of a nested guest",
         "watchpoint": "the emulated CPU does not stop at watchpoints of a nested guest",
         "sti-shadow": "an exit in the interrupt shadow of STI, such as a tick of the rig's own timer, loses the shadow",
         "sw-breakpoint": "the emulated CPU does not intercept INT3 of a nested guest",
+        "string-io-fault": _STRING_IO,
+        "pae-paging-off": "a nested guest that switches PAE paging off and on again ends in a triple fault",
         "io-bitmap": "the emulated CPU takes a busy TSS for none: CPL3 code gets #GP for ports that are allowed",
     },
 }
