@@ -27,3 +27,32 @@ def test_a_word_pushed_for_a_stub_outlives_a_full_stack(operand: str, at: int) -
     assert machine.run(assemble(source, 32, CODE)) == "halt"
     assert (machine["rax"], machine["rsp"]) == (DEPTH, 0x100000)
     assert machine.ram.read(at, 4) == (2 * DEPTH).to_bytes(4, "little")
+
+
+def test_calls_that_never_return_leave_their_callers_a_way_back() -> None:
+    """Code that drops return addresses, as a thread does that ends deep in its calls, fills the stack bit by bit.
+
+    Each read crosses two pages, so it asks a stub; the two returns at the end had their calls before the stack was full.
+    """
+    machine = Machine().long_mode()
+    stack = machine["rsp"]
+    machine.ram.write(0x40FFC, (1 << 32).to_bytes(8, "little"))
+    source = f"""
+        mov ecx, {DEPTH}
+        xor eax, eax
+        xor ebx, ebx
+        call f
+        inc eax
+        hlt
+    f:  call g
+        inc eax
+        ret
+    g:  call on
+    on: add rsp, 8
+        mov rdx, [0x40ffc]
+        add rbx, rdx
+        dec ecx
+        jnz g
+        ret"""
+    assert machine.run(assemble(source, 64, CODE)) == "halt"
+    assert (machine["rax"], machine["rbx"], machine["rsp"]) == (2, DEPTH << 32, stack)
