@@ -32,7 +32,7 @@ def test_a_word_pushed_for_a_stub_outlives_a_full_stack(operand: str, at: int) -
 def test_calls_that_never_return_leave_their_callers_a_way_back() -> None:
     """Code that drops return addresses, as a thread does that ends deep in its calls, fills the stack bit by bit.
 
-    Each read crosses two pages, so it asks a stub; the two returns at the end had their calls before the stack was full.
+    Each read crosses two pages and asks a stub; the two returns at the end had their calls before the stack was full.
     """
     machine = Machine().long_mode()
     stack = machine["rsp"]
