@@ -46,6 +46,7 @@ GAPS: dict[str, dict[str, str]] = {
         "sti-shadow": "an exit in the interrupt shadow of STI, such as a tick of the rig's own timer, loses the shadow",
         "sw-breakpoint": "the emulated CPU does not intercept INT3 of a nested guest",
         "string-io-fault": _STRING_IO,
+        "lost-page-table": "with npt=0 a guest's page table whose memory is gone counts as one with nothing in it",
         "pae-paging-off": "a nested guest that switches PAE paging off and on again ends in a triple fault",
         "io-bitmap": "the emulated CPU takes a busy TSS for none: CPL3 code gets #GP for ports that are allowed",
     },
