@@ -145,11 +145,9 @@ def _load_all(a: cython.pointer(Assembler), s: cython.pointer(CpuState)) -> cyth
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _enter_leave(c: cython.pointer(CodeCache), s: cython.pointer(CpuState)) -> cython.void:
-    a: cython.pointer(Assembler) = cython.address(c.a)
-    code: uint64_t
+def _begin_host_function(a: cython.pointer(Assembler)) -> cython.void:
+    """Emit what a function called from compiled code begins with: its state is in rdi, and goes to rbp."""
     k: cython.int
-    c.enter = here(a)
     put8(a, 0x53)  # push rbx, rbp, r12-r15
     put8(a, 0x55)
     for k in range(4):
@@ -157,6 +155,31 @@ def _enter_leave(c: cython.pointer(CodeCache), s: cython.pointer(CpuState)) -> c
         put8(a, 0x54 + k)
     alu_imm(a, 1, 5, 4, 8)  # sub rsp, 8: calls from here find the stack aligned
     lea(a, 5, 7, NONE, 0, 128)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _end_host_function(a: cython.pointer(Assembler)) -> cython.void:
+    """Emit its end: what was pushed, and the return."""
+    k: cython.int
+    alu_imm(a, 1, 0, 4, 8)
+    for k in range(4):
+        put8(a, 0x41)
+        put8(a, 0x5F - k)
+    put8(a, 0x5D)
+    put8(a, 0x5B)
+    put8(a, 0xC3)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _enter_leave(c: cython.pointer(CodeCache), s: cython.pointer(CpuState)) -> cython.void:
+    a: cython.pointer(Assembler) = cython.address(c.a)
+    code: uint64_t
+    c.enter = here(a)
+    _begin_host_function(a)
     store(a, 4, 5, displacement(s, cython.address(s.host_rsp)))
     mov_rr(a, 12, 6)
     load(a, 4, 5, displacement(s, cython.address(s.shadow_top)))
@@ -171,13 +194,7 @@ def _enter_leave(c: cython.pointer(CodeCache), s: cython.pointer(CpuState)) -> c
     load(a, 4, 5, displacement(s, cython.address(s.host_rsp)))
     put8(a, 0xFC)  # cld
     load32(a, 0, 5, displacement(s, cython.address(s.leave_code)))
-    alu_imm(a, 1, 0, 4, 8)
-    for k in range(4):
-        put8(a, 0x41)
-        put8(a, 0x5F - k)
-    put8(a, 0x5D)
-    put8(a, 0x5B)
-    put8(a, 0xC3)
+    _end_host_function(a)
     _guard_stubs(c, s)
     _memory_stubs(c, s, code)
 
@@ -188,28 +205,15 @@ def _enter_leave(c: cython.pointer(CodeCache), s: cython.pointer(CpuState)) -> c
 def _guard_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState)) -> cython.void:
     """Emit guard(), and where hosttraps goes on when what it called cannot."""
     a: cython.pointer(Assembler) = cython.address(c.a)
-    k: cython.int
     c.guard = here(a)
-    put8(a, 0x53)  # push rbx, rbp, r12-r15
-    put8(a, 0x55)
-    for k in range(4):
-        put8(a, 0x41)
-        put8(a, 0x54 + k)
-    alu_imm(a, 1, 5, 4, 8)
-    lea(a, 5, 7, NONE, 0, 128)
+    _begin_host_function(a)
     store(a, 4, 5, displacement(s, cython.address(s.guard_rsp)))
     put8(a, 0xFF)  # call rsi
     put8(a, 0xD6)
     c.abandon = here(a)  # rbp is what it was: a called function keeps it
     load(a, 4, 5, displacement(s, cython.address(s.guard_rsp)))
     put8(a, 0xFC)  # cld
-    alu_imm(a, 1, 0, 4, 8)
-    for k in range(4):
-        put8(a, 0x41)
-        put8(a, 0x5F - k)
-    put8(a, 0x5D)
-    put8(a, 0x5B)
-    put8(a, 0xC3)
+    _end_host_function(a)
 
 
 @cython.cfunc
