@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from vmonty.kvm.api import System
 from vmonty.kvm.uapi import Exit
 from vmonty.kvm.uapi.flags import KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN
-from vmonty.vmm import boards
+from vmonty.vmm import boards, inspection
 from vmonty.vmm.cpu import FEATURE_HYPERVISOR, FEATURE_TSC_DEADLINE, cpuid_for
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.outcome import Ending, Outcome
@@ -188,6 +189,32 @@ def test_input_wakes_a_halted_guest(image: bytes) -> None:
         assert machine.wait(LIMIT_S) is not None
     assert seen == [4, 4, "k"]
     assert fake.lines == [(4, 1), (4, 0), (9, 0)]
+
+
+def test_pauses_that_follow_each_other_at_once(image: bytes) -> None:
+    """A resume() and the next pause() may both come before the thread has begun to wait, or has woken."""
+    steps = [0, 0]
+
+    def guest(cpu: int) -> Guest:
+        while True:
+            steps[cpu] += 1
+            yield In(0x3FD)
+
+    with (
+        System(FakeKvm(guest)) as system,
+        boards.create(system, Config(image, memory=kernels.MEMORY, cpus=2), bytes) as machine,
+    ):
+        machine.start()
+        for turn in range(300):
+            inspection.pause(machine)
+            before = list(steps)
+            if turn % 10 == 0:
+                time.sleep(0.002)
+            assert steps == before
+            inspection.resume(machine)
+        inspection.pause(machine)
+        machine.stop()
+        assert machine.wait(LIMIT_S) is not None
 
 
 # ---- outcomes --------------------------------------------------------------------------------------------

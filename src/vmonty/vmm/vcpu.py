@@ -27,9 +27,11 @@ class VcpuThread:
         self._mmio = mmio
         self._ended = ended
         self._stop = threading.Event()
+        # Guards the three after it, and tells of changes to them.
+        self._change = threading.Condition()
         self._pausing = False
-        self._parked = threading.Event()
-        self._go_on = threading.Event()
+        self._parked = False
+        self._left = False
         # Sees each exit before it is handled, on this thread.
         self.hook: Callable[[Vcpu, Exit | int], None] | None = None
         self._thread = threading.Thread(target=self._main, name=f"CPU {vcpu.id}/KVM", daemon=True)
@@ -40,8 +42,8 @@ class VcpuThread:
 
     def pause(self) -> None:
         """Ask the thread to wait outside of the guest, no instruction half done. From any thread."""
-        self._go_on.clear()
-        self._pausing = True
+        with self._change:
+            self._pausing = True
         if not self.vcpu.closed:
             self.vcpu.kick()
 
@@ -49,28 +51,31 @@ class VcpuThread:
         """Whether the thread waits, or has ended, within *timeout* seconds. On the thread itself: it does not run."""
         if self._thread is threading.current_thread():
             return True
-        deadline = time.monotonic() + timeout
-        while not self._parked.wait(0.01):
-            if self._thread.ident is not None and not self._thread.is_alive():
-                return True
-            if time.monotonic() > deadline:
-                return False
-        return True
+        with self._change:
+            return self._change.wait_for(self._stands_still, timeout)
+
+    def _stands_still(self) -> bool:
+        return self._left or (self._parked and self._pausing)
 
     def resume(self) -> None:
         """Let the thread go on. From any thread."""
-        self._pausing = False
-        self._parked.clear()
-        self._go_on.set()
+        with self._change:
+            self._pausing = False
+            self._change.notify_all()
 
     def _park(self) -> None:
-        self._parked.set()
-        self._go_on.wait()
+        # A resume() and the next pause() may both come before this thread has woken: then it has never gone on.
+        with self._change:
+            self._parked = True
+            self._change.notify_all()
+            self._change.wait_for(lambda: not self._pausing or self._stop.is_set())
+            self._parked = False
 
     def stop(self) -> None:
         """Ask the thread to leave; returns at once. From any thread."""
         self._stop.set()
-        self._go_on.set()
+        with self._change:
+            self._change.notify_all()
         if not self.vcpu.closed:
             self.vcpu.kick()
 
@@ -80,6 +85,14 @@ class VcpuThread:
             self._thread.join()
 
     def _main(self) -> None:
+        try:
+            self._run()
+        finally:
+            with self._change:
+                self._left = True
+                self._change.notify_all()
+
+    def _run(self) -> None:
         try:
             while not self._stop.is_set():
                 reason = self.vcpu.run()

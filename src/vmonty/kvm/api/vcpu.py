@@ -56,6 +56,7 @@ class Vcpu(Handle):
         Raises KvmError for anything else, HandleClosed when the vCPU was closed before or meanwhile.
         """
         fd = self._enter()
+        result = 0
         try:
             with self._kick_lock:
                 self._runner = threading.get_ident()
@@ -65,7 +66,8 @@ class Vcpu(Handle):
         finally:
             with self._kick_lock:
                 self._runner = 0
-                if self._kicked:
+                # A kick that came after another exit is for the next run.
+                if self._kicked and result in (-errno.EINTR, -errno.EAGAIN):
                     self._kicked = False
                     self.kvm_run.immediate_exit = 0
             self._leave()
@@ -95,7 +97,8 @@ class Vcpu(Handle):
         try:
             result = self.try_ioctl(Requests.KVM_RUN, 0)
         finally:
-            self.kvm_run.immediate_exit = 0
+            with self._kick_lock:
+                self.kvm_run.immediate_exit = int(self._kicked)
         if result < 0 and result != -errno.EINTR:
             raise self.error(-result, "KVM_RUN")
 
