@@ -23,6 +23,8 @@ mkdir -p "$work/boot" "$work/etc" "$work/root/.ssh"
 echo kernel > "$work/boot/vmlinuz-9.9-cloud"
 echo initrd > "$work/boot/initrd.img-9.9-cloud"
 echo fake > "$work/etc/hostname"
+mkdir "$work/dev"
+touch "$work/dev/is-the-kernels"
 cp "$VMONTY_KEY" "$work/root/.ssh/authorized_keys"
 tar -C "$work" -cf "$last2" .
 rm -r "$work"
@@ -89,6 +91,8 @@ def test_build(host: Path, tmp_path: Path) -> None:
     assert debugfs(built.disk, "cat /etc/hostname") == "fake\n"
     assert debugfs(built.disk, "cat /root/.ssh/authorized_keys") == built.key.with_name("id_ed25519.pub").read_text()
     assert rootdisk.ROOT_LABEL in debugfs(built.disk, "stats")
+    # Device files would need privileges.
+    assert "kernels" not in debugfs(built.disk, "ls /dev")
     assert any("apt-get update" in phase for phase in phases)
     log = (tmp_path / "log").read_text().splitlines()
     assert log[:3] == [

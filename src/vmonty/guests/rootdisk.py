@@ -312,10 +312,12 @@ def _file_system(work: Path, tar: Path, size: int, progress: Progress) -> Path:
     with raw.open("wb") as file:
         file.truncate(size)
     mke2fs = _which("mke2fs")
+    # Nobody makes device files in a user namespace, and the guest's /dev is the kernel's devtmpfs. What lies in the
+    # directory may belong to users that only the namespace may act for: so it goes before that ends.
     script = (
-        'tar -x --numeric-owner -p -f "$1" -C "$2" && chmod 755 "$2" &&'
-        f' "{mke2fs}" -q -F -t ext4 -L {ROOT_LABEL} -E lazy_itable_init=1,lazy_journal_init=1 -d "$2" "$3" &&'
-        ' rm -rf "$2"'
+        'trap \'rm -rf "$2"\' EXIT;'
+        ' tar -x --numeric-owner -p --exclude="./dev/*" -f "$1" -C "$2" && chmod 755 "$2" &&'
+        f' "{mke2fs}" -q -F -t ext4 -L {ROOT_LABEL} -E lazy_itable_init=1,lazy_journal_init=1 -d "$2" "$3"'
     )
     command = [*_disguise(), "sh", "-c", script, "sh", str(tar), str(root), str(raw)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
