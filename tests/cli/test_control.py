@@ -151,6 +151,21 @@ def test_stat_attaches(machine: Machine) -> None:
     assert "io_exits" in vmonty("stat", machine.path, "--once")
 
 
+def test_devices_come(machine: Machine) -> None:
+    """They go when the guest lets go of them: tests/vmm/test_hotplug.py; this one does not listen."""
+    assert vmonty("device", "list", machine.path) == ""
+    slot = vmonty("device", "add", machine.path, "--device", "virtio-rng").strip()
+    assert json.loads(vmonty("device", "list", machine.path, "--json")) == {slot: "virtio-rng"}
+    assert vmonty("device", "list", machine.path).split() == [slot, "virtio-rng"]
+    with pytest.raises(AssertionError, match="has not let go of virtio-rng"):
+        vmonty("device", "remove", machine.path, slot, "--seconds", 1)
+    for arguments in ((), ("--net", "user", "--disk", "x")):
+        with pytest.raises(AssertionError, match="give one of"):
+            vmonty("device", "add", machine.path, *arguments)
+    with pytest.raises(AssertionError, match="unknown device 'fan'"):
+        vmonty("device", "add", machine.path, "--device", "fan")
+
+
 def lines(machine: Machine, *requests: bytes) -> list[dict[str, Any]]:
     """The answers to raw lines, up to the end of the connection or one for each."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
@@ -166,7 +181,7 @@ def lines(machine: Machine, *requests: bytes) -> list[dict[str, Any]]:
     [
         (b"\n", "no JSON"), (b"{\n", "no JSON"), (b"\xff\xfe\n", "no JSON"), (b"[]\n", "object"), (b"7\n", "object"),
         (b"[" * 50_000 + b"\n", "no JSON"), (b"{}\n", "no command None"), (b'{"command": ["status"]}\n', "no command"),
-        (b'{"command": "fly"}\n', "there are: pause"), (b'{"command": "status", "x": 1}\n', "arguments are: none"),
+        (b'{"command": "fly"}\n', "there are: devices, pause"), (b'{"command": "status", "x": 1}\n', "arguments are: none"),
         (b'{"command": "registers", "cpu": "0"}\n', "cpu"), (b'{"command": "registers", "cpu": -1}\n', "cpu -1"),
         (b'{"command": "registers", "cpu": true}\n', "cpu"), (b'{"command": "trace", "names": [1]}\n', "strings"),
         (b'{"command": "trace", "on": 1}\n', "on=1"), (b'{"command": "resume"}\n', "not paused"),

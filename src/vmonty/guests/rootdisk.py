@@ -315,7 +315,7 @@ def _file_system(work: Path, tar: Path, size: int, progress: Progress) -> Path:
     # Nobody makes device files in a user namespace, and the guest's /dev is the kernel's devtmpfs. What lies in the
     # directory may belong to users that only the namespace may act for: so it goes before that ends.
     script = (
-        'trap \'rm -rf "$2"\' EXIT;'
+        "trap 'rm -rf \"$2\"' EXIT;"
         ' tar -x --numeric-owner -p --exclude="./dev/*" -f "$1" -C "$2" && chmod 755 "$2" &&'
         f' "{mke2fs}" -q -F -t ext4 -L {ROOT_LABEL} -E lazy_itable_init=1,lazy_journal_init=1 -d "$2" "$3"'
     )

@@ -21,6 +21,7 @@ from vmonty.vmm import accel, inspection
 from vmonty.vmm.control import ControlSocket
 from vmonty.vmm.display.console import screen_of, type_text
 from vmonty.vmm.display.screen import Screen
+from vmonty.vmm.hotplug import UNPLUG_SECONDS, plug, slots_of
 from vmonty.vmm.inspection import CONTROL_REGISTERS, GENERAL_REGISTERS, Counters, StateError
 from vmonty.vmm.machine import Machine
 from vmonty.vmm.outcome import Ending, Outcome
@@ -315,6 +316,26 @@ class VM:
     def type(self, text: str) -> None:
         """Write *text* on the keyboard; a line's end is Enter. Raises UsageError for what a US keyboard lacks."""
         type_text(self._running(State.RUNNING), text)
+
+    # ---- devices that come and go -----------------------------------------------------------------------------
+
+    def devices(self) -> dict[int, str]:
+        """Slot → name of each device that may be removed while it runs."""
+        return slots_of(self._running(State.READY, State.RUNNING, State.PAUSED)).devices()
+
+    def plug(self, *, disk: str | None = None, net: str | None = None, device: str | None = None) -> int:
+        """Add a virtio device, described as on the command line, while it runs; gives its slot. It goes with a reset.
+
+        Raises UsageError and its kin for what cannot be added.
+        """
+        given = [(kind, text) for kind, text in (("disk", disk), ("net", net), ("device", device)) if text is not None]
+        if len(given) != 1:
+            raise UsageError("plug takes one of disk, net and device")
+        return plug(self._running(State.RUNNING, State.PAUSED), *given[0])
+
+    def unplug(self, slot: int, timeout: float = UNPLUG_SECONDS) -> None:
+        """Ask the guest for the device in *slot*, and wait *timeout* seconds until it lets go. Raises VmontyError."""
+        slots_of(self._running(State.RUNNING)).remove(slot, timeout)
 
     # ---- events and exits ---------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from vmonty.base.errors import UsageError, VmontyError
 from vmonty.vmm.display.console import screen_of, type_text
+from vmonty.vmm.hotplug import UNPLUG_SECONDS, plug, slots_of
 from vmonty.vmm.tracing import Tracers, fields
 
 if TYPE_CHECKING:
@@ -260,6 +261,9 @@ class _Connection:
             "registers": {"cpu": int},
             "screen": {"text": bool},
             "type": {"text": str},
+            "devices": {},
+            "plug": {"kind": str, "options": str},
+            "unplug": {"slot": int, "seconds": int},
             "trace": {"on": bool, "names": list, "vcpus": list},
         }
         if not isinstance(name, str) or name not in known:
@@ -277,6 +281,13 @@ class _Connection:
             return {"png": base64.b64encode(screen.png()).decode()}
         if name == "type":
             type_text(target.machine(), request.get("text", ""))
+            return {}
+        if name == "devices":
+            return {str(slot): device for slot, device in slots_of(target.machine()).devices().items()}
+        if name == "plug":
+            return {"slot": plug(target.machine(), request.get("kind", ""), request.get("options", ""))}
+        if name == "unplug":
+            slots_of(target.machine()).remove(request.get("slot", 0), request.get("seconds", UNPLUG_SECONDS))
             return {}
         if name == "trace":
             return self._set_trace(request.get("on", True), request.get("names", []), request.get("vcpus", []))

@@ -9,6 +9,7 @@ import contextlib
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
@@ -202,6 +203,10 @@ class Machine(ABC):
         Before start(). Raises UsageError when the slot is taken, or the board has no PCI.
         """
         raise UsageError(f"{device.name}: a {self.name} has no PCI; choose the virtio-mmio form of the device")
+
+    def plugging(self) -> AbstractContextManager[list[int]]:
+        """What is added in this block may be removed while the machine runs, where the board can; gives its slots."""
+        return contextlib.nullcontext([])
 
     def add_mmio_device(self, make: Callable[[MmioSlot], BusDevice]) -> BusDevice:
         """Let *make* build a device for the next free virtio-mmio slot, and place it; returns the device.

@@ -159,13 +159,20 @@ def _mac(text: str) -> bytes:
 def add_networks(machine: Machine, networks: Sequence[Network]) -> None:
     """A card for each of *networks*, in order. Raises UsageError."""
     for number, network in enumerate(network for network in networks if network.kind != "none"):
-        backend = network.open(machine)
-        try:
-            add_network_card(machine, backend, number, network.mac)
-        except BaseException:
-            backend.close()
-            raise
-        machine.networks.append(backend)
+        with machine.plugging():
+            add_network(machine, network, number)
+
+
+def add_network(machine: Machine, network: Network, number: int) -> None:
+    """Card *number*, and what it is connected to. Raises UsageError."""
+    backend = network.open(machine)
+    try:
+        add_network_card(machine, backend, number, network.mac)
+    except BaseException:
+        backend.close()
+        raise
+    machine.networks.append(backend)
+    machine.resources.callback(machine.networks.remove, backend)
 
 
 def add_virtio(machine: Machine, device: VirtioDevice) -> None:

@@ -47,11 +47,13 @@ def create(
     machine: Machine = board.realize(system, config, console)
     try:
         for number, disk in enumerate(disks):
-            add_disk(machine, disk, number)
+            with machine.plugging():
+                add_disk(machine, disk, number)
         add_ide(machine, ide_disks, cdroms)
         add_networks(machine, networks)
         for device in devices:
-            device.realize(machine)
+            with machine.plugging():
+                device.realize(machine)
     except BaseException:
         machine.close()
         raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices, prepare_legacy_devices
 from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine, describe_fw_cfg
 from vmonty.vmm.boot import acpi, dsdt
+from vmonty.vmm.hotplug import GPE_PORT, SLOTS_PORT
 from vmonty.vmm.hw import hpet, i440fx, piix4_pm
 from vmonty.vmm.hw.i440fx import I440fx
 from vmonty.vmm.hw.pci import PciDevice
@@ -77,10 +78,11 @@ class Pc(PciMachine):
         )  # fmt: skip
         return acpi.Platform(
             cpus=self.config.cpus, pm_base=self.piix4_pm.base or PM_BASE, sci=SCI_IRQ,
-            hpet=self.hpet, hpet_id=hpet.IDENTITY,
+            hpet=self.hpet, hpet_id=hpet.IDENTITY, gpe=GPE_PORT,
             dsdt=acpi.soft_off()
             + dsdt.system_bus(
-                dsdt.processors(self.config.cpus), dsdt.pci_root(self.windows, routing, bridge), *links,
-                self._describe_hpet(),
-            ),
+                dsdt.processors(self.config.cpus),
+                dsdt.pci_root(self.windows, routing, bridge, self._describe_slots()), *links, self._describe_hpet(),
+            )
+            + dsdt.hot_plug_event(SLOTS_PORT, GPE_PORT),
         )  # fmt: skip

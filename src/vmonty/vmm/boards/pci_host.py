@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from vmonty.base.ram import PAGE_SIZE, Ram
@@ -16,13 +17,16 @@ from vmonty.vmm.boot.dsdt import Window
 from vmonty.vmm.boot.smbios import NOT_SET, Identity
 from vmonty.vmm.bus import BusDevice
 from vmonty.vmm.firmware import Firmware, open_store
+from vmonty.vmm.hotplug import SLOTS_PORT, HotPlug
 from vmonty.vmm.hw import fw_cfg, hpet
 from vmonty.vmm.hw.acpi_pm import AcpiPm
 from vmonty.vmm.hw.cmos import Cmos
 from vmonty.vmm.hw.fw_cfg import FwCfg
 from vmonty.vmm.hw.hpet import Hpet
 from vmonty.vmm.hw.pci import ConfigPorts, Decoder, PciBus, PciDevice
+from vmonty.vmm.hw.pci.bus import SLOTS
 from vmonty.vmm.hw.pci.pam import READ_WRITE, REGISTERS
+from vmonty.vmm.irq import Line
 from vmonty.vmm.machine import Machine
 from vmonty.vmm.memory import HIGH_RAM_BASE, DeviceMemory
 from vmonty.vmm.shadow import ShadowRam
@@ -64,6 +68,14 @@ class PciMachine(Machine):
     def add_device(self, device: PciDevice, slot: int | None = None) -> int:
         """Plug *device* in; see Machine.add_device."""
         return self.pci.add(device, slot)
+
+    def plugging(self) -> AbstractContextManager[list[int]]:
+        """See Machine.plugging."""
+        return self.hotplug.plugging()
+
+    def sci(self) -> Line:
+        """One source's end of ACPI's interrupt line."""
+        return self.lines.source(SCI_IRQ)
 
     def _add_shadow_ram(self) -> ShadowRam:
         firmware, rom = self.config.firmware, None
@@ -199,14 +211,19 @@ class PciMachine(Machine):
     def _add_root_bus(self) -> PciBus:
         self.pci = PciBus("pci.0", Decoder(self.ports, self.mmio), self._intx, self.send_msi)
         self.ports.place(CONFIG_PORTS, 8, ConfigPorts(self.pci, self.reset), "pci-config")
+        self.hotplug = HotPlug(self)
         return self.pci
+
+    def _describe_slots(self) -> bytes:
+        chips = self.hotplug.chips()
+        return dsdt.hot_plug_slots(SLOTS_PORT, [slot for slot in range(SLOTS) if slot not in chips])
 
     @abstractmethod
     def _intx(self, slot: int, pin: int, level: int) -> None:
         """A pin of a slot on the root bus changed; the board's south bridge routes it."""
 
     def _pm_registers(self) -> BusDevice:
-        self.acpi_pm = AcpiPm(self.power_off, self.lines.source(SCI_IRQ))
+        self.acpi_pm = AcpiPm(self.power_off, self.sci())
         return self.acpi_pm
 
     @property

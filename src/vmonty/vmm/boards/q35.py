@@ -10,6 +10,7 @@ from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices
 from vmonty.vmm.boards.pci_host import LOW_WINDOW, PM_BASE, SCI_IRQ, PciMachine, describe_fw_cfg
 from vmonty.vmm.boot import acpi, aml, dsdt
 from vmonty.vmm.boot.dsdt import Window
+from vmonty.vmm.hotplug import GPE_PORT, SLOTS_PORT
 from vmonty.vmm.hw import hpet, ich9_lpc, q35_mch
 from vmonty.vmm.hw.ich9_lpc import FIRST_INTERNAL_SLOT, Ich9Lpc
 from vmonty.vmm.hw.pci import Ecam, PcieRootPort
@@ -82,10 +83,12 @@ class Q35(PciMachine):
         reserved = dsdt.plain_device("MEMC", "PNP0C02", aml.fixed_memory(self.ecam_window.first, ECAM_SIZE), uid=1)
         return acpi.Platform(
             cpus=self.config.cpus, pm_base=self.lpc.pm_base or PM_BASE, sci=SCI_IRQ,
-            hpet=self.hpet, hpet_id=hpet.IDENTITY, ecam=self.ecam_window.first,
+            hpet=self.hpet, hpet_id=hpet.IDENTITY, gpe=GPE_PORT, ecam=self.ecam_window.first,
             dsdt=acpi.soft_off()
             + dsdt.system_bus(
-                dsdt.processors(self.config.cpus), dsdt.pci_root(self.windows, routing, bridge, express=True), reserved,
+                dsdt.processors(self.config.cpus),
+                dsdt.pci_root(self.windows, routing, bridge, self._describe_slots(), express=True), reserved,
                 self._describe_hpet(),
-            ),
+            )
+            + dsdt.hot_plug_event(SLOTS_PORT, GPE_PORT),
         )  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vmonty.vmm.boot import aml
-from vmonty.vmm.hw import acpi_ged, acpi_pm
+from vmonty.vmm.hw import acpi_ged, acpi_hotplug, acpi_pm
 
 OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"VMONTY", b"VMONTYPC", b"VMTY"
 
@@ -58,6 +58,7 @@ class Platform(NamedTuple):
     hpet: int | None = None
     hpet_id: int = 0
     ecam: int | None = None
+    gpe: int | None = None
     keyboard_controller: bool = True
     rtc: bool = True
     vga: bool = False
@@ -117,6 +118,10 @@ def _fadt(platform: Platform, dsdt: int, facs: int) -> bytes:
         put_address(148, _generic_address(base + acpi_pm.PM1_STATUS, 32, 2))
         put_address(172, _generic_address(base + acpi_pm.PM1_CONTROL, 16, 2))
         put_address(208, _generic_address(base + acpi_pm.PM_TIMER, 32, 3))
+        if platform.gpe is not None:
+            put(80, "I", platform.gpe)
+            put(92, "B", acpi_hotplug.GPE_SIZE)
+            put_address(220, _generic_address(platform.gpe, 8 * acpi_hotplug.GPE_SIZE, 1))
     put(109, "H", boot)
     put(112, "I", flags)
     return table(b"FACP", 6, bytes(body))

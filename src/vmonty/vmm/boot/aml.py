@@ -172,9 +172,14 @@ def if_(condition: bytes, *terms: bytes) -> bytes:
     return _sized(b"\xa0", condition + b"".join(terms))
 
 
-def notify(target: str, code: int) -> bytes:
+def notify(target: str, code: int | bytes) -> bytes:
     """Notify (target, code)."""
-    return b"\x86" + path(target) + integer(code)
+    return b"\x86" + path(target) + value(code)
+
+
+def call(target: str, *arguments: int | bytes) -> bytes:
+    """A call of a method."""
+    return path(target) + b"".join(value(argument) for argument in arguments)
 
 
 def create_dword_field(source: bytes, offset: int, label: str) -> bytes:

@@ -6,11 +6,11 @@ PCI Firmware Specification, "_PRT"; "ACPI Generic Event Device".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from vmonty.vmm.boot import aml
-from vmonty.vmm.hw import acpi_ged
+from vmonty.vmm.hw import acpi_ged, acpi_hotplug
 
 PINS = 4
 LINK_INTERRUPTS = (5, 10, 11)
@@ -19,6 +19,8 @@ LINK_DISABLED = 0x80
 INTERRUPT_NUMBER = 5
 STATUS_PRESENT, STATUS_ENABLED = 0x09, 0x0B
 NO_GSI = 0
+# "Device Object Notifications".
+DEVICE_CHECK, EJECT_REQUEST = 1, 3
 
 
 class Window(NamedTuple):
@@ -99,6 +101,45 @@ def routing_by_gsi(route: Callable[[int, int], int]) -> bytes:
             )
         ),
     )
+
+
+def hot_plug_slots(port: int, slots: Iterable[int]) -> bytes:
+    """Devices for those *slots* of the root bus whose contents may change, by the registers of SlotEvents at *port*.
+
+    It belongs into the root bus's device, and hot_plug_event() beside that.
+    """
+    terms = [
+        aml.operation_region("HPLG", aml.SYSTEM_IO, port, acpi_hotplug.SLOTS_SIZE),
+        aml.field("HPLG", aml.DWORD_ACCESS, ("HPUP", 32), ("HPDN", 32), ("HPEJ", 32)),
+    ]
+    tells = []
+    for slot in slots:
+        label = f"S{slot:02X}_"
+        terms.append(
+            aml.device(
+                label, aml.name("_ADR", slot << 16), aml.name("_SUN", slot),
+                aml.method("_EJ0", 1, aml.store(1 << slot, aml.path("HPEJ"))),
+            )
+        )  # fmt: skip
+        tells.append(aml.if_(aml.bit_and(aml.ARG0, 1 << slot), aml.notify(label, aml.ARG1)))
+    # The registers forget what they have told: each is read once.
+    scan = [
+        part
+        for register, code in (("HPUP", DEVICE_CHECK), ("HPDN", EJECT_REQUEST))
+        for part in (aml.store(aml.path(register), aml.LOCAL0), aml.call("HPTL", aml.LOCAL0, code))
+    ]
+    terms.append(aml.method("HPTL", 2, *tells))
+    terms.append(aml.method("HPSC", 0, *scan, serialized=True))
+    return b"".join(terms)
+
+
+def hot_plug_event(port: int, event_block: int) -> bytes:
+    """What general purpose event 1 does; and the ports, so that nobody else is put there."""
+    ports = aml.io(port, acpi_hotplug.SLOTS_SIZE), aml.io(event_block, acpi_hotplug.GPE_SIZE)
+    return aml.scope(
+        "\\_SB", aml.device("HPPT", aml.name("_HID", aml.eisa_id("PNP0C02")), aml.name("_UID", 2),
+        aml.name("_CRS", aml.resources(*ports))),
+    ) + aml.scope("\\_GPE", aml.method(f"_E{acpi_hotplug.EVENT_PCI:02X}", 0, aml.call("\\_SB.PCI0.HPSC")))  # fmt: skip
 
 
 def interrupt_link(label: str, uid: int, register: str) -> bytes:

@@ -50,6 +50,8 @@ _ADDRESSES = {Register.QUEUE_DESC: "descriptors", Register.QUEUE_DRIVER: "driver
 class VirtioPci(PciDevice):
     """A PCI function that carries *device*. With *vm*, notifications come by ioeventfd, off the vCPUs' threads."""
 
+    removable = True
+
     def __init__(self, device: VirtioDevice, vm: Vm | None = None) -> None:
         super().__init__(
             device.name, vendor_id=VENDOR, device_id=FIRST_DEVICE + device.device_id, class_code=device.pci_class,

@@ -63,6 +63,8 @@ class PciDevice:
     ``config_written``.
     """
 
+    removable = False  # may it leave its slot while the machine runs?
+
     def __init__(
         self, name: str, *, vendor_id: int, device_id: int, class_code: int, revision: int = 0,
         subsystem_vendor_id: int = 0, subsystem_id: int = 0, interrupt_pin: int = 0, express: bool = False,
