@@ -63,3 +63,24 @@ def test_the_paravirtual_leaves_stay(soft: System) -> None:
 
 def test_the_list() -> None:
     assert all(name in cpu.models() for name in MODELS)
+
+
+def address_bits(table: list[CpuidEntry]) -> int:
+    return next(entry.eax & 0xFF for entry in table if entry.function == 0x8000_0008)
+
+
+def test_how_far_it_can_address(soft: System) -> None:
+    assert address_bits(cpu.table_maker(soft, "max", 1)(0)) == 40
+    assert address_bits(cpu.table_maker(soft, "Haswell", 1)(0)) == 40
+    assert address_bits(cpu.table_maker(soft, "max,phys-bits=36", 1)(0)) == 36
+    assert address_bits(cpu.table_maker(soft, "max,host-phys-bits=on", 1)(0)) == 46
+    assert address_bits(cpu.table_maker(soft, "max,phys-bits=52", 1)(0)) == 46, "no more than this KVM has"
+    assert address_bits(cpu.table_maker(soft, "max", 1, 3 << 40)(0)) == 42, "RAM above 1 TiB must be within reach"
+    with pytest.raises(UsageError, match="addresses need 42"):
+        cpu.table_maker(soft, "max,phys-bits=36", 1, 3 << 40)
+
+
+@pytest.mark.parametrize("text", ["phys-bits=", "phys-bits=31", "phys-bits=53", "phys-bits=x", "phys-bits"])
+def test_address_bits_that_no_processor_has(text: str) -> None:
+    with pytest.raises(UsageError, match="from 32 to 52"):
+        cpu.check(f"max,{text}")

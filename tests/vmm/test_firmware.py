@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,34 @@ def test_ovmf_reaches_its_shell(screen: Screen, tmp_path: Path) -> None:
     assert "kept".encode("utf-16-le") in store.read_bytes()
     assert "4711".encode("utf-16-le") in store.read_bytes()
     firmware.open_store(store).close()
+
+
+def test_ovmf_of_4_mib_reaches_its_shell(screen: Screen, tmp_path: Path) -> None:
+    """Its early code maps all that the processor can address, in pages of 2 MiB and tables that must fit into RAM."""
+    template = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+    if not template.exists():
+        pytest.skip("OVMF is not on this host: apt-get install ovmf")
+    store = tmp_path / "variables"
+    shutil.copy(template, store)
+    uefi = firmware.read("uefi", store)
+    assert uefi.name == "/usr/share/OVMF/OVMF_CODE_4M.fd", "the store's size tells which build it belongs to"
+    config = Config(machine="q35", memory=256 << 20, firmware=uefi)
+    with kvm.open("soft") as system, boards.create(system, config, screen.write) as machine:
+        machine.start()
+        screen.wait_for(b"UEFI Interactive Shell", UEFI_LIMIT_S)
+
+
+def test_halves_that_do_not_belong_together(tmp_path: Path) -> None:
+    volume = b"\0" * 0x28 + b"_FVH"
+    code, store = tmp_path / "code", tmp_path / "variables"
+    code.write_bytes(volume.ljust(0x37_C000, b"\0"))
+    store.write_bytes(bytes(0x2_0000))
+    with pytest.raises(BootImageError, match="together they must be whole MiB"):
+        firmware.read(str(code), store)
+    store.write_bytes(bytes(0x8_4000))
+    assert firmware.read(str(code), store).variables == store
+    with pytest.raises(BootImageError, match="multiple of 64 KiB.*--nvram"):
+        firmware.read(str(code))
 
 
 @pytest.mark.parametrize("size", [0, 100, 16 << 20])

@@ -10,7 +10,7 @@ from typing import BinaryIO, cast
 from vmonty.base.errors import BootImageError, UsageError
 from vmonty.base.ram import PAGE_SIZE
 
-UNIT = 64 << 10
+UNIT, MIB = 64 << 10, 1 << 20
 MOST_BYTES = 16 << 20
 # Where Debian's packages and those of others put it.
 NAMES = {
@@ -18,7 +18,13 @@ NAMES = {
     # Code and variables in one image. As a ROM: what the guest stores lasts until the machine ends.
     "uefi": ("ovmf", ("/usr/share/ovmf/OVMF.fd", "/usr/share/OVMF/OVMF.fd")),
 }
-SPLIT_OVMF = (("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),)
+# A firmware with its template of variables, in the order in which a new store takes them.
+SPLIT_OVMF = (
+    ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
+    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
+)
+# UEFI PI Specification, volume 3, "Firmware Volume Header": its signature.
+VOLUME_SIGNATURE_AT, VOLUME_SIGNATURE = 0x28, b"_FVH"
 MOST_MENU_WAIT_MS = 0xFFFF
 
 
@@ -37,9 +43,16 @@ class Firmware:
         size = len(self.code)
         unit = UNIT if self.variables is None else PAGE_SIZE  # a flash chip ends where the other one begins
         if not size or size % unit or size > MOST_BYTES:
+            split = self.variables is None and self._is_volume and size and size % PAGE_SIZE == 0
+            remedy = "; a UEFI firmware without its variables wants them in a file of their own: --nvram" if split else ""
             raise BootImageError(
                 f"the firmware {self.name} has {size} bytes: it must be a multiple of {unit >> 10} KiB, 16 MiB at most"
+                + remedy
             )
+
+    @property
+    def _is_volume(self) -> bool:
+        return self.code.startswith(VOLUME_SIGNATURE, VOLUME_SIGNATURE_AT)
 
     def check_variables(self, size: int) -> None:
         """Raise BootImageError when no flash of *size* bytes can stand below the ROM."""
@@ -47,6 +60,12 @@ class Firmware:
             raise BootImageError(
                 f"the variable store {self.variables} has {size} bytes: it must be a multiple of 4 KiB, "
                 "and 16 MiB with its firmware at most"
+            )
+        if self._is_volume and (size + len(self.code)) % MIB:
+            # Both halves of a UEFI firmware are cut from one flash image: it would look for its variables elsewhere.
+            raise BootImageError(
+                f"the variable store {self.variables} ({size} bytes) is not of the firmware {self.name} "
+                f"({len(self.code)} bytes): together they must be whole MiB"
             )
 
 
@@ -83,16 +102,22 @@ def read(text: str, variables: Path | None = None) -> Firmware:
 
 
 def _in_two_files(variables: Path) -> Path:
-    """OVMF's code for a variable store of its own; the store is made from OVMF's template when it is not there."""
-    for code, template in SPLIT_OVMF:
-        if Path(code).is_file() and Path(template).is_file():
-            try:
-                if not variables.exists():
-                    variables.write_bytes(Path(template).read_bytes())
-            except OSError as error:
-                raise BootImageError(f"the variable store {variables} cannot be made: {error.strerror}") from error
-            return Path(code)
-    raise BootImageError("there is no OVMF with a variable store on this host: apt-get install ovmf")
+    """OVMF's code for a variable store of its own; the store is made from OVMF's template when it is not there.
+
+    One that is there goes with the build whose template has its size.
+    """
+    pairs = [(Path(code), Path(template)) for code, template in SPLIT_OVMF]
+    pairs = [(code, template) for code, template in pairs if code.is_file() and template.is_file()]
+    if not pairs:
+        raise BootImageError("there is no OVMF with a variable store on this host: apt-get install ovmf")
+    try:
+        if variables.exists():
+            size = variables.stat().st_size
+            return next((code for code, template in pairs if template.stat().st_size == size), pairs[0][0])
+        variables.write_bytes(pairs[0][1].read_bytes())
+    except OSError as error:
+        raise BootImageError(f"the variable store {variables} cannot be made: {error.strerror}") from error
+    return pairs[0][0]
 
 
 def open_store(path: Path) -> BinaryIO:

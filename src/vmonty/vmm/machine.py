@@ -142,12 +142,12 @@ class Machine(ABC):
         limit = system.check_extension(Cap.MAX_VCPUS) or system.check_extension(Cap.NR_VCPUS)
         if config.cpus > limit:
             raise UsageError(f"{config.cpus} vCPUs: this KVM takes 1 to {limit}")
-        cpuid = cpu.table_maker(system, config.cpu, config.cpus)
+        self.memory = GuestMemory(config.memory, self.low_ram_limit)
+        cpuid = cpu.table_maker(system, config.cpu, config.cpus, self.highest_address)
         self._cpuid = cpuid(0)
         self.config = config
         self.properties = properties
         self.console = console
-        self.memory = GuestMemory(config.memory, self.low_ram_limit)
         self.screen: Screen | None = None
         self.keyboard: Ps2Keyboard | None = None
         self.mouse: Ps2Mouse | None = None
@@ -176,6 +176,11 @@ class Machine(ABC):
             raise
 
     # ---- what a board says -----------------------------------------------------------------------------------
+
+    @property
+    def highest_address(self) -> int:
+        """The last guest-physical address that anything may have."""
+        return max(block.base + block.size for block in self.memory.blocks) - 1
 
     @abstractmethod
     def build(self) -> None:

@@ -227,6 +227,11 @@ class PciMachine(Machine):
         return self.acpi_pm
 
     @property
+    def highest_address(self) -> int:
+        """That of the high window."""
+        return self.high_window.last
+
+    @property
     def high_window(self) -> Window:
         """Where 64-bit BARs go: 32 GiB, aligned so, above RAM."""
         end = max(block.base + block.size for block in self.memory.blocks)
