@@ -21,8 +21,9 @@ from vmm import kernels
 from vmonty.base.errors import UsageError, VmontyError
 from vmonty.cli.attach import Attached
 from vmonty.cli.main import cli
+from vmonty.kvm.exit_record import ExitRecord
 from vmonty.vmm.control import LONGEST_LINE, ControlSocket, socket_path
-from vmonty.vmm.tracing import TracedExit, Tracers
+from vmonty.vmm.tracing import Tracers
 
 from .conftest import LIMIT_S, environment
 
@@ -285,7 +286,7 @@ def test_a_reader_that_sleeps_does_not_hold_the_machine(tmp_path: Path) -> None:
     """What it does not take is dropped and counted."""
     target, path = Nothing(), tmp_path / "s"
     target.tracers = Tracers()
-    record = TracedExit(0, 0, 1, 1, "X", 0, 0)
+    record = ExitRecord(0, 0, 1, 1, "X", 0, 0)
     with ControlSocket(path, target), Attached(path) as attached:
         attached.request("trace")
         for _ in range(40_000):

@@ -15,8 +15,8 @@ import pytest
 from vmonty import kvm
 from vmonty.base import hostcall
 from vmonty.base.ram import Ram
+from vmonty.kvm.exit_record import ExitRecord
 from vmonty.kvm.soft import fastpath, modules, stats
-from vmonty.kvm.soft.insight import ExitRecord
 from vmonty.kvm.uapi import Exit
 from vmonty.kvm.uapi.exits import KVM_EXIT_IO_OUT
 from vmonty.kvm.uapi.flags import KVM_MSR_FILTER_READ, KVM_PIO_PAGE_OFFSET

@@ -158,7 +158,7 @@ def test_halves_that_do_not_belong_together(tmp_path: Path) -> None:
         firmware.read(str(code), store)
     store.write_bytes(bytes(0x8_4000))
     assert firmware.read(str(code), store).variables == store
-    with pytest.raises(BootImageError, match="multiple of 64 KiB.*--nvram"):
+    with pytest.raises(BootImageError, match=r"multiple of 64 KiB.*--nvram"):
         firmware.read(str(code))
 
 

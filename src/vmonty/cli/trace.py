@@ -12,10 +12,11 @@ import click
 from vmonty.base.errors import UsageError
 from vmonty.cli.attach import Attached
 from vmonty.cli.observe import TraceFile
-from vmonty.vmm.tracing import TracedExit, fields
+from vmonty.kvm.exit_record import ExitRecord
+from vmonty.vmm.tracing import fields, record_of
 
 
-def line_for_people(record: TracedExit, since_ns: int) -> str:
+def line_for_people(record: ExitRecord, since_ns: int) -> str:
     """Time since the first exit, how long the guest ran before, the vCPU, why, and where."""
     seconds, guest = (record.left_ns - since_ns) / 1e9, (record.left_ns - record.entered_ns) / 1e3
     return (
@@ -73,7 +74,7 @@ def show(machine: Attached, written: TraceFile | None, as_json: bool, count: int
             click.echo(f"vmonty: {message['dropped']} exits came faster than they could be sent", err=True)
         if "trace" not in message:
             continue
-        record = TracedExit.from_fields(message["trace"])
+        record = record_of(message["trace"])
         first = record.left_ns if first is None else first
         if written is not None:
             written(record)

@@ -44,7 +44,9 @@ class Firmware:
         unit = UNIT if self.variables is None else PAGE_SIZE  # a flash chip ends where the other one begins
         if not size or size % unit or size > MOST_BYTES:
             split = self.variables is None and self._is_volume and size and size % PAGE_SIZE == 0
-            remedy = "; a UEFI firmware without its variables wants them in a file of their own: --nvram" if split else ""
+            remedy = (
+                "; a UEFI firmware without its variables wants them in a file of their own: --nvram" if split else ""
+            )
             raise BootImageError(
                 f"the firmware {self.name} has {size} bytes: it must be a multiple of {unit >> 10} KiB, 16 MiB at most"
                 + remedy

@@ -8,38 +8,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from vmonty.kvm.api import Vm
+from vmonty.kvm.exit_record import ExitRecord
 
-# Gets a record of vmonty.kvm.api.Vm.trace(), or a TracedExit; on a vCPU's thread, so it must not wait.
-Sink = Callable[[Any], None]
-
-
-@dataclass(frozen=True)
-class TracedExit:
-    """An exit as it comes over a control socket; times are the host's monotonic nanoseconds."""
-
-    vcpu: int
-    entered_ns: int
-    left_ns: int
-    reason: int
-    name: str
-    qualification: int
-    rip: int
-
-    @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> TracedExit:
-        """From what fields() made. Raises KeyError, ValueError, TypeError."""
-        left = int(fields["time_ns"])
-        return cls(
-            int(fields["vcpu"]), left - int(fields["guest_ns"]), left, int(fields["reason"]), str(fields["exit"]),
-            int(fields["qualification"], 16), int(fields["rip"], 16),
-        )  # fmt: skip
+# Called on a vCPU's thread, so it must not wait.
+Sink = Callable[[ExitRecord], None]
 
 
-def fields(record: Any) -> dict[str, Any]:
+def record_of(fields: dict[str, Any]) -> ExitRecord:
+    """An exit from what fields() made. Raises KeyError, ValueError, TypeError."""
+    left = int(fields["time_ns"])
+    return ExitRecord(
+        int(fields["vcpu"]), left - int(fields["guest_ns"]), left, int(fields["reason"]), str(fields["exit"]),
+        int(fields["qualification"], 16), int(fields["rip"], 16),
+    )  # fmt: skip
+
+
+def fields(record: ExitRecord) -> dict[str, Any]:
     """An exit as JSON has it, in files and on control sockets."""
     return {
         "time_ns": record.left_ns, "vcpu": record.vcpu, "exit": record.name, "reason": record.reason,
@@ -87,6 +74,6 @@ class Tracers:
         """Whether anybody is told."""
         return bool(self._sinks)
 
-    def __call__(self, record: Any) -> None:
+    def __call__(self, record: ExitRecord) -> None:
         for sink in self._sinks:
             sink(record)

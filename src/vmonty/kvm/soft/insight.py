@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmonty.kvm.exit_record import ExitRecord as ExitRecord
 from vmonty.kvm.soft.mmu.guest_walk import walk
 from vmonty.kvm.soft.mmu.shadow import ShadowMmu
 from vmonty.kvm.soft.mmu.spte import ADDRESS
@@ -24,18 +25,6 @@ EXIT_NAMES: dict[int, str] = {
     47: "LDTR_TR", 48: "EPT_VIOLATION", 49: "EPT_MISCONFIG", 52: "PREEMPTION_TIMER", 54: "WBINVD", 55: "XSETBV",
     58: "INVPCID",
 }  # fmt: skip
-
-
-class ExitRecord(NamedTuple):
-    """One exit: the vCPU, when its guest was entered and left (host's monotonic nanoseconds), why, and where."""
-
-    vcpu: int
-    entered_ns: int
-    left_ns: int
-    reason: int
-    name: str
-    qualification: int
-    rip: int
 
 
 Tracer = Callable[[ExitRecord], None]
