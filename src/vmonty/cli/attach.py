@@ -8,14 +8,14 @@ import socket
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from vmonty.base.closing import Closing
 from vmonty.base.errors import UsageError, VmontyError
 from vmonty.vmm.control import socket_path
 
 
-class Attached:
+class Attached(Closing):
     """Connected while the block lasts. Raises UsageError when nobody listens."""
 
     def __init__(self, name: str | Path) -> None:
@@ -69,11 +69,3 @@ class Attached:
         """Close the connection."""
         self._lines.close()
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from vmonty.base.closing import Closing
 from vmonty.base.errors import UsageError
 from vmonty.guests.progress import Progress, silent
 from vmonty.kvm.api import Vcpu
@@ -68,7 +68,7 @@ class Event(Enum):
     ENDED = "ended"  # (Outcome)
 
 
-class VM:
+class VM(Closing):
     """One virtual machine, which lives as long as the ``with`` block.
 
     *fields* are those of ``Settings``. *output* also gets what the guest prints, on a vCPU's thread. Raises UsageError,
@@ -153,11 +153,6 @@ class VM:
     def __enter__(self) -> Self:
         self.open()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def accelerator(self) -> str:

@@ -21,9 +21,9 @@ import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
+from vmonty.base.closing import Closing
 from vmonty.base.errors import UsageError, VmontyError
 from vmonty.vmm.display.console import screen_of, type_text
 from vmonty.vmm.hotplug import UNPLUG_SECONDS, plug, slots_of
@@ -92,7 +92,7 @@ def _private_folder(folder: Path) -> None:
         raise UsageError(f"{folder} belongs to someone else, or others may write there; give a path of your own")
 
 
-class ControlSocket:
+class ControlSocket(Closing):
     """Listens at *name* (see socket_path) for as long as the block lasts. Raises UsageError when it cannot."""
 
     def __init__(self, name: str | Path, target: Controlled) -> None:
@@ -166,14 +166,6 @@ class ControlSocket:
         with contextlib.suppress(OSError):
             if self.path.stat().st_ino == self._inode:
                 self.path.unlink()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Connection:

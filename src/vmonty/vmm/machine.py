@@ -11,9 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+from vmonty.base.closing import Closing
 from vmonty.base.errors import UsageError
 from vmonty.kvm.api import CpuidEntry, System, Vcpu
 from vmonty.kvm.uapi import Cap, flags
@@ -121,7 +122,7 @@ class Config:
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
-class Machine(ABC):
+class Machine(Closing, ABC):
     """A virtual machine on *system*. Add devices, then start it; use it with ``with``.
 
     *properties* are the board's, by name. *console* takes the serial output, on a vCPU's thread; devices do their
@@ -324,11 +325,3 @@ class Machine(ABC):
         finally:
             self.loop.stop()
             self.vm.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import threading
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vmonty.base.closing import Closing
 from vmonty.base.errors import HandleClosed, KvmError, KvmUnsupported
 from vmonty.kvm.api.provider import Provider
 from vmonty.kvm.uapi import Ioctl, Requests
@@ -16,11 +16,10 @@ from vmonty.kvm.uapi.vm import kvm_enable_cap
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-H = TypeVar("H", bound="Handle")
 T = TypeVar("T")
 
 
-class Handle:
+class Handle(Closing):
     """An open KVM file. Use it with ``with``, or call ``close()``; both from any thread, in any order.
 
     A close that meets calls in flight on other threads lets them finish: the fd goes when the last of them
@@ -33,14 +32,6 @@ class Handle:
         self._users = 0
         self._closing = False
         self._idle = threading.RLock()
-
-    def __enter__(self: H) -> H:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closing else f"fd {self._fd}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from types import TracebackType
 from typing import NamedTuple
 
+from vmonty.base.closing import Closing
 from vmonty.base.errors import VmontyError
 from vmonty.kvm.uapi import flags
 from vmonty.kvm.uapi.vm import kvm_stats_desc, kvm_stats_header
@@ -31,7 +31,7 @@ class Descriptor(NamedTuple):
     bucket_size: int
 
 
-class Stats:
+class Stats(Closing):
     """The counters of a VM or vCPU. Descriptors are read once; ``read()`` takes a fresh snapshot."""
 
     def __init__(self, fd: int) -> None:
@@ -78,11 +78,3 @@ class Stats:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Stats:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 
+from vmonty.base.closing import Closing
 from vmonty.base.errors import BlockError
 
 SECTOR = 512
 
 
-class BlockDevice(ABC):
+class BlockDevice(Closing, ABC):
     """A disk. Every method may be called from any thread, several at a time.
 
     Offsets and lengths are bytes, any, inside *size*; buffers are byte views, writable for a read. An operation is
@@ -74,11 +74,3 @@ class BlockDevice(ABC):
         if self.read_only:
             raise BlockError(errno.EROFS, "the disk is read-only")
         self.check_range(offset, length)
-
-    def __enter__(self) -> BlockDevice:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
