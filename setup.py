@@ -73,6 +73,7 @@ COMPILED = [
     "vmonty.kvm.soft.vcpu_arch",
     "vmonty.kvm.soft.lapic_regs",
     "vmonty.kvm.soft.fastpath",
+    "vmonty.kvm.soft.port_window",
     "vmonty.kvm.soft.vmx.run",
     "vmonty.kvm.soft.svm.run",
     "vmonty.vmm.virtio.queue",

@@ -235,6 +235,8 @@ class VM(Closing):
         assert machine is not None
         for thread in machine.vcpus:
             thread.hook = self._exit if self._hooks else None
+        if self._hooks:
+            machine.serial.hide()
         self.tracers.attach(machine.vm)
         machine.start()
         if self._unsent:

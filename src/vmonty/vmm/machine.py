@@ -29,6 +29,7 @@ from vmonty.vmm.irq import InterruptLines, Line
 from vmonty.vmm.memory import LOW_RAM_LIMIT, GuestMemory, check_size
 from vmonty.vmm.messages import Messages
 from vmonty.vmm.outcome import Ending, Outcome
+from vmonty.vmm.transmitter import Transmitter
 from vmonty.vmm.vcpu import VcpuThread
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ class Machine(Closing, ABC):
         self.screen: Screen | None = None
         self.keyboard: Ps2Keyboard | None = None
         self.mouse: Ps2Mouse | None = None
+        self._transmitter: Transmitter | None = None
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._outcome_lock = threading.Lock()
@@ -248,6 +250,26 @@ class Machine(Closing, ABC):
             raise
         return vcpu
 
+    def add_console(self, base: int, irq: int, *, polled: bool = False) -> Serial:
+        """Place the UART whose output is the console; where KVM can answer for it, most bytes cost no exit."""
+        output, window = self.console, self.vm.port_window(base)
+        if window is not None:
+            self._transmitter = Transmitter(window, output, self._console_failed, "serial")
+            self.resources.callback(self._transmitter.close)
+            output = self._transmitter.send
+        serial = Serial(self.lines.source(irq), output, polled=polled, window=window)
+        self.ports.place(base, 8, serial, "serial")
+        return serial
+
+    def _console_failed(self, error: Exception) -> None:
+        detail = f"internal error at the console: {type(error).__name__}: {error}"
+        self._end(Outcome(Ending.ERROR, detail))
+
+    def flush_console(self) -> None:
+        """Hand on what the guest has sent up to now, as far as it does not run. From any thread."""
+        if self._transmitter is not None:
+            self._transmitter.flush()
+
     def cpu_identity(self) -> tuple[int, int]:
         """EAX and EDX of CPUID leaf 1: signature and features, as SMBIOS tells them."""
         return next(((entry.eax, entry.edx) for entry in self._cpuid if entry.function == 1), (0, 0))
@@ -291,6 +313,9 @@ class Machine(Closing, ABC):
         entry.enter(self.vcpus[0].vcpu)
 
     def _end(self, outcome: Outcome) -> None:
+        if any(thread.on_thread() for thread in self.vcpus):
+            # What the guest said before it ended. Others who end it do not wait for a slow reader.
+            self.flush_console()
         with self._outcome_lock:
             if self._outcome is not None:
                 return

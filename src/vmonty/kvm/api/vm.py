@@ -13,6 +13,7 @@ from vmonty.base.layout import flexible
 from vmonty.base.ram import Ram
 from vmonty.kvm.api.device import Device
 from vmonty.kvm.api.handle import Handle
+from vmonty.kvm.api.port_window import PortWindow
 from vmonty.kvm.api.provider import Provider, insight
 from vmonty.kvm.api.stats import Stats
 from vmonty.kvm.api.vcpu import Vcpu
@@ -245,6 +246,14 @@ class Vm(Handle):
         direct = getattr(self.provider, "signal_irqfd", None)
         if direct is None or not direct(self.fileno(), eventfd):
             os.eventfd_write(eventfd, 1)
+
+    def port_window(self, first: int) -> PortWindow | None:
+        """Registers at ports *first* to *first* + 7 that KVM answers for itself, as far as user space tells it how.
+
+        None where it cannot: on hardware, and when the VM has one already. There every access is an exit.
+        """
+        make = getattr(self.provider, "port_window", None)
+        return None if make is None else make(self.fileno(), first)
 
     def ioeventfd(
         self, eventfd: int, address: int, size: int, datamatch: int | None = None, pio: bool = False,

@@ -42,6 +42,8 @@ cdef enum:
     APIC_WORDS = 256         # the first KiB of the register page; nothing lies behind it
     APIC_LIMIT = 4096        # KVM_MAX_VCPU_IDS
     PORT_MAP_SIZE = 8192
+    PORT_WINDOW_SIZE = 8
+    PORT_WINDOW_RING = 4096
     MSR_SLOTS = 1024         # open addressing; a power of two, more than twice as many as MSRs that are stored
 
 cdef struct CpuidEntry:
@@ -94,10 +96,24 @@ cdef struct KvmVcpuArch:
     MsrSlot *msrs            # MSR_SLOTS of them
 
 
+cdef struct KvmPortWindow:
+    pthread_mutex_t lock
+    uint32_t first           # the first port; never changes
+    uint32_t reads           # a bit for each register that a read gives ``values`` of. Lock
+    uint32_t idle            # a bit for each to which a write of that changes nothing. Lock
+    uint32_t collects        # bytes written to the first register go to the ring. Lock
+    uint32_t put             # how many ever went into it, and were taken out. Lock
+    uint32_t taken
+    int event                # an eventfd, told of the first byte in the ring; -1: none
+    uint8_t values[8]
+    uint8_t ring[4096]
+
+
 cdef struct KvmArch:
     # Vectors of which the I/O APIC or user space may want to hear the EOI; once set they stay. Chip lock to write
     uint32_t eoi_vectors[8]
     uint32_t apics           # how many there are, and how many of them are in x2APIC mode. Chip lock to write
     uint32_t x2apics
     uint8_t *port_map        # a bit for each port where an in-kernel device may be; once set they stay
+    KvmPortWindow *window    # NULL: none; once set it stays
     KvmLapic **apic_map      # by vCPU id, APIC_LIMIT of them; never taken back

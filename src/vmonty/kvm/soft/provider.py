@@ -15,6 +15,7 @@ from vmonty.kvm.soft import modules
 from vmonty.kvm.soft.files import KvmFile
 from vmonty.kvm.soft.insight import Tracer, Translation, translate
 from vmonty.kvm.soft.kvm_main import Kvm, KvmDevice, KvmVcpuFile
+from vmonty.kvm.soft.port_window import PortWindow
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -86,6 +87,13 @@ class SoftKvm:
         vm = self._files[fd]
         assert isinstance(vm, Kvm)
         return vm.irqfds.signal(eventfd)
+
+    def port_window(self, fd: int, first: int) -> PortWindow | None:
+        """Ports of the VM behind *fd* that it answers for; None when it has such a window already."""
+        vm = self._files[fd]
+        assert isinstance(vm, Kvm)
+        window = PortWindow(first)
+        return window if vm.irqs.arch.set_window(window) else None
 
     def memory_unmapped(self, address: int, size: int) -> None:
         """The MMU notifiers of all VMs: call it before the memory goes away or becomes something else."""

@@ -2,6 +2,7 @@
 
 from vmonty.cpu.state cimport CpuState
 from vmonty.kvm.soft.kvm_host cimport KvmArch, KvmLapic, KvmVcpuArch
+from vmonty.kvm.soft.port_window cimport PortWindow
 from vmonty.kvm.soft.msr_table cimport StoredMsrs
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -21,6 +22,7 @@ cdef int _find_cpuid(KvmVcpuArch *a, uint32_t function, uint32_t index) noexcept
 cdef class VmArch:
     cdef KvmArch k
     cdef list _apics
+    cdef PortWindow _window
     cdef int add_apic(self, KvmLapic *apic, object owner) except -1
 
 

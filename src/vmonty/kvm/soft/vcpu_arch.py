@@ -141,6 +141,14 @@ class VmArch:
         for port in range(first, min(first + max(count, 1), 0x10000)):
             self.k.port_map[port >> 3] |= 1 << (port & 7)
 
+    def set_window(self, window: PortWindow) -> bool:
+        """Have it answer for its ports; False when the VM has one already. Any thread."""
+        if self._window is not None:
+            return False
+        self._window = window
+        self.k.window = cython.address(window.w)
+        return True
+
     def count_apics(self, apics: cython.uint, x2apics: cython.uint) -> None:
         """recalculate_apic_map(): how many there are, and how many are in x2APIC mode. With the chip lock held."""
         self.k.x2apics = 0  # for a moment no two numbers are equal

@@ -42,8 +42,7 @@ def add_legacy_devices(machine: Machine) -> LegacyDevices:
     """Place them: COM1 as the console, clock with the memory's size, keyboard and mouse, A20 and POST ports."""
     ports, lines = machine.ports, machine.lines
     base, irq = COM_PORTS[0]
-    serial = Serial(lines.source(irq), machine.console, polled=machine.config.firmware is not None)
-    ports.place(base, 8, serial, "serial")
+    serial = machine.add_console(base, irq, polled=machine.config.firmware is not None)
     keyboard, mouse, post = Ps2Keyboard(), Ps2Mouse(), PostPort()
     machine.keyboard, machine.mouse = keyboard, mouse
     controller = I8042(

@@ -14,7 +14,6 @@ from vmonty.vmm.boot import acpi, dsdt
 from vmonty.vmm.bus import BusDevice
 from vmonty.vmm.hw import acpi_ged
 from vmonty.vmm.hw.acpi_ged import AcpiGed
-from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.machine import Machine, MmioSlot
 
 GED, GED_GSI = 0xFEA0_0000, 9
@@ -32,8 +31,7 @@ class Microvm(Machine):
     def build(self) -> None:
         """The build order."""
         base, irq = COM_PORTS[0]
-        self.serial = Serial(self.lines.source(irq), self.console)
-        self.ports.place(base, 8, self.serial, "serial")
+        self.serial = self.add_console(base, irq)
         self.ged = AcpiGed(self.power_off, self.reset, self.lines.source(GED_GSI))
         self.mmio.place(GED, acpi_ged.SIZE, self.ged, "acpi-ged")
         self.slots: list[MmioSlot] = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 FIFO_SIZE = 16
 
@@ -21,16 +22,28 @@ LSR_DATA_READY, LSR_OVERRUN, LSR_TRANSMIT_EMPTY, LSR_IDLE = 1, 2, 0x20, 0x40
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 
 
+class Window(Protocol):
+    """Who answers plain accesses in the UART's place; see vmonty.kvm.api.PortWindow."""
+
+    def show(self, values: Mapping[int, int], idle: int, collects: bool) -> None:
+        """From now on so."""
+        ...
+
+
 class Serial:
     """One UART: eight byte registers.
 
     *output* takes what the guest sends, on the vCPU's thread. ``receive()`` queues what it shall get; it is
     handed over only while the guest listens (receive interrupt on, OUT2 set), so that input that comes before
     the guest's driver is not lost. With *polled*, for firmware and boot loaders, also to one that only asks for the
-    line status. *irq* is called with the new level of the interrupt line.
+    line status. *irq* is called with the new level of the interrupt line. *window* is told when a byte that is sent
+    has no other effect than its output, what the line status is meanwhile, and the interrupts that are on.
     """
 
-    def __init__(self, irq: Callable[[int], None], output: Callable[[bytes], None], *, polled: bool = False) -> None:
+    def __init__(
+        self, irq: Callable[[int], None], output: Callable[[bytes], None], *, polled: bool = False,
+        window: Window | None = None,
+    ) -> None:  # fmt: skip
         self._irq = irq
         self._polled = polled
         self._output = output
@@ -43,6 +56,9 @@ class Serial:
         self._mcr = MCR_OUT2
         self._overrun = 0
         self._transmit_interrupt = False
+        self._window = window
+        self._shown: tuple[dict[int, int], int, bool] = ({}, 0, False)
+        self._show()
 
     def receive(self, data: bytes) -> None:
         """Queue *data* for the guest. From any thread."""
@@ -75,7 +91,30 @@ class Serial:
             return IIR_TRANSMIT_EMPTY
         return IIR_NONE
 
+    def hide(self) -> None:
+        """See every access from now on, also those that the window could answer. From any thread."""
+        with self._lock:
+            if self._window is not None:
+                self._window.show({}, 0, False)
+                self._window = None
+
+    def _show(self) -> None:
+        if self._window is None:
+            return
+        plain = not (self._lcr & LCR_DIVISOR_LATCH or self._mcr & MCR_LOOP or self._overrun)
+        # A read of the line status hands over what waits for a polling reader.
+        plain = plain and not (self._polled and self._waiting)
+        values = {IER: self._ier, LSR: self._status()} if plain else {}
+        shown = values, 1 << IER, plain and not self._ier & IER_TRANSMIT_EMPTY
+        if shown != self._shown:
+            self._shown = shown
+            self._window.show(*shown)
+
+    def _status(self) -> int:
+        return LSR_TRANSMIT_EMPTY | LSR_IDLE | (LSR_DATA_READY if self._fifo else 0) | self._overrun
+
     def _update(self) -> None:
+        self._show()
         # On a PC, OUT2 gates the interrupt.
         level = int(self._pending() != IIR_NONE and bool(self._mcr & MCR_OUT2))
         if level != self._level:
@@ -110,7 +149,7 @@ class Serial:
                 return self._mcr
             case 5:
                 self._refill(asked=self._polled and not self._mcr & MCR_LOOP)
-                status = LSR_TRANSMIT_EMPTY | LSR_IDLE | (LSR_DATA_READY if self._fifo else 0) | self._overrun
+                status = self._status()
                 self._overrun = 0
                 return status
             case 6:

@@ -46,6 +46,7 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_wrmsr,
 )
 from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt, kvm_get_apic_interrupt
+from cython.cimports.vmonty.kvm.soft.port_window import fastpath_window
 from cython.cimports.vmonty.kvm.soft.vcpu_arch import VcpuArch, kvm_enter_guest_mode, kvm_leave_guest_mode
 
 
@@ -67,10 +68,14 @@ def svm_exit_handlers_fastpath(a, s, v):
     elif code == SVM_HLT:
         done = fastpath_halt(a, s)
     elif code == SVM_IOIO:
-        # APM, "IN and OUT Behavior"; neither IN nor string instructions.
+        # APM, "IN and OUT Behavior"; no string instructions.
         information: uint64_t = get64(v.vmcb, VMCB_EXITINFO1)
-        if information & 5 == 0:
-            return fastpath_out(a, s, (information >> 16) & 0xFFFF, (information >> 4) & 7)
+        port: uint32_t = (information >> 16) & 0xFFFF
+        size: uint32_t = (information >> 4) & 7
+        if information & 4 == 0:
+            done = fastpath_window(a, s, port, size, (information & 1) != 0)
+            if done == FAST_NONE and information & 1 == 0:
+                return fastpath_out(a, s, port, size)
     elif code == SVM_VINTR:
         a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
         a.counters[COUNT_EXITS] += 1

@@ -51,6 +51,7 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_wrmsr,
 )
 from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt, kvm_get_apic_interrupt
+from cython.cimports.vmonty.kvm.soft.port_window import fastpath_window
 from cython.cimports.vmonty.kvm.soft.vcpu_arch import VcpuArch, kvm_enter_guest_mode, kvm_leave_guest_mode
 
 
@@ -71,10 +72,14 @@ def vmx_exit_handlers_fastpath(a, s, v):
     elif reason == REASON_HLT:
         done = fastpath_halt(a, s)
     elif reason == REASON_IO:
-        # SDM, "Exit Qualification for I/O Instructions"; neither IN nor string instructions.
+        # SDM, "Exit Qualification for I/O Instructions"; no string instructions.
         qualification: uint64_t = get(v.vmcs, EXIT_QUALIFICATION)
-        if qualification & 0x18 == 0:
-            return fastpath_out(a, s, (qualification >> 16) & 0xFFFF, (qualification & 7) + 1)
+        port: uint32_t = (qualification >> 16) & 0xFFFF
+        size: uint32_t = (qualification & 7) + 1
+        if qualification & 0x10 == 0:
+            done = fastpath_window(a, s, port, size, (qualification & 8) != 0)
+            if done == FAST_NONE and qualification & 8 == 0:
+                return fastpath_out(a, s, port, size)
     elif reason == REASON_INTERRUPT_WINDOW:
         a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
         a.counters[COUNT_EXITS] += 1

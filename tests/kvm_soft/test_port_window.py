@@ -1,0 +1,181 @@
+"""Ports that the VM answers for: what it was told of needs no exit, and everything else is one as before."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from vmonty import kvm
+from vmonty.base.ram import Ram
+from vmonty.kvm.api import PortWindow
+from vmonty.kvm.soft import modules
+from vmonty.kvm.soft.insight import ExitRecord
+from vmonty.kvm.uapi import Exit
+from vmonty.testing.guests import DATA, RAM_SIZE, Mode, TinyGuest
+
+BASE, END = 0x3F8, 0x10
+ROOM = 4096
+WAIT_S = 30
+
+
+@pytest.fixture(params=["kvm_intel", "kvm_amd"])
+def guest(request: pytest.FixtureRequest) -> Iterator[TinyGuest]:
+    with modules.only(request.param), kvm.open("soft") as system, system.create_vm() as vm:
+        ram = Ram(RAM_SIZE)
+        vm.set_user_memory_region(0, 0, ram)
+        with vm.create_vcpu() as vcpu:
+            yield TinyGuest(vm, vcpu, ram)
+
+
+@pytest.fixture
+def window(guest: TinyGuest) -> PortWindow:
+    made = guest.vm.port_window(BASE)
+    assert made is not None
+    return made
+
+
+def test_at_first_every_access_is_an_exit(guest: TinyGuest, window: PortWindow) -> None:
+    guest.load(Mode.LONG, f"mov dx, {BASE}\n mov al, 7\n out dx, al\n inc dx\n in al, dx")
+    assert guest.out() == (BASE, 7)
+    assert guest.run() is Exit.IO
+    assert guest.vcpu.kvm_run.u.io.direction == 0
+
+
+def test_bytes_are_collected_and_registers_read_without_an_exit(guest: TinyGuest, window: PortWindow) -> None:
+    window.show({5: 0x60}, 0, True)
+    guest.load(
+        Mode.LONG,
+        f"""
+        mov ecx, 'a'
+        again: mov dx, {BASE + 5}
+        mov eax, 0x11223344
+        in al, dx
+        mov [abs {DATA}], eax
+        mov eax, ecx
+        mov dx, {BASE}
+        out dx, al
+        inc ecx
+        cmp ecx, 'z'
+        jbe again
+        out {END}, al
+        """,
+    )
+    assert guest.out()[0] == END
+    assert window.take() == bytes(range(ord("a"), ord("z") + 1))
+    assert window.take() == b""
+    assert guest.ram.read_u32(DATA) == 0x11223360
+
+
+def test_only_the_write_that_changes_nothing_is_no_exit(guest: TinyGuest, window: PortWindow) -> None:
+    window.show({1: 5, 2: 1}, 1 << 1, True)
+    code = f"mov dx, {BASE + 1}\n mov al, 5\n out dx, al\n mov al, 4\n out dx, al\n inc dx\n mov al, 1\n out dx, al"
+    guest.load(Mode.LONG, code)
+    assert guest.out() == (BASE + 1, 4)
+    assert guest.out() == (BASE + 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "port"),
+    [
+        (f"mov dx, {BASE}\n out dx, ax", BASE),
+        (f"mov dx, {BASE - 1}\n out dx, al", BASE - 1),
+        (f"mov dx, {BASE + 8}\n out dx, al", BASE + 8),
+        (f"mov dx, {BASE + 3}\n out dx, al", BASE + 3),
+        (f"mov rsi, {DATA}\n mov dx, {BASE}\n outsb", BASE),
+        (f"mov rsi, {DATA}\n mov ecx, 3\n mov dx, {BASE}\n rep outsb", BASE),
+        (f"mov dx, {BASE}\n in al, dx", BASE),
+        (f"mov dx, {BASE + 5}\n in ax, dx", BASE + 5),
+    ],
+    ids=["wide", "before", "behind", "another", "string", "repeated", "read", "wide read"],
+)
+def test_other_accesses_are_exits(guest: TinyGuest, window: PortWindow, code: str, port: int) -> None:
+    window.show({5: 0x60}, 0, True)
+    guest.load(Mode.LONG, code)
+    assert guest.run() is Exit.IO
+    assert guest.vcpu.kvm_run.u.io.port == port
+    assert window.take() == b""
+
+
+def test_a_full_ring_is_an_exit(guest: TinyGuest, window: PortWindow) -> None:
+    window.show({}, 0, True)
+    guest.load(Mode.LONG, f"mov dx, {BASE}\n again: out dx, al\n inc eax\n jmp again")
+    guest.vcpu.run()
+    assert guest.vcpu.kvm_run.u.io.port == BASE
+    assert window.take() == bytes(number & 0xFF for number in range(ROOM))
+    assert guest.vcpu.io_data()[0] == ROOM & 0xFF
+    guest.vcpu.run()
+    assert window.take() == bytes(number + 1 & 0xFF for number in range(ROOM))
+
+
+def test_who_waits_is_told_while_the_guest_runs(guest: TinyGuest, window: PortWindow) -> None:
+    window.show({}, 0, True)
+    guest.load(Mode.LONG, f"mov dx, {BASE}\n mov al, '!'\n out dx, al\n forever: jmp forever")
+    runner = threading.Thread(target=guest.vcpu.run)
+    runner.start()
+    try:
+        window.wait()
+        assert window.take() == b"!"
+    finally:
+        guest.vcpu.kick()
+        runner.join(WAIT_S)
+    assert not runner.is_alive()
+
+
+def test_closed_again_it_is_an_exit_for_a_guest_that_runs(guest: TinyGuest, window: PortWindow) -> None:
+    window.show({1: 0}, 1 << 1, True)
+    guest.load(Mode.LONG, f"mov dx, {BASE + 1}\n xor eax, eax\n again: out dx, al\n jmp again")
+    ended: list[Exit | int] = []
+    runner = threading.Thread(target=lambda: ended.append(guest.vcpu.run()))
+    runner.start()
+    window.show({}, 0, False)
+    runner.join(WAIT_S)
+    assert ended == [Exit.IO]
+
+
+def test_who_traces_sees_each_access(guest: TinyGuest, window: PortWindow) -> None:
+    window.show({}, 0, True)
+    seen: list[ExitRecord] = []
+    guest.vm.trace(seen.append)
+    guest.load(Mode.LONG, f"mov dx, {BASE}\n mov al, 9\n out dx, al")
+    assert guest.out() == (BASE, 9)
+    assert "IO" in seen[-1].name
+
+
+def test_a_device_in_the_kernel_goes_before_it(guest: TinyGuest, window: PortWindow) -> None:
+    window.show({}, 0, True)
+    event = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        guest.vm.ioeventfd(event, BASE, 1, pio=True)
+        guest.load(Mode.LONG, f"mov dx, {BASE}\n out dx, al\n out {END}, al")
+        assert guest.out()[0] == END
+        assert os.eventfd_read(event) == 1
+        assert window.take() == b""
+    finally:
+        os.close(event)
+
+
+def test_each_is_counted(guest: TinyGuest, window: PortWindow) -> None:
+    window.show({5: 0}, 0, True)
+    guest.load(
+        Mode.LONG,
+        f"mov r15d, 500\n out {END}, al\n again: mov dx, {BASE + 5}\n in al, dx\n"
+        f" mov dx, {BASE}\n out dx, al\n dec r15d\n jnz again\n out {END}, al",
+    )
+    guest.out()
+    with guest.vcpu.stats() as counters:
+        before = counters.read()
+        guest.out()
+        after = counters.read()
+    assert {name: after[name] - before[name] for name in ("exits", "io_exits")} == {"exits": 1001, "io_exits": 1001}
+
+
+def test_a_vm_has_one(guest: TinyGuest, window: PortWindow) -> None:
+    assert guest.vm.port_window(0x2F8) is None
+
+
+def test_there_is_no_ninth_register(window: PortWindow) -> None:
+    with pytest.raises(ValueError, match="has 8"):
+        window.show({8: 0}, 0, False)
