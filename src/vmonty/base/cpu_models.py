@@ -26,7 +26,7 @@ _WORDS: dict[tuple[int, int, str], str] = {
         "sha-ni - -"
     ),
     (7, 0, "ecx"): "- - umip - - - - - - - - - - - - - - - - - - - rdpid - - - - - - - - -",
-    (7, 0, "edx"): "- - - - fsrm - - - - - - - - - - - - - - - - - - - - - - - - - - -",
+    (7, 0, "edx"): "- - - - fsrm - - - - - - - - - - - - - - - - - - - - - - - - arch-capabilities - -",
     (0xD, 1, "eax"): "xsaveopt xsavec xgetbv1 xsaves - - - - - - - - - - - - - - - - - - - - - - - - - - - -",
     (0x80000001, 0, "edx"): "- - - - - - - - - - - syscall - - - - - - - - nx - - - - fxsr-opt pdpe1gb rdtscp - lm - -",
     (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 
+from vmonty.kvm.soft.arch_capabilities import capabilities
 from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.msr_filter import READ, WRITE, FilteredMsrError, UnknownMsrError
 from vmonty.kvm.soft.pv import MSRS as PV_MSRS
@@ -41,7 +42,9 @@ STORED: dict[int, int] = {
     **{0x200 + index: 0 for index in range(16)},  # variable MTRRs
     **dict.fromkeys((592, 600, 601, *range(616, 624)), 0),  # fixed MTRRs
 }  # fmt: skip
-READ_ONLY: dict[int, int] = {MSR_MTRR_CAP: 0x508, MSR_MCG_CAP: 0, 0x17: 0, 0xCE: 0, MSR_ARCH_CAPABILITIES: 0, 0x198: 0}
+READ_ONLY: dict[int, int] = {
+    MSR_MTRR_CAP: 0x508, MSR_MCG_CAP: 0, 0x17: 0, 0xCE: 0, MSR_ARCH_CAPABILITIES: capabilities(), 0x198: 0,
+}  # fmt: skip
 # Performance counters of old processors (P6, K7) without a PMU: they read as 0, and what is written is dropped.
 DROPPED = frozenset((0xC1, 0xC2, 0x186, 0x187, *range(0xC001_0000, 0xC001_0008)))
 
