@@ -18,7 +18,7 @@ from vmonty.base.ram import Ram
 from vmonty.kvm.exit_record import ExitRecord
 from vmonty.kvm.soft import fastpath, modules, stats
 from vmonty.kvm.uapi import Exit
-from vmonty.kvm.uapi.exits import KVM_EXIT_IO_OUT
+from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
 from vmonty.kvm.uapi.flags import KVM_MSR_FILTER_READ, KVM_PIO_PAGE_OFFSET
 from vmonty.kvm.uapi.run import kvm_run, kvm_run_u_io
 from vmonty.kvm.uapi.vm import kvm_msr_filter_range
@@ -52,12 +52,22 @@ def test_counters_are_where_stats_has_them() -> None:
 
 
 def test_kvm_run_is_as_declared() -> None:
-    text = Path(fastpath.__file__).with_name("fastpath.pxd").read_text()
-    declared = {name: int(value) for name, value in re.findall(r"    ((?:RUN|IO|EXIT)_\w+) = (\d+)\n", text)}
+    text = "".join(Path(fastpath.__file__).with_name(name).read_text() for name in ("fastpath.pxd", "reentry.pxd"))
+    declared = {name: int(value) for name, value in re.findall(r"    ((?:RUN|IO|EXIT)_\w+) = (\d+)\b", text)}
     assert declared == {
-        "RUN_EXIT_REASON": kvm_run.exit_reason.offset, "RUN_IO": kvm_run.u.offset,
-        "RUN_PIO_PAGE": KVM_PIO_PAGE_OFFSET * 4096, "EXIT_IO": Exit.IO, "IO_OUT": KVM_EXIT_IO_OUT,
+        "RUN_REQUEST_WINDOW": kvm_run.request_interrupt_window.offset,
+        "RUN_IMMEDIATE_EXIT": kvm_run.immediate_exit.offset,
+        "RUN_EXIT_REASON": kvm_run.exit_reason.offset,
+        "RUN_SAVED": kvm_run.ready_for_interrupt_injection.offset,
+        "RUN_SAVED_CR8": kvm_run.cr8.offset, "RUN_CR8": kvm_run.cr8.offset,
+        "RUN_SAVED_BASE": kvm_run.apic_base.offset,
+        "RUN_IO": kvm_run.u.offset, "RUN_SYNC_REGS": kvm_run.kvm_valid_regs.offset,
+        "RUN_PIO_PAGE": KVM_PIO_PAGE_OFFSET * 4096, "EXIT_IO": Exit.IO,
+        "IO_OUT": KVM_EXIT_IO_OUT, "IO_IN": KVM_EXIT_IO_IN,
     }  # fmt: skip
+    saved = [kvm_run.ready_for_interrupt_injection.offset, kvm_run.if_flag.offset, kvm_run.flags.offset]
+    assert saved == [12, 13, 14]
+    assert kvm_run.kvm_dirty_regs.offset == kvm_run.kvm_valid_regs.offset + 8
     fields = [(name, getattr(kvm_run_u_io, name).offset) for name, *_ in kvm_run_u_io._fields_]
     assert fields == [("direction", 0), ("size", 1), ("port", 2), ("count", 4), ("data_offset", 8)]
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from vmonty.base.errors import HandleClosed, KvmError
 from vmonty.kvm.api import Vcpu
 from vmonty.kvm.uapi import Exit
-from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN
 from vmonty.kvm.uapi.flags import KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET
 from vmonty.vmm.bus import Bus
 from vmonty.vmm.outcome import Ending, Outcome
@@ -101,6 +100,9 @@ class VcpuThread:
                     # The kick that came with the wish has completed the last access.
                     self._park()
                     continue
+                if reason is Exit.IO:
+                    self._io()
+                    continue
                 outcome = self._handle(reason)
                 if outcome is not None:
                     self._ended(outcome)
@@ -115,8 +117,6 @@ class VcpuThread:
 
     def _handle(self, reason: Exit | int) -> Outcome | None:
         match reason:
-            case Exit.IO:
-                self._io()
             case Exit.MMIO:
                 self._memory_access()
             case Exit.INTR | Exit.IRQ_WINDOW_OPEN:
@@ -145,11 +145,10 @@ class VcpuThread:
         return None
 
     def _io(self) -> None:
-        io = self.vcpu.kvm_run.u.io
-        port, size, data = io.port, io.size, self.vcpu.io_data()
-        if len(data) > size and self._string_io(io.direction == KVM_EXIT_IO_IN, port, size, data):
+        reads, size, port, data = self.vcpu.io_access()
+        if len(data) > size and self._string_io(reads, port, size, data):
             return
-        if io.direction == KVM_EXIT_IO_IN:
+        if reads:
             for at in range(0, len(data), size):
                 data[at : at + size] = self._ports.read(port, size).to_bytes(size, "little")
         else:

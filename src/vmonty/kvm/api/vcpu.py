@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
-import threading
+import struct
 from collections.abc import Iterable, Mapping
+from threading import get_ident
 from typing import Any
 
 from vmonty.base.layout import Array, flexible
@@ -17,6 +18,7 @@ from vmonty.kvm.api.lists import MAX_CPUID_ENTRIES, CpuidEntry, cpuid_entries, c
 from vmonty.kvm.api.provider import Provider, insight
 from vmonty.kvm.api.stats import Stats
 from vmonty.kvm.uapi import Exit, Requests, irq, vcpu
+from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN
 from vmonty.kvm.uapi.flags import KVM_COALESCED_MMIO_PAGE_OFFSET, KVM_DIRTY_LOG_PAGE_OFFSET
 from vmonty.kvm.uapi.nested import kvm_nested_state
 from vmonty.kvm.uapi.run import kvm_coalesced_mmio, kvm_coalesced_mmio_ring, kvm_dirty_gfn, kvm_run
@@ -24,6 +26,10 @@ from vmonty.kvm.uapi.run import kvm_coalesced_mmio, kvm_coalesced_mmio_ring, kvm
 # What no entry that KVM fills in has in its padding.
 _UNWRITTEN = [0xFFFFFFFF] * 3
 _EXITS = {int(reason): reason for reason in Exit}
+_KVM_RUN = int(Requests.KVM_RUN)
+_INTERRUPTED = (-errno.EINTR, -errno.EAGAIN)
+# The io member of kvm_run's union: from direction to data_offset.
+_IO, _IO_AT = struct.Struct("<BBHIQ"), int(kvm_run.u.offset)
 
 
 class Vcpu(Handle):
@@ -44,7 +50,6 @@ class Vcpu(Handle):
         self.kvm_run = kvm_run.from_buffer(self.page)
         self._runner = 0
         self._kicked = False
-        self._kick_lock = threading.Lock()
 
     # ---- running -------------------------------------------------------------------------------------
 
@@ -55,34 +60,38 @@ class Vcpu(Handle):
         called again (EAGAIN); with ``immediate_exit`` a pending port or MMIO access is completed first.
         Raises KvmError for anything else, HandleClosed when the vCPU was closed before or meanwhile.
         """
-        fd = self._enter()
-        result = 0
-        try:
-            with self._kick_lock:
-                self._runner = threading.get_ident()
-                if self._closing:
-                    self.kvm_run.immediate_exit = 1
-            result = self.provider.ioctl(fd, Requests.KVM_RUN, 0)
-        finally:
-            with self._kick_lock:
-                self._runner = 0
-                # A kick that came after another exit is for the next run.
-                if self._kicked and result in (-errno.EINTR, -errno.EAGAIN):
-                    self._kicked = False
-                    self.kvm_run.immediate_exit = 0
-            self._leave()
-        if result < 0:
+        # All in one place, and the lock taken twice: devices in Python wait for this.
+        with self._idle:
             if self._closing:
                 self.fileno()
-            if result in (-errno.EINTR, -errno.EAGAIN):
-                return Exit.INTR
-            raise self.error(-result, "KVM_RUN")
-        reason = self.kvm_run.exit_reason
-        return _EXITS.get(reason, reason)
+            self._users += 1
+            self._runner = get_ident()
+        result = 0
+        try:
+            result = self.provider.ioctl(self._fd, _KVM_RUN, 0)
+        finally:
+            with self._idle:
+                self._runner = 0
+                # A kick that came after another exit is for the next run.
+                if self._kicked and result in _INTERRUPTED:
+                    self._kicked = False
+                    self.kvm_run.immediate_exit = 0
+                self._users -= 1
+                last = self._closing and self._users == 0
+            if last:
+                self._release()
+        if result == 0:
+            reason = self.kvm_run.exit_reason
+            return _EXITS.get(reason, reason)
+        if self._closing:
+            self.fileno()
+        if result in _INTERRUPTED:
+            return Exit.INTR
+        raise self.error(-result, "KVM_RUN")
 
     def kick(self) -> None:
         """Make run() return Exit.INTR soon: the one in progress, or the next one. From any thread."""
-        with self._kick_lock:
+        with self._idle:
             self._kicked = True
             self.kvm_run.immediate_exit = 1
             if self._runner:
@@ -97,7 +106,7 @@ class Vcpu(Handle):
         try:
             result = self.try_ioctl(Requests.KVM_RUN, 0)
         finally:
-            with self._kick_lock:
+            with self._idle:
                 self.kvm_run.immediate_exit = int(self._kicked)
         if result < 0 and result != -errno.EINTR:
             raise self.error(-result, "KVM_RUN")
@@ -107,6 +116,11 @@ class Vcpu(Handle):
         super().close()
         if self._users:
             self.kick()
+
+    def io_access(self) -> tuple[bool, int, int, memoryview]:
+        """The Exit.IO at once: whether it is an IN, the size of each access, the port, and the bytes as io_data()."""
+        direction, size, port, count, offset = _IO.unpack_from(self.page, _IO_AT)
+        return direction == KVM_EXIT_IO_IN, size, port, self.page[offset : offset + size * count]
 
     def io_data(self) -> memoryview:
         """The bytes of an Exit.IO: size * count of them, to read (out) or fill in (in)."""

@@ -47,9 +47,13 @@ cdef enum:
 # struct kvm_run, and KVM_EXIT_IO; a test compares them with the declaration.
 cdef enum:
     RUN_EXIT_REASON = 8
+    RUN_SAVED = 12           # ready_for_interrupt_injection, if_flag, flags; cr8; apic_base
+    RUN_SAVED_CR8 = 16
+    RUN_SAVED_BASE = 24
     RUN_IO = 32
     RUN_PIO_PAGE = 4096
     EXIT_IO = 2
+    IO_IN = 0
     IO_OUT = 1
 
 # Where stats.values has what is counted here; a test compares them with stats.py.
@@ -64,8 +68,11 @@ cdef enum:
 cdef int fastpath_cpuid(KvmVcpuArch *a, CpuState *s) noexcept nogil
 cdef int fastpath_rdmsr(KvmVcpuArch *a, CpuState *s) noexcept nogil
 cdef int fastpath_wrmsr(KvmVcpuArch *a, CpuState *s) noexcept nogil
-# OUT of up to four bytes to a port that no in-kernel device has.
+# OUT and IN of up to four bytes at a port that no in-kernel device has. IN is completed when user space has answered.
 cdef int fastpath_out(KvmVcpuArch *a, CpuState *s, uint32_t port, uint32_t size) noexcept nogil
+cdef int fastpath_in(KvmVcpuArch *a, CpuState *s, uint32_t port, uint32_t size) noexcept nogil
+# rAX after an IN that begins with rax; there is no more to complete then.
+cdef uint64_t fastpath_input(KvmVcpuArch *a, uint64_t rax) noexcept nogil
 cdef int fastpath_halt(KvmVcpuArch *a, CpuState *s) noexcept nogil
 cdef int fastpath_external_interrupt(KvmVcpuArch *a, CpuState *s) noexcept nogil
 # Whether an interrupt waits that the guest does not know of yet. window: it exits anyway when it takes interrupts.
@@ -76,6 +83,8 @@ cdef inline bint interrupts_open(CpuState *s) noexcept nogil:
     """kvm_arch_interrupt_allowed()."""
     return (s.rflags & 0x200) != 0 and (s.interruptibility & SHADOWS) == 0
 
+cdef void _exit_io(KvmVcpuArch *a, CpuState *s, uint32_t direction, uint32_t port, uint32_t size) noexcept nogil
+cdef void _save_run(KvmVcpuArch *a, CpuState *s) noexcept nogil
 cdef bint _read_msr(KvmVcpuArch *a, uint32_t index, uint64_t *value) noexcept nogil
 cdef bint _write_msr(KvmVcpuArch *a, uint32_t index, uint64_t value) noexcept nogil
 cdef bint _write_deadline(KvmVcpuArch *a, uint64_t value) noexcept nogil

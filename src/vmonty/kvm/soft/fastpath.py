@@ -229,22 +229,58 @@ def fastpath_wrmsr(a, s):
 # ---- interrupts --------------------------------------------------------------------------------------------------
 
 
-def fastpath_out(a, s, port, size):
-    """kvm_fast_pio_out(), to user space."""
+def _save_run(a, s):
+    """post_kvm_run_save(), of a vCPU for which nothing waits to be injected."""
+    l: cython.pointer(KvmLapic) = a.apic
+    ready: uint32_t = 1 if not a.user_injects or interrupts_open(s) else 0
+    cython.cast(cython.pointer(uint32_t), a.run + RUN_SAVED)[0] = ready | ((s.rflags & 0x200) >> 1)
+    if l != cython.NULL:
+        cython.cast(cython.pointer(uint64_t), a.run + RUN_SAVED_CR8)[0] = (l.regs[WORD_TPR] >> 4) & 15
+        cython.cast(cython.pointer(uint64_t), a.run + RUN_SAVED_BASE)[0] = l.apic_base
+
+
+def _exit_io(a, s, direction, port, size):
+    """KVM_EXIT_IO of one access."""
     io: cython.pointer(uint8_t) = a.run + RUN_IO
-    if a.run == cython.NULL or (a.kvm.port_map[port >> 3] >> (port & 7)) & 1:
-        return FAST_NONE
     cython.cast(cython.pointer(uint32_t), a.run + RUN_EXIT_REASON)[0] = EXIT_IO
-    io[0] = IO_OUT
+    io[0] = direction
     io[1] = size
     cython.cast(cython.pointer(uint16_t), io + 2)[0] = port
     cython.cast(cython.pointer(uint32_t), io + 4)[0] = 1
     cython.cast(cython.pointer(uint64_t), io + 8)[0] = RUN_PIO_PAGE
-    cython.cast(cython.pointer(uint32_t), a.run + RUN_PIO_PAGE)[0] = cython.cast(uint32_t, s.gpr[RAX])
     a.counters[COUNT_IO_EXITS] += 1
     a.user_exit = 1
+
+
+def fastpath_out(a, s, port, size):
+    """kvm_fast_pio_out(), to user space."""
+    if a.run == cython.NULL or (a.kvm.port_map[port >> 3] >> (port & 7)) & 1:
+        return FAST_NONE
+    cython.cast(cython.pointer(uint32_t), a.run + RUN_PIO_PAGE)[0] = cython.cast(uint32_t, s.gpr[RAX])
+    _exit_io(a, s, IO_OUT, port, size)
     skip_emulated_instruction(s)
+    _save_run(a, s)
     return FAST_USER
+
+
+def fastpath_in(a, s, port, size):
+    """kvm_fast_pio_in(), from user space."""
+    if a.run == cython.NULL or (a.kvm.port_map[port >> 3] >> (port & 7)) & 1:
+        return FAST_NONE
+    cython.cast(cython.pointer(uint32_t), a.run + RUN_PIO_PAGE)[0] = 0
+    _exit_io(a, s, IO_IN, port, size)
+    _save_run(a, s)
+    a.input = size
+    return FAST_USER
+
+
+def fastpath_input(a, rax):
+    """complete_fast_pio_in()."""
+    data: uint32_t = cython.cast(cython.pointer(uint32_t), a.run + RUN_PIO_PAGE)[0]
+    mask: uint64_t = (cython.cast(uint64_t, 1) << (8 * a.input)) - 1
+    whole: cython.bint = a.input == 4
+    a.input = 0
+    return data if whole else (rax & ~mask) | (data & mask)
 
 
 def fastpath_halt(a, s):

@@ -158,7 +158,7 @@ class Intercepts:
             return answer(-KVM_EINVAL)
         return vcpu.hypercall_exit(number, [gpa, npages, attributes], is_long, answer)
 
-    def _complete_in(self, data: bytes) -> bool:
+    def complete_in(self, data: bytes) -> bool:
         """complete_fast_pio_in()."""
         mask = (1 << 8 * len(data)) - 1
         old = self.vcpu.vendor.get_gpr(RAX) if len(data) < 4 else 0
@@ -432,7 +432,7 @@ class Intercepts:
         """kvm_fast_pio()."""
         self.vcpu.stats.values[IO_EXITS] += 1
         if is_in:
-            return self.vcpu.port_in(port, size, 1, self._complete_in)
+            return self.vcpu.port_in(port, size, 1, self.complete_in)
         data = (self.vcpu.vendor.get_gpr(RAX) & MASK32).to_bytes(4, "little")[:size]
         self._skip()
         return self.vcpu.port_out(port, size, data)

@@ -4,7 +4,7 @@ Exits that need no Python are handled from here, without the GIL. Who writes a f
 its own thread, inside an ioctl. Everything else that other threads may touch is atomic or guarded by the lock.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from vmonty.cpu.state cimport CpuState
 
@@ -86,6 +86,20 @@ cdef struct KvmVcpuArch:
     uint32_t fast_msrs       # also those of MSRs: no filter is set. vCPU
     uint32_t tsc_scaled      # the guest's TSC is not the host's plus tsc_offset. vCPU
     uint32_t user_exit       # kvm_run says why to go back to user space. vCPU
+    uint32_t may_reenter     # after such an exit KVM_RUN needs nothing of Python's. vCPU
+    uint32_t reenter         # ... and nobody has touched the vCPU since. vCPU
+    uint32_t input           # bytes of a port read that user space answers; the instruction is not done. vCPU
+    uint32_t user_injects    # the PIC is user space's: KVM_INTERRUPT, interrupt windows
+    uint32_t pv_eoi          # the guest ends interrupts in memory, if Python tells it so
+    uint32_t in_guest        # GIL
+    uint32_t flush_requested    # of the TLB. GIL
+    uint64_t runner          # the thread in KVM_RUN, 0 for none. GIL
+    uint64_t cr8             # without a local APIC: the task priority in kvm_run. vCPU
+    # The vendor's run loop, on the processor that holds the vCPU, NULL when none does; what it gave. Scheduler
+    int64_t (*enter)(KvmVcpuArch *a) noexcept nogil
+    int64_t outcome
+    CpuState *processor
+    uint64_t control_block   # VMCB
     uint32_t cpuid_count
     uint64_t tsc_offset
     uint64_t *counters       # stats.values. vCPU

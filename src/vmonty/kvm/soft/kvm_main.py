@@ -13,11 +13,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from threading import get_ident
 from typing import ClassVar
 
 from vmonty.base import hostcall
 from vmonty.cpu.core import memory_written
-from vmonty.kvm.soft import dirty_ring
+from vmonty.kvm.soft import dirty_ring, pcpu
 from vmonty.kvm.soft.caps import CAPABILITIES, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
 from vmonty.kvm.soft.clock import ClockIoctls
 from vmonty.kvm.soft.dirty_log import DirtyLogIoctls
@@ -32,6 +33,7 @@ from vmonty.kvm.soft.modules import Module
 from vmonty.kvm.soft.msr_filter import MsrFilter, from_user
 from vmonty.kvm.soft.msrs import FEATURE_MSRS, MAX_IO_MSRS, MSRS_TO_SAVE
 from vmonty.kvm.soft.pmu_filter import PmuFilter
+from vmonty.kvm.soft.reentry import EXITED, REFUSED, USER_EXIT, USER_EXIT_AND_MORE, reenter
 from vmonty.kvm.soft.signals import SignalWatch
 from vmonty.kvm.soft.stats import REMOTE_TLB_FLUSH, REMOTE_TLB_FLUSH_REQUESTS, VM_STATISTICS, Statistics
 from vmonty.kvm.soft.user import Argument
@@ -52,6 +54,7 @@ KVM_MIN_ALLOC_MMU_PAGES = 64
 VCPU_MMAP_SIZE = 3 * mmap.PAGESIZE
 FLUSH_POLL_S = 20e-6
 KVM_RUN = int(Requests.KVM_RUN)
+MAIN_THREAD = threading.main_thread().ident
 
 # Gives a file its descriptor: (file, name, bytes of its mapping).
 Install = Callable[[KvmFile, str, int], int]
@@ -313,7 +316,7 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
             vcpu.request_tlb_flush()
         # A vCPU first says that it is in guest mode, then looks for requests: one of us two sees the other's word.
         for vcpu in vcpus:
-            while vcpu.in_guest and vcpu.tlb_flush_requested:
+            while vcpu.arch.in_guest and vcpu.arch.tlb_flush_requested:
                 time.sleep(FLUSH_POLL_S)
 
     @answers(Requests.KVM_X86_SET_MSR_FILTER)
@@ -373,7 +376,7 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
 class KvmVcpuFile(VcpuX86):
     """struct kvm_vcpu: a virtual CPU, and its fd."""
 
-    # Thread ident → the vCPU that it runs: what a signal must find.
+    # Thread ident → the vCPU that it runs, or ran last: what a signal must find.
     _running: ClassVar[dict[int, KvmVcpuFile]] = {}
     # Thread ident → the vCPU on which an ioctl is at work there: kvm_get_running_vcpu().
     loaded: ClassVar[dict[int, KvmVcpuFile]] = {}
@@ -403,19 +406,29 @@ class KvmVcpuFile(VcpuX86):
     @classmethod
     def signal(cls, thread: int) -> None:
         """A signal for *thread*: if it is in KVM_RUN, that ends with EINTR."""
-        if vcpu := cls._running.get(thread):
+        vcpu = cls._running.get(thread)
+        if vcpu is not None and vcpu.arch.runner == thread:
             vcpu.signal_pending = True
             vcpu.kick()
 
     def ioctl(self, request: int, value: object) -> int:
         """One request at a time, as vcpu->mutex has it in the kernel."""
         with self.mutex:
-            thread = threading.get_ident()
-            self.vcpu_load(brief=request != KVM_RUN)
+            thread = get_ident()
+            if request == KVM_RUN and not value:
+                self._running[thread] = self
+                if thread != MAIN_THREAD:
+                    return self._kvm_run(thread)
+                watch = self._watch or self._signal_watch()
+                previous = watch.enter()
+                try:
+                    return self._kvm_run(thread)
+                finally:
+                    watch.leave(previous)
+            self.arch.touched()
+            self.vcpu_load(brief=True)
             self.loaded[thread] = self
             try:
-                if request == KVM_RUN and not value:
-                    return self._kvm_run(thread)
                 return super().ioctl(request, value)
             finally:
                 del self.loaded[thread]
@@ -423,20 +436,29 @@ class KvmVcpuFile(VcpuX86):
 
     @answers(Requests.KVM_RUN)
     def kvm_run_ioctl(self, argument: Argument) -> int:
-        if argument.number:
-            raise OSError(errno.EINVAL, "takes no argument")
-        return self._kvm_run(threading.get_ident())
+        raise OSError(errno.EINVAL, "takes no argument")  # without one it does not come here
 
     def _kvm_run(self, thread: int) -> int:
-        watch = self._watch or self._signal_watch()
-        self._running[thread] = self
-        previous = watch.enter()
-        try:
-            return self.vcpu_run()
-        finally:
-            watch.leave(previous)
-            del self._running[thread]
+        went = reenter(self.arch, thread)
+        if went == USER_EXIT:
+            return 0
+        if went == USER_EXIT_AND_MORE:
             self.signal_pending = False
+            pcpu.POOL.seat_is_free()
+            return 0
+        if self._watch is None:
+            self._signal_watch()
+        if went == REFUSED:
+            self.vcpu_load()
+            self.arch.runner = thread
+        self.loaded[thread] = self
+        try:
+            return self.vcpu_run(went == EXITED)
+        finally:
+            self.arch.runner = 0
+            self.signal_pending = False
+            del self.loaded[thread]
+            self.vcpu_put()
 
     @classmethod
     def _signal_watch(cls) -> SignalWatch:
@@ -447,4 +469,7 @@ class KvmVcpuFile(VcpuX86):
 
     def release(self) -> None:
         """The vCPU's fd was closed; the VM keeps the vCPU until it is destroyed itself."""
+        for thread, vcpu in list(self._running.items()):
+            if vcpu is self:
+                self._running.pop(thread, None)
         self.kvm.put()

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from vmonty.cpu import models
 from vmonty.cpu.core import Cpu
 from vmonty.kvm.soft.cpuid import OFFERED
+from vmonty.kvm.soft.seats import Seat, Seats
 
 # How long a vCPU keeps its processor when others wait for one: the tick of a kernel with HZ=250.
 TICK_S = 0.004
@@ -51,10 +52,14 @@ class Context(Protocol):
         """Out of guest mode, and let another vCPU have the processor. Any thread."""
 
 
-class PhysicalCpu:
-    """Processor *number*: the silicon, what the vendor module keeps there, and whose registers it holds."""
+class PhysicalCpu(Seat):
+    """Processor *number*: the silicon, what the vendor module keeps there, and whose registers it holds.
 
-    def __init__(self, number: int) -> None:
+    Who evicts its holder, or takes it over, has claimed it before: else the holder may come back at any moment.
+    """
+
+    def __init__(self, number: int, pool: Seats) -> None:
+        super().__init__(pool)
         self.number = number
         self.cpu = Cpu()
         models.install(self.cpu, models.parse(OFFERED))
@@ -62,9 +67,7 @@ class PhysicalCpu:
         self.features = models.parse(MODEL).features | {"vmx", "svm"}
         # The vendor module's, from hardware_enable to hardware_disable.
         self.virtualization: Any = None
-        self.online = True
         self.holder: Context | None = None
-        self.running = False
         self.since_ns = 0
 
     def evict(self) -> None:
@@ -89,7 +92,7 @@ class SyscoreOps(NamedTuple):
     resume: Callable[[], None]
 
 
-class PhysicalCpus:
+class PhysicalCpus(Seats):
     """All processors. *limit*: how many there can be; below it one more comes up whenever a vCPU finds none free."""
 
     def __init__(self, limit: int) -> None:
@@ -121,7 +124,7 @@ class PhysicalCpus:
                 raise OSError(errno.EINVAL, f"there is no processor {number}: the pool has {self.limit}")
             if number in self._cpus:
                 return self._cpus[number]
-            pcpu = PhysicalCpu(number)
+            pcpu = PhysicalCpu(number, self)
             done: list[HotplugState] = []
             try:
                 for state in self.hotplug_states:
@@ -154,11 +157,12 @@ class PhysicalCpus:
 
     def _quiesce(self, pcpu: PhysicalCpu) -> None:
         """Wait until no vCPU runs there, and store what it holds."""
-        while pcpu.running:
+        while not pcpu.claim():
             if pcpu.holder is not None:
                 pcpu.holder.preempt()
             self._free.wait(TICK_S)
         pcpu.evict()
+        pcpu.running = False
 
     @contextmanager
     def cpuhp_state(self, state: HotplugState) -> Iterator[None]:
@@ -190,6 +194,7 @@ class PhysicalCpus:
         """kernel_restart_prepare(): every notifier is called; no vCPU runs any more until ``thaw``."""
         with self._lock:
             self._frozen = True
+            self._count_waiting()
             self.quiesce()
             for notify in self.reboot_notifiers:
                 notify()
@@ -198,6 +203,7 @@ class PhysicalCpus:
         """suspend_enter(): vCPUs freeze, all processors but the first go down, then syscore_suspend()."""
         with self._lock:
             self._frozen = True
+            self._count_waiting()
             self.quiesce()
             self._slept = [pcpu.number for pcpu in self][1:]
             for number in reversed(self._slept):
@@ -218,6 +224,7 @@ class PhysicalCpus:
         """Let vCPUs run again."""
         with self._lock:
             self._frozen = False
+            self._count_waiting()
             self._free.notify_all()
 
     # ---- the scheduler ----------------------------------------------------------------------------------------
@@ -229,11 +236,14 @@ class PhysicalCpus:
         """
         with self._lock:
             pcpu = context.pcpu
-            if self._queue or pcpu is None or pcpu.running or not pcpu.online or self._frozen:
+            if self._queue or pcpu is None or not pcpu.online or self._frozen or not pcpu.claim():
                 pcpu = self._wait_for_one(context, brief)
-                self._switch(pcpu, context)
+                try:
+                    self._switch(pcpu, context)
+                except BaseException:
+                    pcpu.running = False
+                    raise
                 pcpu.since_ns = time.monotonic_ns()
-            pcpu.running = True
 
     def sched_out(self, context: Context) -> None:
         """*context* does not need its processor for now."""
@@ -243,6 +253,14 @@ class PhysicalCpus:
             pcpu.running = False
             if self._queue or not pcpu.online:
                 self._free.notify_all()
+
+    def seat_is_free(self) -> None:
+        """A processor was given back without sched_out() while somebody waited for one."""
+        with self._lock:
+            self._free.notify_all()
+
+    def _count_waiting(self) -> None:
+        self.contended = self._frozen or bool(self._queue)
 
     def forget(self, context: Context) -> None:
         """*context*, which does not run, is about to be destroyed."""
@@ -257,6 +275,7 @@ class PhysicalCpus:
             self._queue.appendleft(context)
         else:
             self._queue.append(context)
+        self._count_waiting()
         try:
             while True:
                 if self._queue[0] is context and not self._frozen and (chosen := self._choose(context)) is not None:
@@ -266,21 +285,24 @@ class PhysicalCpus:
                 self._free.wait(TICK_S)
         finally:
             self._queue.remove(context)
+            self._count_waiting()
             if self._queue:
                 self._free.notify_all()
 
     def _choose(self, context: Context) -> PhysicalCpu | None:
-        """select_task_rq(): the one that is warm, else one that is empty, else a new one, else any that is idle."""
+        """select_task_rq(), and claim it: the one that is warm, else one that is empty, else a new one, else any."""
         own = context.pcpu
-        if own is not None and own.online and not own.running:
+        if own is not None and own.online and own.claim():
             return own
         idle = [pcpu for pcpu in self._cpus.values() if not pcpu.running and pcpu.online]
         for pcpu in idle:
-            if pcpu.holder is None:
+            if pcpu.holder is None and pcpu.claim():
                 return pcpu
         if len(self._cpus) < self.limit:
-            return self.online(next(number for number in range(self.limit) if number not in self._cpus))
-        return min(idle, key=lambda pcpu: pcpu.since_ns, default=None)
+            idle.append(self.online(next(number for number in range(self.limit) if number not in self._cpus)))
+            idle[-1].claim()
+            return idle[-1]
+        return next((pcpu for pcpu in sorted(idle, key=lambda pcpu: pcpu.since_ns) if pcpu.claim()), None)
 
     def _tick(self, share_ns: int) -> None:
         """The vCPU that runs longest makes room, if it has had its share."""

@@ -54,7 +54,7 @@ class SoftKvm:
         if file is None:
             return -errno.ENOTTY if _is_open(fd) else -errno.EBADF
         try:
-            return file.ioctl(int(request) & 0xFFFF_FFFF, argument)
+            return file.ioctl(request & 0xFFFF_FFFF, argument)
         except OSError as error:
             return -(error.errno or errno.EIO)
 

@@ -229,7 +229,7 @@ class Paravirt:
         """kvm_sched_yield(): the other vCPU first, if it is ready and has no processor."""
         self._vcpu.stats.values[DIRECTED_YIELD_ATTEMPTED] += 1
         other = self._vcpu.kvm.vcpus.get(apic_id)
-        if other is not None and other is not self._vcpu and not other.in_guest:
+        if other is not None and other is not self._vcpu and not other.arch.in_guest:
             self._vcpu.stats.values[DIRECTED_YIELD_SUCCESSFUL] += 1
             os.sched_yield()
 

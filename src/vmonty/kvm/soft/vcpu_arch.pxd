@@ -4,6 +4,7 @@ from vmonty.cpu.state cimport CpuState
 from vmonty.kvm.soft.kvm_host cimport KvmArch, KvmLapic, KvmVcpuArch
 from vmonty.kvm.soft.port_window cimport PortWindow
 from vmonty.kvm.soft.msr_table cimport StoredMsrs
+from vmonty.kvm.soft.seats cimport Seat
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
@@ -33,3 +34,6 @@ cdef class VcpuArch:
     cdef object _page
     cdef object _msrs
     cdef object _apic
+    # The processor that holds the vCPU.
+    cdef Seat seat
+    cdef object cpu

@@ -227,16 +227,75 @@ class VcpuArch:
         self.a.tsc_offset = offset
         self.a.tsc_scaled = scaled
 
-    def allow_fast(self, exits: cython.bint, msrs: cython.bint) -> None:
-        """Which exits of the next run may be handled without Python."""
+    def allow_fast(
+        self, exits: cython.bint, msrs: cython.bint, again: cython.bint, user_injects: cython.bint, pv_eoi: cython.bint
+    ) -> None:
+        """Which exits of the next run may be handled without Python, and whether *again* is for reentry.reenter()."""
+        self.a.pv_eoi = pv_eoi
         self.a.fast = exits
         self.a.fast_msrs = msrs
+        self.a.may_reenter = exits and again
+        self.a.user_injects = user_injects
 
     def take_user_exit(self) -> bool:
         """Whether the last run ended with an exit for user space that is in kvm_run already."""
         found: cython.bint = self.a.user_exit != 0
         self.a.user_exit = 0
+        self.a.reenter = found and self.a.may_reenter
         return found
+
+    def take_input(self) -> int:
+        """How many bytes of a port read user space has answered, whose instruction is to be completed; 0: none."""
+        found: cython.uint = self.a.input
+        self.a.input = 0
+        return found
+
+    def touched(self) -> None:
+        """Something of the vCPU may have changed: the next run looks at everything."""
+        self.a.reenter = 0
+
+    def detach(self) -> None:
+        """The vCPU leaves its processor."""
+        self.a.enter = cython.NULL
+        self.a.processor = cython.NULL
+        self.seat = None
+        self.cpu = None
+
+    @property
+    def runner(self) -> int:
+        """The thread that is in KVM_RUN, by its ident; 0 for none."""
+        return self.a.runner
+
+    @runner.setter
+    def runner(self, thread: cython.ulong) -> None:
+        self.a.runner = thread
+
+    @property
+    def in_guest(self) -> bool:
+        """Whether the guest may use its TLB."""
+        return self.a.in_guest != 0
+
+    @in_guest.setter
+    def in_guest(self, value: cython.bint) -> None:
+        self.a.in_guest = value
+
+    @property
+    def tlb_flush_requested(self) -> bool:
+        """KVM_REQ_TLB_FLUSH."""
+        return self.a.flush_requested != 0
+
+    @tlb_flush_requested.setter
+    def tlb_flush_requested(self, value: cython.bint) -> None:
+        self.a.flush_requested = value
+
+    @property
+    def cr8(self) -> int:
+        """Without a local APIC: the task priority that kvm_run has."""
+        return self.a.cr8
+
+    @cr8.setter
+    def cr8(self, value: cython.ulonglong) -> None:
+        self.a.cr8 = value
 
     def set_cpuid(self, entries: list) -> None:
         """Take CPUID entries: (function, index, flags, eax, ebx, ecx, edx) each. Raises MemoryError."""

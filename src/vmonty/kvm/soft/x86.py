@@ -11,6 +11,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from vmonty.kvm.soft import cpuid, pcpu
@@ -43,7 +44,7 @@ from vmonty.kvm.soft.stats import (
 from vmonty.kvm.soft.timer import Timer
 from vmonty.kvm.soft.tsc import check_tsc_khz, host_tsc_khz, read_tsc
 from vmonty.kvm.soft.user import Argument
-from vmonty.kvm.soft.user_exits import UserExits, run_offset
+from vmonty.kvm.soft.user_exits import PIO_DATA_OFFSET, UserExits, run_offset
 from vmonty.kvm.uapi import Cap, Exit, Requests, flags
 from vmonty.kvm.uapi.irq import kvm_vapic_addr
 from vmonty.kvm.uapi.vcpu import (
@@ -426,12 +427,21 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
 
     def request_tlb_flush(self) -> None:
         """KVM_REQ_TLB_FLUSH: before the next instruction of the guest."""
-        self.tlb_flush_requested = True
-        if self.in_guest:  # else it looks for requests when it enters
+        self.arch.tlb_flush_requested = True
+        if self.arch.in_guest:  # else it looks for requests when it enters
             self.vendor.kick()
 
-    def vcpu_run(self) -> int:
-        """kvm_arch_vcpu_ioctl_run(): 0 when user space must act. Raises OSError: EINTR, EAGAIN."""
+    def vcpu_run(self, reentered: bool = False) -> int:
+        """kvm_arch_vcpu_ioctl_run(): 0 when user space must act. Raises OSError: EINTR, EAGAIN.
+
+        *reentered*: reentry.reenter() has come as far as an exit.
+        """
+        if reentered:
+            try:
+                self._loop(reentered)
+            finally:
+                self._save_run()
+            return 0
         if self.apic is None:
             self.set_cr8(self.run.cr8)
         if self.mp_state == flags.KVM_MP_STATE_UNINITIALIZED:
@@ -445,6 +455,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
             self.load_sync_regs()
         self.vendor.host_had_control()
         completion, self.completion = self.completion, None
+        if size := self.arch.take_input():
+            completion = partial(self.vendor.complete_in, bytes(self.page[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size]))
         if completion is not None and not completion():
             self._save_run()
             return 0
@@ -496,7 +508,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
             self.stats.values[SIGNAL_EXITS] += 1
             raise OSError(errno.EINTR, "a signal is pending")
 
-    def _loop(self) -> None:
+    def _loop(self, reentered: bool = False) -> None:
+        if reentered and not self._after_reentry():
+            return
         while True:
             self.arch.take_requests()
             # After the processor is ours: a kick that came before may have found the vCPU on none.
@@ -509,9 +523,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
                     return
             else:
                 self._block()
-            if self._wants_interrupt_window():
-                self.run.exit_reason = Exit.IRQ_WINDOW_OPEN
-                self.stats.values[REQUEST_IRQ_EXITS] += 1
+            if self._window_exit():
                 return
 
     def _runnable(self) -> bool:
@@ -686,6 +698,20 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         self.stats.values[EXITS] += 1
         return not self.arch.take_user_exit() and self.vendor.handle_exit()
 
+    def _after_reentry(self) -> bool:
+        """The end of _enter_guest()."""
+        self.vendor.after_reentry()
+        self.stats.values[EXITS] += 1
+        return self.vendor.handle_exit() and not self._window_exit()
+
+    def _window_exit(self) -> bool:
+        """Whether user space wants to know that it can inject an interrupt now."""
+        if not self._wants_interrupt_window():
+            return False
+        self.run.exit_reason = Exit.IRQ_WINDOW_OPEN
+        self.stats.values[REQUEST_IRQ_EXITS] += 1
+        return True
+
     def _allow_fast(self) -> None:
         """Whether exits may be handled in fastpath.py: nothing that Python must do around each of them is going on."""
         kvm, apic = self.kvm, self.apic
@@ -695,7 +721,15 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
             and (apic is None or not (self._has_extint(apic) or kvm.irqs.has_extint(apic)))
             and not (self.run.request_interrupt_window and self._user_space_injects())
         )
-        self.arch.allow_fast(plain, kvm.msr_filter is None)
+        user_injects = self._user_space_injects()
+        # What reentry.reenter() does not look at: rings, shadow tables, a signal mask, a PIC of user space's.
+        again = not (
+            self.dirty_ring is not None
+            or self.signal_mask is not None
+            or self.vendor.shadow is not None
+            or (user_injects and apic is not None)
+        )
+        self.arch.allow_fast(plain, kvm.msr_filter is None, again, user_injects, self.pv.active)
 
     def _run_traced(self, tracer: Tracer) -> None:
         entered = time.monotonic_ns()
@@ -711,18 +745,19 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
 
     def guest_mode(self, enter: Callable[[], T]) -> T:
         """Do *enter* in guest mode, after a flush that was asked for; see flush_remote_tlbs() for the order."""
+        arch = self.arch
         while True:
             self.vendor.mmu_load()
-            self.in_guest = True
+            arch.in_guest = True
             try:
-                if self.tlb_flush_requested:
-                    self.tlb_flush_requested = False
+                if arch.tlb_flush_requested:
+                    arch.tlb_flush_requested = False
                     self.stats.values[TLB_FLUSH] += 1
                     self.vendor.flush_tlb()
                 if self.vendor.mmu_ready():  # another vCPU may have dropped the tables meanwhile
                     return enter()
             finally:
-                self.in_guest = False
+                arch.in_guest = False
 
     def _inject_pending_event(self) -> None:
         """kvm_check_and_inject_events(): one event a time, what was interrupted first."""
@@ -769,6 +804,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         apic = self.apic
         cr8, base = (self._cr8, self._apic_base) if apic is None else (apic.get_cr8(), apic.regs.apic_base)
         RUN_SAVED.pack_into(self.page, RUN_SAVED_AT, ready, interrupts, cr8, base)
+        self.arch.cr8 = cr8
         if SYNC_REGS.unpack_from(self.page, SYNC_REGS_AT)[0]:
             self.store_sync_regs()
 

@@ -14,7 +14,7 @@ from vmonty.cpu.context import Context
 from vmonty.cpu.cpuid import set_features
 from vmonty.cpu.vmcb import IOPM_SIZE, MSRPM_SIZE, PAGE_SIZE, Vmcb, msrpm_bit
 from vmonty.kvm.soft.cpuid import instructions
-from vmonty.kvm.soft.svm.run import enter
+from vmonty.kvm.soft.svm.run import attach, enter, outcome
 from vmonty.kvm.soft.vcpu_arch import VcpuArch
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
 
@@ -77,9 +77,11 @@ class Processor:
         self.set_debug = self._svm.set_dr
         self.flush = self._svm.flush
         self.invlpga = self._svm.invlpga
+        attach(self._svm, self.vmcb.address, self._arch, pcpu)
 
     def store(self) -> None:
         """The registers are here, and the processor is free."""
+        self._arch.detach()
         self._registers.store(self._cpu)
         self.pcpu = None
 
@@ -90,6 +92,10 @@ class Processor:
     def enter(self) -> int:
         """VMLOAD, VMRUN, VMSAVE: gives the exit code."""
         return enter(self._svm, self.vmcb.address, self._arch)
+
+    def outcome(self) -> int:
+        """What enter() would give or raise for the run that reentry.reenter() made."""
+        return outcome(self._svm, self._arch)
 
     def emulate(self, resume: bool, instructions: int, devices: bool = True) -> str:
         """Execute instructions with missing memory as MMIO; see cpu.svm.Svm.emulate()."""

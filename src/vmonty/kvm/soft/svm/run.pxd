@@ -1,6 +1,6 @@
 """The run loop of an SVM guest without Python."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from vmonty.cpu.state cimport CpuState
 from vmonty.cpu.svm_exit cimport SvmState
@@ -14,6 +14,7 @@ cdef enum:
 
 # As cpu.svm.svm_run, but exits that need no Python are handled, and the guest entered again. VMLOAD and VMSAVE too.
 cdef int svm_vcpu_run(KvmVcpuArch *a, CpuState *s, uint64_t vmcb) noexcept nogil
+cdef int64_t svm_vcpu_reenter(KvmVcpuArch *a) noexcept nogil
 cdef int svm_exit_handlers_fastpath(KvmVcpuArch *a, CpuState *s, SvmState *v) noexcept nogil
 cdef void _inject_pending_event(KvmVcpuArch *a, uint8_t *m) noexcept nogil
 cdef void _window(uint8_t *m, bint on) noexcept nogil

@@ -24,7 +24,10 @@ from cython.cimports.vmonty.cpu.vmcb import (
     VMCB_INT_CTL,
     VMCB_INT_STATE,
     VMCB_INTERCEPT_CR,
+    VMCB_NRIP,
+    VMCB_RAX,
     VMCB_RFLAGS,
+    VMCB_RIP,
     get32,
     get64,
     put32,
@@ -41,13 +44,22 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_events,
     fastpath_external_interrupt,
     fastpath_halt,
+    fastpath_in,
+    fastpath_input,
     fastpath_out,
     fastpath_rdmsr,
     fastpath_wrmsr,
 )
+from cython.cimports.vmonty.kvm.soft.kvm_host import REQUEST_EVENT
 from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt, kvm_get_apic_interrupt
 from cython.cimports.vmonty.kvm.soft.port_window import fastpath_window
-from cython.cimports.vmonty.kvm.soft.vcpu_arch import VcpuArch, kvm_enter_guest_mode, kvm_leave_guest_mode
+from cython.cimports.vmonty.kvm.soft.seats import Seat
+from cython.cimports.vmonty.kvm.soft.vcpu_arch import (
+    VcpuArch,
+    kvm_enter_guest_mode,
+    kvm_leave_guest_mode,
+    kvm_take_requests,
+)
 
 
 def svm_exit_handlers_fastpath(a, s, v):
@@ -74,8 +86,8 @@ def svm_exit_handlers_fastpath(a, s, v):
         size: uint32_t = (information >> 4) & 7
         if information & 4 == 0:
             done = fastpath_window(a, s, port, size, (information & 1) != 0)
-            if done == FAST_NONE and information & 1 == 0:
-                return fastpath_out(a, s, port, size)
+            if done == FAST_NONE:
+                return fastpath_in(a, s, port, size) if information & 1 else fastpath_out(a, s, port, size)
     elif code == SVM_VINTR:
         a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
         a.counters[COUNT_EXITS] += 1
@@ -147,6 +159,33 @@ def svm_vcpu_run(a, s, vmcb):
     save_state(s, m)
     kvm_leave_guest_mode(a)
     return reason
+
+
+def svm_vcpu_reenter(a):
+    """svm_vcpu_run() after an exit that only kvm_run tells of: what was read for the guest, and what is pending."""
+    m: cython.pointer(uint8_t) = cython.cast(cython.pointer(uint8_t), a.control_block)
+    kvm_take_requests(a, REQUEST_EVENT)
+    if a.input:
+        put64(m, VMCB_RAX, fastpath_input(a, get64(m, VMCB_RAX)))
+        put64(m, VMCB_RIP, get64(m, VMCB_NRIP))
+        put64(m, VMCB_INT_STATE, 0)
+    fastpath_events(a, False)
+    _inject_pending_event(a, m)
+    return svm_vcpu_run(a, a.processor, a.control_block)
+
+
+def attach(svm: Svm, vmcb: cython.ulonglong, arch: VcpuArch, seat: Seat) -> None:
+    """The vCPU is on a processor."""
+    arch.a.processor = svm.s
+    arch.a.control_block = vmcb
+    arch.a.enter = svm_vcpu_reenter
+    arch.cpu = svm.cpu
+    arch.seat = seat
+
+
+def outcome(svm: Svm, arch: VcpuArch) -> int:
+    """What enter() would give or raise for the run that reentry.reenter() made."""
+    return svm.outcome(cython.cast(cython.int, arch.a.outcome))
 
 
 def enter(svm: Svm, vmcb: cython.ulonglong, arch: VcpuArch) -> int:

@@ -434,6 +434,11 @@ class Svm(SvmExits):
             self.cpu.enter()
         self.complete_interrupts()
 
+    def after_reentry(self) -> None:
+        """The end of run(), after reentry.reenter() did the rest of it."""
+        self.cpu.outcome()
+        self.complete_interrupts()
+
     def _run_debugged(self) -> None:
         """User space's debugger steps, or has breakpoints: #DB is its own, and the guest's DR6 stays."""
         vmcb = self.vmcb

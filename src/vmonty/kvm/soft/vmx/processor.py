@@ -16,7 +16,7 @@ from vmonty.cpu.cpuid import set_features
 from vmonty.cpu.vmcs import REVISION, Field
 from vmonty.kvm.soft.cpuid import instructions
 from vmonty.kvm.soft.vcpu_arch import VcpuArch
-from vmonty.kvm.soft.vmx.run import enter
+from vmonty.kvm.soft.vmx.run import attach, enter, outcome
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class Processor:
         self.get_gpr = self._vmx.gpr
         self.set_gpr = self._vmx.set_gpr
         self.enter = partial(enter, self._vmx, self._arch)
+        self.outcome = partial(outcome, self._vmx, self._arch)
         self.emulate = self._vmx.emulate
         self.answer_mmio = self._vmx.answer_mmio
         self.forget_mmio = self._vmx.forget_mmio
@@ -100,9 +101,11 @@ class Processor:
         self.lost_memory = self._vmx.lost_memory
         self.get_debug = self._vmx.dr
         self.set_debug = self._vmx.set_dr
+        attach(self._vmx, self._arch, pcpu)
 
     def store(self) -> None:
         """__loaded_vmcs_clear(): the VMCS's data are in memory, the registers here, and the processor is free."""
+        self._arch.detach()
         self._registers.store(self._cpu)
         self._vmx.vmclear(self.vmcs.address)
         self.pcpu = None

@@ -7,15 +7,17 @@ event or a window the VMCS is written, and entered again. Python sees the last e
 from __future__ import annotations
 
 import cython
-from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM, FLAG_TF
+from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM, FLAG_TF, RAX
 from cython.cimports.vmonty.cpu.vmcs import (
     CPU_BASED_VM_EXEC_CONTROL,
     EXIT_QUALIFICATION,
     GUEST_INTERRUPTIBILITY_INFO,
     GUEST_RFLAGS,
+    GUEST_RIP,
     HEADER_LAUNCHED,
     IDT_VECTORING_INFO_FIELD,
     VM_ENTRY_INTR_INFO_FIELD,
+    VM_EXIT_INSTRUCTION_LEN,
     VM_EXIT_REASON,
     VM_INSTRUCTION_ERROR,
     get,
@@ -46,13 +48,22 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_events,
     fastpath_external_interrupt,
     fastpath_halt,
+    fastpath_in,
+    fastpath_input,
     fastpath_out,
     fastpath_rdmsr,
     fastpath_wrmsr,
 )
+from cython.cimports.vmonty.kvm.soft.kvm_host import REQUEST_EVENT
 from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt, kvm_get_apic_interrupt
 from cython.cimports.vmonty.kvm.soft.port_window import fastpath_window
-from cython.cimports.vmonty.kvm.soft.vcpu_arch import VcpuArch, kvm_enter_guest_mode, kvm_leave_guest_mode
+from cython.cimports.vmonty.kvm.soft.seats import Seat
+from cython.cimports.vmonty.kvm.soft.vcpu_arch import (
+    VcpuArch,
+    kvm_enter_guest_mode,
+    kvm_leave_guest_mode,
+    kvm_take_requests,
+)
 
 
 def vmx_exit_handlers_fastpath(a, s, v):
@@ -78,8 +89,8 @@ def vmx_exit_handlers_fastpath(a, s, v):
         size: uint32_t = (qualification & 7) + 1
         if qualification & 0x10 == 0:
             done = fastpath_window(a, s, port, size, (qualification & 8) != 0)
-            if done == FAST_NONE and qualification & 8 == 0:
-                return fastpath_out(a, s, port, size)
+            if done == FAST_NONE:
+                return fastpath_in(a, s, port, size) if qualification & 8 else fastpath_out(a, s, port, size)
     elif reason == REASON_INTERRUPT_WINDOW:
         a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
         a.counters[COUNT_EXITS] += 1
@@ -152,6 +163,33 @@ def vmx_vcpu_run(a, s):
     if reason != EXIT_VM:
         return RUN_STOPPED - reason
     return cython.cast(int64_t, get(v.vmcs, VM_EXIT_REASON))
+
+
+def vmx_vcpu_reenter(a):
+    """vmx_vcpu_run() after an exit that only kvm_run tells of: what was read for the guest, and what is pending."""
+    s: cython.pointer(CpuState) = a.processor
+    m: cython.pointer(uint8_t) = vmx_of(s).vmcs
+    kvm_take_requests(a, REQUEST_EVENT)
+    if a.input:
+        s.gpr[RAX] = fastpath_input(a, s.gpr[RAX])
+        put(m, GUEST_RIP, get(m, GUEST_RIP) + get(m, VM_EXIT_INSTRUCTION_LEN))
+        put(m, GUEST_INTERRUPTIBILITY_INFO, get(m, GUEST_INTERRUPTIBILITY_INFO) & ~cython.cast(uint64_t, SHADOWS))
+    fastpath_events(a, False)
+    _inject_pending_event(a, m)
+    return vmx_vcpu_run(a, s)
+
+
+def attach(vmx: Vmx, arch: VcpuArch, seat: Seat) -> None:
+    """The vCPU, whose VMCS is current there, is on a processor."""
+    arch.a.processor = vmx.s
+    arch.a.enter = vmx_vcpu_reenter
+    arch.cpu = vmx.cpu
+    arch.seat = seat
+
+
+def outcome(vmx: Vmx, arch: VcpuArch) -> int:
+    """What enter() would give or raise for the run that reentry.reenter() made."""
+    return vmx.outcome(arch.a.outcome)
 
 
 def enter(vmx: Vmx, arch: VcpuArch) -> int:

@@ -481,6 +481,14 @@ class Vmx(VmxExits):
             self._step()
         else:
             self.cpu.enter()
+        self._exited()
+
+    def after_reentry(self) -> None:
+        """The end of run(), after reentry.reenter() did the rest of it."""
+        self.cpu.outcome()
+        self._exited()
+
+    def _exited(self) -> None:
         self.cpu.vmwrite(Field.VM_ENTRY_INTR_INFO_FIELD, 0)
         self.complete_interrupts()
 
