@@ -78,6 +78,7 @@ def test_as_many_vcpus_as_there_can_be(image: bytes) -> None:
 LEGACY = [
     ("i8042-data", 0x60), ("i8042-command", 0x64), ("cmos", 0x70), ("post", 0x80), ("port92", 0x92), ("serial", 0x3F8),
     ("pvpanic", 0x505), ("fw_cfg", 0x510), ("acpi-pm", PM_BASE), ("pci-config", 0xCF8),
+    ("acpi-pci-hotplug", 0xAE00), ("acpi-gpe0", 0xAFE0),
 ]  # fmt: skip
 STANDS = {
     "pc": [*LEGACY, ("shadow-ram", 0xC_0000), ("hpet", 0xFED0_0000)],
