@@ -181,8 +181,8 @@ def run(
 ) -> tuple[int, list[str], collections.Counter[isa.Row]]:
     """Run that many cases; how many ran, the differences, and how often each row did."""
     rng = random.Random(seed)
-    maker = Maker(rng, bits)
     bench = Bench(seed, bits)
+    maker = Maker(rng, bits, bench.native.xcr0)
     rows = [r for r in isa.ROWS if testable(r, bits) and (not name or r.name == name)]
     problems: list[str] = []
     seen: collections.Counter[isa.Row] = collections.Counter()

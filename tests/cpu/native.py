@@ -105,6 +105,9 @@ class Native:
         struct.pack_into("<I", self.code, CODE_SIZE + 152, 0x1F80)
         self.traps = hosttraps.NativeTraps(CODE + 0x1000, CODE + CODE_SIZE, self.leave)
         self._enter = ctypes.CFUNCTYPE(None)(CODE)
+        # xor ecx, ecx; xgetbv: what XSAVE and XRSTOR reach on this processor.
+        got = self.run(CODE + 0x1000, bytes.fromhex("31c9 0f01d0"), bytes(128), 0, bytes(832)).registers
+        self.xcr0 = int.from_bytes(got[0:4], "little") | int.from_bytes(got[16:20], "little") << 32
 
     def _way_back(self, after: int) -> bytes:
         """The jump to the leaving stub from the address behind the code."""

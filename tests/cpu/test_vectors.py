@@ -111,8 +111,8 @@ class TestCompacted:
 
     @pytest.mark.parametrize(
         ("xstate_bv", "xcomp_bv", "also"),
-        [(4, 2 | 1 << 63, 0), (2, 1 << 63 | 1 << 9 | 2, 0), (2, 2 | 1 << 63, 1), (2, 2, 0)],
-        ids=["not in XCOMP_BV", "beyond XCR0", "reserved bytes", "standard format with XCOMP_BV"],
+        [(4, 2 | 1 << 63, 0), (2, 1 << 63 | 1 << 9 | 2, 0), (2, 2 | 1 << 63, 1), (2, 2, 0), (1 << 63 | 2, 1 << 63 | 2, 0)],
+        ids=["not in XCOMP_BV", "beyond XCR0", "reserved bytes", "standard format with XCOMP_BV", "bit 63 in XSTATE_BV"],
     )
     def test_bad_headers(self, machine: Machine, xstate_bv: int, xcomp_bv: int, also: int) -> None:
         machine.memory[AREA : AREA + 832] = bytes(832)
@@ -128,6 +128,31 @@ class TestCompacted:
         machine = SystemMachine().long_mode(user=True)
         assert machine.run(assemble(f"xor eax, eax\n xor edx, edx\n {instruction} [0xA000]", 64, 0x8000)) == "halt"
         assert machine.handler == GP
+
+
+@pytest.mark.parametrize("component", [3, 4, 5, 6, 7, 8, 9, 17, 18, 62, 63])
+@pytest.mark.parametrize("rfbm", [0, 4, 7])
+def test_components_beyond_xcr0_are_refused(machine: Machine, component: int, rfbm: int) -> None:
+    """Also those that the processor underneath has enabled for itself. SDM, "Standard Form of XRSTOR"."""
+    machine.memory[AREA : AREA + 832] = bytes(832)
+    machine.put64(AREA + 512, 1 << component | 4)
+    machine.cpu["rax"], machine.cpu["rdx"] = rfbm, 0
+    assert run(machine, f"xrstor [{AREA:#x}]") == GP
+    machine.put64(AREA + 512, 4)
+    assert run(machine, f"xrstor [{AREA:#x}]") == -1
+
+
+@pytest.mark.skipif(not models.available("xsavec"), reason="the processor underneath has no XSAVEC")
+@pytest.mark.parametrize("component", [3, 5, 9, 18, 62])
+@pytest.mark.parametrize("rfbm", [0, 4, 7])
+def test_compacted_components_beyond_xcr0_are_refused(machine: Machine, component: int, rfbm: int) -> None:
+    """In XCOMP_BV, of which XSTATE_BV names fewer. SDM, "Compacted Form of XRSTOR"."""
+    machine.memory[AREA : AREA + 832] = bytes(832)
+    machine.put64(AREA + 520, 1 << 63 | 1 << component | 6)
+    machine.cpu["rax"], machine.cpu["rdx"] = rfbm, 0
+    assert run(machine, f"xrstor [{AREA:#x}]") == GP
+    machine.put64(AREA + 520, 1 << 63 | 6)
+    assert run(machine, f"xrstor [{AREA:#x}]") == -1
 
 
 def test_xgetbv_tells_what_is_in_use(machine: Machine) -> None:

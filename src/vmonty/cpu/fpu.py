@@ -149,7 +149,7 @@ def _xrstor(s: cython.pointer(CpuState), linear: uint64_t, compact_only: cython.
     if header[1] >> 63:
         if not has_feature(s, _XSAVEC):
             return raise_error(s, 13, 0)
-        if (header[1] << 1) >> 1 & ~s.xcr0 or header[0] & ~header[1]:
+        if (header[1] << 1) >> 1 & ~s.xcr0 or header[0] & ~header[1] or header[0] >> 63:
             return raise_error(s, 13, 0)
         for k in range(2, 8):
             if header[k]:
