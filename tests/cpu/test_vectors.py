@@ -111,8 +111,13 @@ class TestCompacted:
 
     @pytest.mark.parametrize(
         ("xstate_bv", "xcomp_bv", "also"),
-        [(4, 2 | 1 << 63, 0), (2, 1 << 63 | 1 << 9 | 2, 0), (2, 2 | 1 << 63, 1), (2, 2, 0), (1 << 63 | 2, 1 << 63 | 2, 0)],
-        ids=["not in XCOMP_BV", "beyond XCR0", "reserved bytes", "standard format with XCOMP_BV", "bit 63 in XSTATE_BV"],
+        [
+            pytest.param(4, 2 | 1 << 63, 0, id="not in XCOMP_BV"),
+            pytest.param(2, 1 << 63 | 1 << 9 | 2, 0, id="beyond XCR0"),
+            pytest.param(2, 2 | 1 << 63, 1, id="reserved bytes"),
+            pytest.param(2, 2, 0, id="standard format with XCOMP_BV"),
+            pytest.param(2 | 1 << 63, 2 | 1 << 63, 0, id="bit 63 of XSTATE_BV"),
+        ],
     )
     def test_bad_headers(self, machine: Machine, xstate_bv: int, xcomp_bv: int, also: int) -> None:
         machine.memory[AREA : AREA + 832] = bytes(832)
