@@ -77,6 +77,7 @@ class Case:
     flags: int = 0
     xsave: bytes = b""
     undefined: int = 0
+    unsure: int = 0  # flags that are undefined somewhere before the last instruction
     patches: list[tuple[int, bytes]] = field(default_factory=list)  # address in DATA, bytes to be there
     opaque: list[tuple[int, int]] = field(default_factory=list)  # address in DATA, bytes that show host addresses
 
@@ -529,6 +530,7 @@ class Maker:
             case.xsave = bytes(draft.image)
             written |= self.written(row, got)
             fixed = draft.fixed
+            case.unsure |= case.undefined
             if row.cls == "fpu":
                 break
             self._undefined(case, row, got)

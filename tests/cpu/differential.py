@@ -34,11 +34,13 @@ def testable(row: isa.Row, bits: int) -> bool:
 class Bench:
     """Both processors with the same memory, in 64-, 32- or 16-bit code."""
 
-    def __init__(self, seed: int, bits: int = 64) -> None:
+    def __init__(self, seed: int, bits: int = 64, exact: bool = False) -> None:
         self.rng = random.Random(seed)
         self.bits = bits
+        self.exact = exact
         self.native = Native(bits)
         self.cpu = core.Cpu()
+        self.cpu.keep_flags(exact)
         self.memory = mmap.mmap(-1, 4 << 20)
         self.cpu.add_region(0, self.memory)
         # Linear CODE and DATA are mapped as the host has them: code at 1 MB, data at 2 MB of guest memory.
@@ -133,8 +135,9 @@ class Bench:
             ]
             if wrong:
                 return "; ".join(wrong)
-        if vector < 0:
-            difference = (cpu["rflags"] ^ flags) & ARITHMETIC & ~case.undefined
+        if vector < 0 or self.exact:
+            undefined = case.undefined if vector < 0 else case.unsure
+            difference = (cpu["rflags"] ^ flags) & ARITHMETIC & ~undefined
             if difference:
                 return f"flags {cpu['rflags'] & ARITHMETIC:#x} not {flags & ARITHMETIC:#x}, differ {difference:#x}"
         mine = bytearray(self.memory[DATA_PHYSICAL : DATA_PHYSICAL + DATA_SIZE])
@@ -177,11 +180,11 @@ def _comparable(image: bytes) -> bytes:
 
 
 def run(
-    cases: int, seed: int, bits: int = 64, name: str = "", length: int = 0, stop_after: int = 20
+    cases: int, seed: int, bits: int = 64, name: str = "", length: int = 0, stop_after: int = 20, exact: bool = False
 ) -> tuple[int, list[str], collections.Counter[isa.Row]]:
     """Run that many cases; how many ran, the differences, and how often each row did."""
     rng = random.Random(seed)
-    bench = Bench(seed, bits)
+    bench = Bench(seed, bits, exact)
     maker = Maker(rng, bits, bench.native.xcr0)
     rows = [r for r in isa.ROWS if testable(r, bits) and (not name or r.name == name)]
     problems: list[str] = []
@@ -216,11 +219,13 @@ def main() -> int:
     parser.add_argument("--row", default="")
     parser.add_argument("--length", type=int, default=0)
     parser.add_argument("--stop-after", type=int, default=20)
+    parser.add_argument("--exact", action="store_true", help="keep dead flags too, and compare those of faults")
     arguments = parser.parse_args()
     start = time.monotonic()
     done, problems, seen = run(
-        arguments.cases, arguments.seed, arguments.bits, arguments.row, arguments.length, arguments.stop_after
-    )
+        arguments.cases, arguments.seed, arguments.bits, arguments.row, arguments.length, arguments.stop_after,
+        arguments.exact,
+    )  # fmt: skip
     for problem in problems:
         print(problem)
     print(

@@ -27,6 +27,17 @@ def test_against_the_host_processor(bits: int, seed: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("bits", [64, 32, 16])
+def test_faults_against_the_host_processor(bits: int) -> None:
+    """With all flags kept, those that a fault leaves are the processor's too."""
+    arguments = ["--cases", str(CASES), "--seed", "3", "--bits", str(bits), "--exact"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cpu.differential", *arguments],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_what_is_left_out_is_the_systems() -> None:
     """Every other row is executed on both processors in the modes it exists in."""
     flags = models.host_flags() | {"sha_ni"}

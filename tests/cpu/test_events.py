@@ -62,6 +62,18 @@ def test_inner_level_takes_rsp0_and_a_null_ss(user: Machine) -> None:
     assert user.stack(6) == [6, CODE, USER_CODE64, 0x202 | RF, STACK3, USER_DATA]
 
 
+@pytest.mark.parametrize("code", ["f3 a6", "f2 ae"])  # repe cmpsb, repne scasb
+def test_a_fault_in_repeated_comparisons_has_the_flags_from_before(long: Machine, code: str) -> None:
+    """Not those of the iterations that are done. SDM, "REP/REPE/REPZ/REPNE/REPNZ"."""
+    end = 2 << 20
+    long["rsi"], long["rdi"], long["rcx"], long["rax"], long["rflags"] = 0xA000, end - 8, 100, 1, 0x8D7
+    long.ram.write(0xA000, bytes(16))
+    long.ram.write(end - 8, bytes(8))
+    assert long.run(bytes.fromhex(code)) == "halt"
+    assert (long.handler, long["cr2"], long["rdi"], long["rcx"]) == (14, end, end, 92)
+    assert long.stack(4)[3] == 0x8D7 | RF
+
+
 def test_interrupt_stack_table(long: Machine) -> None:
     long.ram.write(IDT + 16 * 8, gate64(HANDLERS, ist=1))
     assert long.deliver(8, 0) == "jump"

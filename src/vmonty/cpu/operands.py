@@ -34,6 +34,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     put64,
     rorx,
     store,
+    store_imm32,
     vex3,
 )
 from cython.cimports.vmonty.cpu.codecache import displacement
@@ -56,6 +57,7 @@ from cython.cimports.vmonty.cpu.state import FS, PAGE_SLOTS, SS, TLB_ENTRIES
 from cython.cimports.vmonty.cpu.tlb import (
     SLOW_ALIGNED,
     SLOW_GROUP,
+    SLOW_LATE,
     SLOW_MASKED,
     SLOW_OFFSET,
     SLOW_READ,
@@ -303,6 +305,15 @@ def _in_stream(w: cython.pointer(Work), i: cython.pointer(Insn), ea: cython.poin
     return 1
 
 
+@cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _waits(i: cython.pointer(Insn)) -> cython.int:
+    """Tell whether an instruction is one of the x87 that report a pending exception: not FNSTCW and FNSTSW."""
+    return ROW[i.row].attributes & A_X87 and ((i.opcode != 0xD9 and i.opcode != 0xDD) or (i.modrm >> 3 & 7) != 7)
+
+
 def emit_access(w, i, ea, size, access, stack):
     """Emit the way to one memory operand; w.base and w.index then address it in the host.
 
@@ -328,6 +339,8 @@ def emit_access(w, i, ea, size, access, stack):
         what |= SLOW_ALIGNED
     if ROW[i.row].cls in (C_MASKED, C_MASKMOV):
         what |= SLOW_MASKED
+    elif access & 2 and _waits(i):
+        what |= SLOW_LATE if w.single else SLOW_MASKED
     what |= cython.cast(uint32_t, size) << SLOW_SIZE_SHIFT
     w.disp = 0
     w.scale = 0
@@ -664,10 +677,8 @@ def emit_copy(w, i):
             ea.special = EA_BIT
             ea.bit_register = i.reg
             ea.operand_size = i.operand_size
-        if r.attributes & A_X87 and ((i.opcode != 0xD9 and i.opcode != 0xDD) or (i.modrm >> 3 & 7) != 7):
-            put8(
-                a, 0x9B
-            )  # fwait: an exception that is pending comes before those of the operand; not in FNSTCW, FNSTSW
+        if _waits(i):
+            put8(a, 0x9B)  # fwait: an exception that is pending comes before those of the operand
         emit_access(w, i, cython.address(ea), i.memory_size, i.memory_access, 0)
         if r.attributes & (A_CL | A_WCX):
             to_one_register(w, S1)
@@ -736,4 +747,8 @@ def emit_copy(w, i):
     if e != NONE and e_access & 2 and host(e) < 0 and not direct:
         store(a, rm, RBP_HOST, home(w, e))
     if i.has_memory:
+        if w.single and i.memory_access & 2 and _waits(i):  # fnstsw, fnstcw: an unmasked exception stores nothing
+            op_mem(a, 0, 0, 0xDD, 7, RBP_HOST, NONE, 0, displacement(w.s, cython.address(w.s.careful_fsw)))
+            op_mem(a, 0, 0, 0xD9, 7, RBP_HOST, NONE, 0, displacement(w.s, cython.address(w.s.careful_fcw)))
+            store_imm32(a, RBP_HOST, displacement(w.s, cython.address(w.s.careful_x87)), 1)
         emit_commit(w, i.memory_access)

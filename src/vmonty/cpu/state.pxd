@@ -453,6 +453,10 @@ cdef struct CpuState:
     uint32_t attention       # nonzero: the dispatcher asks the events module before every block
     uint32_t kick            # written by other threads together with run = 0: run() returns EXIT_RUN_FLAG
     uint32_t careful_count
+    uint32_t careful_x87     # 1: careful_fsw and careful_fcw say whether the x87 store took place
+    uint16_t careful_fsw
+    uint16_t careful_fcw
+    uint32_t careful_late    # 1: the x87 store's operand faults, if it is stored at all
     uint32_t code_page_written
     uint64_t shadow_base
     uint64_t lookup_now      # the lookup stub of the current tlb_set

@@ -224,13 +224,18 @@ def _stretch(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.
 
 
 def string_instruction(s, i):
-    """Execute one string instruction. 0 when it is finished, else LEAVE_*; LEAVE_RETRY when it was interrupted."""
+    """Execute one string instruction. 0 when it is finished, else LEAVE_*; LEAVE_RETRY when it was interrupted.
+
+    A fault leaves rSI, rDI and rCX as the iterations before it did, and the flags as they were before the first. SDM,
+    "REP/REPE/REPZ/REPNE/REPNZ".
+    """
     r: cython.int
     kind: cython.int  # 0 MOVS 1 CMPS 2 STOS 3 LODS 4 SCAS
     size: cython.int = i.operand_size if i.opcode & 1 else 1
     code: cython.int = i.opcode & 0xFE
     count: uint64_t
     done: uint64_t = 0
+    flags: uint64_t = s.rflags & ARITHMETIC_FLAGS
     if code == 0xA4:
         kind = 0
     elif code == 0xA6:
@@ -261,6 +266,7 @@ def string_instruction(s, i):
         if done == 0:
             r = _one(s, i, kind, size)
             if r:
+                s.rflags = (s.rflags & ~cython.cast(uint64_t, ARITHMETIC_FLAGS)) | flags
                 return r
             done = 1
         _set(s, RCX, s.gpr[RCX] - done, i.address_size)

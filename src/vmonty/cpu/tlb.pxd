@@ -13,6 +13,7 @@ cdef enum:
     SLOW_ALIGNED = 0x8000    # misaligned: #GP before any page fault
     SLOW_SIZE_SHIFT = 16
     SLOW_GROUP = 0x4000000   # the bytes of several operands: all in one page, or LEAVE_PLAIN
+    SLOW_LATE = 0x4000000    # the same bit in a careful block: an x87 store, which faults only if it stores
     SLOW_MASKED = 0x8000000  # perhaps only some of its elements: a careful block finds out when not all are there
     SLOW_SEGMENT_SHIFT = 28  # to_linear: the segment register
     TLB_INVALID = 1          # low bits of a negated tag that never match

@@ -39,6 +39,7 @@ from cython.cimports.vmonty.cpu.state import (
     LARGE_BYTES,
     LARGE_ENTRIES,
     LEAVE_CAREFUL,
+    LEAVE_EVENT,
     LEAVE_EXIT,
     LEAVE_PLAIN,
     LOCAL_FETCH,
@@ -294,6 +295,25 @@ def memory_slow(s, va, what, host_rip):
     return cython.cast(uint64_t, to)
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _refuse(s: cython.pointer(CpuState), code: cython.int, what: uint32_t, host_rip: uint64_t) -> uint64_t:
+    """Leave a careful block, but for an x87 store whose fault counts only if it stores: the commit finds out."""
+    save: string_function
+    _set_rip(s, what, host_rip)
+    s.leave_code = code
+    if code != LEAVE_EVENT or not what & SLOW_LATE:
+        return 0
+    save = cython.cast(
+        string_function,
+        cython.cast(cython.p_void, cython.cast(cython.pointer(CodeCache), s.translator).fpu[0]),
+    )
+    save(cython.cast(uint64_t, _bounce(s, 1, 0)), 0, 0)
+    s.careful_late = 1
+    return cython.cast(uint64_t, _bounce(s, 0, 0))
+
+
 def to_linear(s, offset, what, host_rip):
     """Give translated code outside 64-bit mode a linear address, bit 63 set; 0 leaves the block with #GP or #SS."""
     linear: uint64_t = 0
@@ -311,7 +331,7 @@ def to_linear(s, offset, what, host_rip):
         s.event.pending = 0
         r = LEAVE_CAREFUL
     if r:
-        return _leave(s, r, what, host_rip)
+        return _refuse(s, r, what, host_rip)
     return linear | (cython.cast(uint64_t, 1) << 63)
 
 
@@ -328,6 +348,8 @@ def careful_access(s, va, what, host_rip):
     to: cython.p_uchar
     s.slow_host_rip = host_rip
     s.slow_what = what
+    if s.careful_late:
+        return cython.cast(uint64_t, _bounce(s, 0, 0))
     if k >= 4 or size > 448:  # the last buffer's room behind an aligned start
         return _leave(s, LEAVE_EXIT, what, host_rip)
     r = 0
@@ -338,7 +360,7 @@ def careful_access(s, va, what, host_rip):
     if not r:
         r = _look(s, va, access, cython.address(t))
     if r:
-        return _leave(s, r, what, host_rip)
+        return _refuse(s, r, what, host_rip)
     u.host = 0
     u.physical = 0
     if (va & 0xFFF) + size > 4096:
@@ -347,7 +369,7 @@ def careful_access(s, va, what, host_rip):
         if not r:
             r = _look(s, va + first, access, cython.address(u))
         if r:
-            return _leave(s, r, what, host_rip)
+            return _refuse(s, r, what, host_rip)
     if s.watch:
         watch_access(s, va, size, write)
     if first == size and t.host and not s.observe and not (write and is_code_page(s, t.host)):
@@ -394,10 +416,30 @@ def _commit_part(s: cython.pointer(CpuState), host: uint64_t, physical: uint64_t
 
 
 def careful_commit(s):
-    """Carry out the writes of a careful block; those to device memory are queued."""
+    """Carry out the writes of a careful block; those to device memory are queued.
+
+    An x87 store with an unmasked exception (but that of precision) leaves its operand alone: it is reported by the
+    next x87 instruction. Its operand is not even looked at then. SDM, "Overview of x87 FPU Exceptions".
+    """
+    restore: string_function
     k: uint32_t
     first: uint32_t
     data: cython.p_uchar
+    if s.careful_x87:
+        s.careful_x87 = 0
+        if s.careful_fsw & ~s.careful_fcw & 0x1F:
+            s.careful_count = 0
+            if s.careful_late:
+                s.careful_late = 0
+                s.event.pending = 0
+    if s.careful_late:
+        s.careful_late = 0
+        restore = cython.cast(
+            string_function,
+            cython.cast(cython.p_void, cython.cast(cython.pointer(CodeCache), s.translator).fpu[1]),
+        )
+        restore(cython.cast(uint64_t, _bounce(s, 1, 0)), 0, 0)
+        return LEAVE_EVENT
     for k in range(s.careful_count):
         first = s.careful_write[k]
         data = _bounce(s, k, s.careful_va[k])
