@@ -112,6 +112,13 @@ class Observation:
         self.counters.close()
 
 
+class Media(Protocol):
+    """Whoever has the discs."""
+
+    def media(self) -> dict[str, str | None]: ...
+    def change_medium(self, name: str, path: Path | None, *, force: bool = False) -> None: ...
+
+
 class Session(Protocol):
     """What runs one machine after another, as far as a control socket needs it."""
 
@@ -119,6 +126,9 @@ class Session(Protocol):
     choice: accel.Choice
     machine: Machine | None
     observation: Observation | None
+
+    @property
+    def media(self) -> Media: ...
 
     def stop(self, status: int | None = None) -> None: ...
     def power_down(self, status: int) -> None: ...
@@ -147,6 +157,13 @@ class SessionControl:
         machine = self.machine()
         state = "paused" if self._is_paused() else "ended" if machine.wait(0) is not None else "running"
         return {"state": state, "accelerator": self._session.choice.reason, **inspection.description(machine)}
+
+    def media(self) -> dict[str, str | None]:
+        return self._session.media.media()
+
+    def change_medium(self, drive: str, path: Path | None, *, force: bool = False) -> None:
+        self.machine()
+        self._session.media.change_medium(drive, path, force=force)
 
     def counters(self) -> dict[str, dict[str, int]]:
         self.machine()

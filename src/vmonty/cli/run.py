@@ -7,7 +7,6 @@ import gc
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +28,9 @@ from vmonty.vmm import cpu as cpu_model
 from vmonty.vmm.firmware import BootOptions
 from vmonty.vmm.machine import Machine
 from vmonty.vmm.memory import check_size
+from vmonty.vmm.optionrom import OptionRom
 from vmonty.vmm.outcome import Ending, Outcome
-from vmonty.vmm.peripherals import Disk, Network
+from vmonty.vmm.peripherals import Cdrom, Disk, Network
 from vmonty.vmm.tracing import Tracers
 
 if TYPE_CHECKING:
@@ -63,9 +63,10 @@ STATUS = {
 @click.option(
     "--boot",
     "boot",
-    metavar="menu=on,wait=MS",
+    metavar="order=LETTERS,menu=on,…",
     default="",
-    help="Firmware's boot menu, and how long it waits for a key.",
+    help="What firmware starts from (c disk, d CD-ROM, n network; once= for the first start, strict=on), its menu, "
+    "and how long that waits for a key: order=dc,menu=on,wait=3000.",
 )
 @click.option("--memory", "-m", type=Size(), default="512M", show_default=True, help="Guest RAM, such as 512M or 2G.")
 @click.option("--cpus", type=click.IntRange(min=1), default=1, show_default=True, help="Number of vCPUs.")
@@ -85,16 +86,23 @@ STATUS = {
     "--device", "devices", multiple=True, metavar="NAME[,PROPERTY=VALUE…]", help="Add a device; 'help' lists all."
 )
 @click.option(
-    "--disk", "disk_options", multiple=True, metavar="FILE[,format=raw|qcow2][,ro][,snapshot][,if=ide]",
-    help="Add a virtio or IDE disk; with snapshot the file stays as it is.",
+    "--disk", "disk_options", multiple=True, metavar="FILE[,format=raw|qcow2][,ro][,snapshot][,if=ide|sata]",
+    help="Add a virtio, IDE or SATA disk; with snapshot the file stays as it is. Firmware tries bootindex=0 first.",
 )  # fmt: skip
-@click.option("--cdrom", "cdroms", multiple=True, type=click.Path(path_type=Path), help="An ISO in a CD-ROM drive.")
+@click.option(
+    "--cdrom", "cdroms", multiple=True, metavar="FILE[,bootindex=N]", help="An ISO in a CD-ROM drive.",
+)  # fmt: skip
+@click.option(
+    "--option-rom", "option_roms", multiple=True, metavar="FILE[,bootindex=N]",
+    help="An option ROM of no card, for the firmware to run.",
+)  # fmt: skip
 @click.option(
     "--net",
     "networks",
     multiple=True,
     metavar="user|tap|none[,OPTION=VALUE…]",
-    help="Add a network card: user,hostfwd=tcp::2222-:22 or tap,ifname=tap0; both take mac= and pcap=FILE.",
+    help="Add a network card: user,hostfwd=tcp::2222-:22 or tap,ifname=tap0; both take mac=, pcap=FILE, bootindex=N "
+    "and romfile=FILE, and user also tftp=DIR,bootfile=NAME to start from.",
 )
 @click.option(
     "--grace", type=float, default=10.0, show_default=True, metavar="SECONDS",
@@ -134,7 +142,8 @@ def run(
     cpu: str,
     devices: tuple[str, ...],
     disk_options: tuple[str, ...],
-    cdroms: tuple[Path, ...],
+    cdroms: tuple[str, ...],
+    option_roms: tuple[str, ...],
     networks: tuple[str, ...],
     file: Path | None,
     grace: float,
@@ -176,7 +185,7 @@ def run(
         "guest": name if name != "debian" else None, "kernel": kernel, "initrd": initrd, "append": command_line,
         "firmware": firmware, "nvram": nvram, "boot": boot, "memory": memory, "cpus": cpus,
         "accel": accelerator, "machine": board, "cpu": cpu, "devices": devices, "disks": disk_options,
-        "cdroms": cdroms, "vnc": vnc,
+        "cdroms": cdroms, "vnc": vnc, "option_roms": option_roms,
         "net": [network for network in networks if network != "none"], "reboot": not no_reboot, "timeout": timeout,
     }  # fmt: skip
     if file is None:
@@ -188,7 +197,7 @@ def run(
         plan = Plan(
             kernel, initrd, command_line, memory, cpus, board, cpu, devices, accelerator,
             tuple(map(Disk.parse, disk_options)), tuple(map(Network.parse, networks)), not no_reboot, timeout,
-            firmware, boot, cdroms, nvram, vnc,
+            firmware, boot, tuple(map(Cdrom.parse, cdroms)), nvram, vnc, tuple(map(OptionRom.parse, option_roms)),
         )  # fmt: skip
     else:
         plan = planned(file, only_given(given))
@@ -198,7 +207,7 @@ def run(
         choice = accel.choose(plan.accel)
         with choice.system:
             build.fetch(progress_bars)
-            session = Session(choice, partial(build.machine, choice.system), not plan.reboot, grace)
+            session = Session(choice, build, not plan.reboot, grace)
             outcome = Watch(trace, trace_only, control).run(session, plan.timeout)
     return report(session, outcome)
 
@@ -310,13 +319,14 @@ class Session:
     def __init__(
         self,
         choice: accel.Choice,
-        make: Callable[[Callable[[bytes], None]], Machine],
+        build: Build,
         no_reboot: bool,
         grace: float,
     ) -> None:
         self.tracers = Tracers()
         self.choice = choice
-        self._make = make
+        self.media = build
+        self._make = partial(build.machine, choice.system)
         self._no_reboot = no_reboot
         self._grace = grace
         self._deadline: threading.Timer | None = None

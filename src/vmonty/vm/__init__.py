@@ -334,6 +334,23 @@ class VM(Closing):
         """Ask the guest for the device in *slot*, and wait *timeout* seconds until it lets go. Raises VmontyError."""
         slots_of(self._running(State.RUNNING)).remove(slot, timeout)
 
+    # ---- media --------------------------------------------------------------------------------------------
+
+    def change_medium(self, drive: str, path: str | Path | None, *, force: bool = False) -> None:
+        """Put the disc in *path* into *drive* (``cd0`` is the first), None for nothing; the guest is told.
+
+        Raises UsageError for an unknown drive, and while the guest has locked it, which is told to give its disc up:
+        try again, or *force* it. Raises DiskImageError for what is no disc.
+        """
+        self._running(State.READY, State.RUNNING, State.PAUSED)
+        assert self._build is not None
+        self._build.change_medium(drive, Path(path) if path is not None else None, force=force)
+
+    @property
+    def media(self) -> dict[str, str | None]:
+        """Drives for media, and the files in them; None: nothing that the guest can read."""
+        return self._build.media() if self._build is not None else {}
+
     # ---- events and exits ---------------------------------------------------------------------------------
 
     def on(self, event: Event | str, callback: Callable[..., object]) -> None:
@@ -421,6 +438,10 @@ class _Remote:
         self.tracers = vm.tracers
         self.pause, self.resume, self.reset = vm.pause, vm.resume, vm.reset
         self.power_down, self.quit = vm.power_off, vm.stop
+        self.change_medium = vm.change_medium
+
+    def media(self) -> dict[str, str | None]:
+        return self._vm.media
 
     def status(self) -> dict[str, Any]:
         machine = self._vm._machine

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +13,12 @@ from vmonty.base.errors import BootImageError
 from vmonty.kvm.api import System
 from vmonty.vm.plan import Plan
 from vmonty.vmm import boards
+from vmonty.vmm.block.tray import Tray
 from vmonty.vmm.firmware import BootOptions
 from vmonty.vmm.firmware import read as read_firmware
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.peripherals import open_cdrom
+from vmonty.vmm.removable import find as find_removable
 
 if TYPE_CHECKING:
     from vmonty.guests.progress import Progress
@@ -47,7 +51,10 @@ class Build:
         self.plan = plan
         self._config: Config | None = None
         self._disks: list[BlockDevice] = []
-        self._cdroms: list[BlockDevice] = []
+        self._trays: list[Tray] = []
+        self._machine: Machine | None = None
+        self._changing = threading.Lock()
+        self._started = False
         self._display: DisplayConsole | None = None
         self._vnc: VncServer | None = None
         if plan.firmware is not None:
@@ -59,8 +66,8 @@ class Build:
         try:
             for disk in plan.disks:
                 self._disks.append(disk.open())
-            for path in plan.cdroms:
-                self._cdroms.append(open_cdrom(path))
+            for disc in plan.cdroms:
+                self._trays.append(Tray(open_cdrom(disc.path), name=str(disc.path)))
             if plan.vnc is not None:
                 self._serve(plan.vnc)
         except BaseException:
@@ -90,7 +97,10 @@ class Build:
         devices = plan.devices
         if plan.vnc is not None and not any(device.partition(",")[0] == "VGA" for device in devices):
             devices = ("VGA", *devices)
-        return Config(memory=plan.memory, cpus=plan.cpus, machine=plan.machine, cpu=plan.cpu, devices=devices, **booted)
+        return Config(
+            memory=plan.memory, cpus=plan.cpus, machine=plan.machine, cpu=plan.cpu, devices=devices,
+            option_roms=plan.option_roms, **booted,
+        )  # fmt: skip
 
     def fetch(self, shown: Callable[[], AbstractContextManager[Progress]]) -> None:
         """Get the guest that vmonty builds, if it is that, its progress *shown*. Raises GuestError."""
@@ -103,16 +113,55 @@ class Build:
 
     def machine(self, system: System, console: Callable[[bytes], None]) -> Machine:
         """The machine, ready to start; after fetch(). Raises UsageError and its kin, KvmError."""
-        assert self._config is not None
-        on: dict[str, list[BlockDevice]] = {"virtio": [], "ide": []}
+        config = self._config
+        assert config is not None
+        if not self._started:
+            config = replace(config, boot=config.boot.first())
+        on: dict[str, list[BlockDevice]] = {"virtio": [], "ide": [], "sata": []}
+        indexes: dict[BlockDevice | Tray, int] = {}
         for disk, image in zip(self.plan.disks, self._disks, strict=True):
             on[disk.interface].append(image)
-        machine = boards.create(
-            system, self._config, console, on["virtio"], on["ide"], self._cdroms, self.plan.networks
-        )
+            if disk.boot_index is not None:
+                indexes[image] = disk.boot_index
+        for disc, tray in zip(self.plan.cdroms, self._trays, strict=True):
+            if disc.boot_index is not None:
+                indexes[tray] = disc.boot_index
+        with self._changing:
+            machine = boards.create(
+                system, config, console, on["virtio"], on["ide"], self._trays, self.plan.networks, on["sata"], indexes
+            )
+            self._machine, self._started = machine, True
         if self._display is not None:
             self._display.connect(machine)
         return machine
+
+    def change_medium(self, name: str, path: Path | None, *, force: bool = False) -> None:
+        """Put the disc in *path*, or none, into the drive *name* of the machine that runs; the next one has it too.
+
+        Raises UsageError for a drive that is not there, or that the guest has locked unless *force*; DiskImageError.
+        """
+        with self._changing:
+            drives = self._machine.removable if self._machine is not None else {}
+            drive = find_removable(drives, name)
+            tray = self._trays[sorted(drives).index(name)]
+            before, medium = tray.medium, open_cdrom(path) if path is not None else None
+            try:
+                drive.change(name, medium, force=force)
+            except BaseException:
+                if medium is not None:
+                    medium.close()
+                raise
+            tray.name = str(path) if path is not None else ""
+            if before is not None:
+                before.close()
+
+    def media(self) -> dict[str, str | None]:
+        """What is in each drive for media, by the drive's name: the file, None while there is nothing to read."""
+        drives = self._machine.removable if self._machine is not None else {}
+        return {
+            name: tray.name if tray.readable is not None else None
+            for name, tray in zip(sorted(drives), self._trays, strict=False)
+        }
 
     def close(self) -> None:
         """Close the disks, and send viewers away."""
@@ -121,5 +170,8 @@ class Build:
             self._vnc = None
         while self._disks:
             self._disks.pop().close()
-        while self._cdroms:
-            self._cdroms.pop().close()
+        with self._changing:
+            self._machine = None
+            while self._trays:
+                if (medium := self._trays.pop().medium) is not None:
+                    medium.close()

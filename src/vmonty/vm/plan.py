@@ -5,16 +5,18 @@ It needs no pydantic: the command line checks its options itself, and starts soo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmonty.vmm import cpu
 
 if TYPE_CHECKING:
-    from vmonty.vmm.peripherals import Disk, Network
+    from vmonty.vmm.optionrom import OptionRom
+    from vmonty.vmm.peripherals import Cdrom, Disk, Network
 
 
-def usual_firmware(named: bool, cdroms: tuple[Path, ...]) -> str | None:
+def usual_firmware(named: bool, cdroms: Sequence[object]) -> str | None:
     """Who has a CD in the drive, and no guest or kernel *named*, wants to boot it."""
     return "bios" if cdroms and not named else None
 
@@ -41,6 +43,7 @@ class Plan(NamedTuple):
     timeout: float | None = None
     firmware: str | None = None
     boot: str = ""
-    cdroms: tuple[Path, ...] = ()
+    cdroms: tuple[Cdrom, ...] = ()
     nvram: Path | None = None
     vnc: str | None = None
+    option_roms: tuple[OptionRom, ...] = ()

@@ -15,10 +15,12 @@ from vmonty.base.sizes import parse_size
 from vmonty.vm.plan import Plan, usual_firmware
 from vmonty.vmm import catalogue, peripherals
 from vmonty.vmm import cpu as cpu_model
+from vmonty.vmm.bootorder import MOST_INDEX
 from vmonty.vmm.firmware import NAMES, BootOptions
 from vmonty.vmm.machine import MOST_VCPUS
 from vmonty.vmm.memory import check_size
 from vmonty.vmm.net.user.config import Forward, UserConfig
+from vmonty.vmm.optionrom import OptionRom
 
 Checked = TypeVar("Checked")
 
@@ -31,6 +33,9 @@ def _size(value: object) -> object:
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+BootIndex = Annotated[int | None, Field(ge=0, le=MOST_INDEX)]
 
 
 def _options(text: str, first: str, lists: tuple[str, ...] = ()) -> dict[str, object]:
@@ -57,18 +62,23 @@ def _disk(text: str) -> dict[str, object]:
 
 
 class Disk(_Model):
-    """A disk, on virtio or *bus* ``ide``; as text ``FILE,format=qcow2,ro,snapshot,if=ide``, as on the command line."""
+    """A disk, on virtio or *bus* ``ide`` or ``sata``; as text ``FILE,format=qcow2,ro,snapshot,if=ide``, as on the
+    command line.
+    """
 
     file: Path
     format: Literal["auto", "raw", "qcow2"] = "auto"
     readonly: bool = False
     snapshot: bool = False
-    bus: Literal["virtio", "ide"] = "virtio"
+    bus: Literal["virtio", "ide", "sata"] = "virtio"
     size: Annotated[int, BeforeValidator(_size)] | None = None
+    bootindex: BootIndex = None
 
     def plan(self) -> peripherals.Disk:
         """For the machine."""
-        return peripherals.Disk(self.file, self.format, self.readonly, self.snapshot, self.bus, self.size)
+        return peripherals.Disk(
+            self.file, self.format, self.readonly, self.snapshot, self.bus, self.size, self.bootindex
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -76,10 +86,26 @@ class Disk(_Model):
         return _disk(str(value)) if isinstance(value, str | Path) else value
 
 
+class Cdrom(_Model):
+    """A disc in a drive of its own; as text ``FILE,bootindex=0``."""
+
+    file: Path
+    bootindex: BootIndex = None
+
+    def plan(self) -> peripherals.Cdrom:
+        """For the machine."""
+        return peripherals.Cdrom(self.file, self.bootindex)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        return _options(str(value), "file") if isinstance(value, str | Path) else value
+
+
 class UserNetwork(_Model):
     """A card on a network of its own, as ``user,hostfwd=tcp::2222-:22``; the options are QEMU's.
 
-    *mac* is the card's address, *pcap* a capture file of what passes.
+    *mac* is the card's address, *pcap* a capture file of what passes, *romfile* its option ROM (empty: none).
     """
 
     type: Literal["user"] = "user"
@@ -96,6 +122,8 @@ class UserNetwork(_Model):
     hostfwd: tuple[str, ...] = ()
     mac: Annotated[str | None, Field(pattern=r"^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$")] = None
     pcap: Path | None = None
+    bootindex: BootIndex = None
+    romfile: Path | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> UserNetwork:
@@ -104,12 +132,14 @@ class UserNetwork(_Model):
 
     def config(self) -> UserConfig:
         """For the backend. Raises UsageError."""
-        given = self.model_dump(exclude={"type", "hostfwd", "mac", "pcap"}, exclude_none=True)
+        given = self.model_dump(exclude={"type", "hostfwd", "mac", "pcap", "bootindex", "romfile"}, exclude_none=True)
         return UserConfig(**given, forwards=tuple(map(Forward.parse, self.hostfwd)))
 
     def plan(self) -> peripherals.Network:
         """For the machine."""
-        return peripherals.Network("user", self.config(), mac=_mac(self.mac), capture=self.pcap)
+        return peripherals.Network(
+            "user", self.config(), mac=_mac(self.mac), capture=self.pcap, boot_index=self.bootindex, rom=self.romfile
+        )
 
 
 class TapNetwork(_Model):
@@ -119,10 +149,15 @@ class TapNetwork(_Model):
     ifname: str = "tap%d"
     mac: Annotated[str | None, Field(pattern=r"^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$")] = None
     pcap: Path | None = None
+    bootindex: BootIndex = None
+    romfile: Path | None = None
 
     def plan(self) -> peripherals.Network:
         """For the machine."""
-        return peripherals.Network("tap", interface=self.ifname, mac=_mac(self.mac), capture=self.pcap)
+        return peripherals.Network(
+            "tap", interface=self.ifname, mac=_mac(self.mac), capture=self.pcap, boot_index=self.bootindex,
+            rom=self.romfile,
+        )  # fmt: skip
 
 
 def _mac(text: str | None) -> bytes | None:
@@ -162,9 +197,10 @@ class Settings(_Model):
     machine: str = "pc"
     cpu: str = cpu_model.DEFAULT
     devices: tuple[str, ...] = ()
+    option_roms: tuple[str, ...] = ()
     accel: str = "auto"
     disks: tuple[Disk, ...] = ()
-    cdroms: tuple[Path, ...] = ()
+    cdroms: tuple[Cdrom, ...] = ()
     vnc: str | None = None
     net: tuple[Network, ...] = ()
     reboot: bool = True
@@ -176,14 +212,15 @@ class Settings(_Model):
         return Plan(
             self.kernel, self.initrd, self.append, self.memory, self.cpus, self.machine, self.cpu, self.devices,
             self.accel, tuple(disk.plan() for disk in self.disks), tuple(network.plan() for network in self.net),
-            self.reboot, self.timeout, self.firmware or self._usual_firmware(), self.boot, self.cdroms, self.nvram,
-            self.vnc,
+            self.reboot, self.timeout, self.firmware or self._usual_firmware(), self.boot,
+            tuple(disc.plan() for disc in self.cdroms), self.nvram, self.vnc,
+            tuple(map(OptionRom.parse, self.option_roms)),
         )  # fmt: skip
 
     def _usual_firmware(self) -> str | None:
         return usual_firmware(self.kernel is not None or self.guest is not None, self.cdroms)
 
-    @field_validator("disks", "cdroms", "net", "devices", mode="before")
+    @field_validator("disks", "cdroms", "net", "devices", "option_roms", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         if value is None or value == "none":
@@ -223,6 +260,12 @@ class Settings(_Model):
     @classmethod
     def _known_options(cls, value: str) -> str:
         _as_value_error(lambda: BootOptions.parse(value))
+        return value
+
+    @field_validator("option_roms")
+    @classmethod
+    def _known_roms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        _as_value_error(lambda: tuple(map(OptionRom.parse, value)))
         return value
 
     @field_validator("machine")
@@ -298,7 +341,19 @@ def read_file(path: Path) -> dict[str, Any]:
     return {name: _beside(path.parent, name, value) for name, value in fields.items()}
 
 
-_PATHS = ("nvram", "cdroms", "kernel", "initrd", "firmware", "console_log", "file", "tftp", "pcap")
+_PATHS = (
+    "nvram",
+    "cdroms",
+    "option_roms",
+    "kernel",
+    "initrd",
+    "firmware",
+    "console_log",
+    "file",
+    "tftp",
+    "pcap",
+    "romfile",
+)
 
 
 def _beside(folder: Path, name: str, value: Any) -> Any:

@@ -61,6 +61,14 @@ class Controlled(Protocol):
         """The machine that runs. Raises StateError between two."""
         ...
 
+    def media(self) -> dict[str, str | None]:
+        """Drives for media, and what is in them."""
+        ...
+
+    def change_medium(self, drive: str, path: Path | None, *, force: bool = False) -> None:
+        """Put another disc, or none, into *drive*."""
+        ...
+
     def pause(self) -> None: ...
     def resume(self) -> None: ...
     def reset(self) -> None: ...
@@ -256,6 +264,9 @@ class _Connection:
             "devices": {},
             "plug": {"kind": str, "options": str},
             "unplug": {"slot": int, "seconds": int},
+            "media": {},
+            "change": {"drive": str, "file": str, "force": bool},
+            "eject": {"drive": str, "force": bool},
             "trace": {"on": bool, "names": list, "vcpus": list},
         }
         if not isinstance(name, str) or name not in known:
@@ -280,6 +291,16 @@ class _Connection:
             return {"slot": plug(target.machine(), request.get("kind", ""), request.get("options", ""))}
         if name == "unplug":
             slots_of(target.machine()).remove(request.get("slot", 0), request.get("seconds", UNPLUG_SECONDS))
+            return {}
+        if name == "media":
+            return target.media()
+        if name in ("change", "eject"):
+            file = request.get("file")
+            if name == "change" and not file:
+                raise UsageError("change: which file? To take the disc out there is eject")
+            target.change_medium(
+                request.get("drive", "cd0"), Path(file) if file else None, force=request.get("force", False)
+            )
             return {}
         if name == "trace":
             return self._set_trace(request.get("on", True), request.get("names", []), request.get("vcpus", []))

@@ -9,6 +9,7 @@ from typing import BinaryIO, cast
 
 from vmonty.base.errors import BootImageError, UsageError
 from vmonty.base.ram import PAGE_SIZE
+from vmonty.vmm.bootorder import check_order
 
 UNIT, MIB = 64 << 10, 1 << 20
 MOST_BYTES = 16 << 20
@@ -138,24 +139,40 @@ def open_store(path: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class BootOptions:
-    """Does firmware show its menu, and how many milliseconds does it wait for the key that opens it?"""
+    """What firmware starts from, and does it show its menu, and how many milliseconds does it wait for its key?
+
+    *order* are media by QEMU's letters (see ``bootorder``), *once* those of the first start alone; *strict* keeps
+    firmware from trying others.
+    """
 
     menu: bool = False
     wait_ms: int | None = None
+    order: str = ""
+    once: str = ""
+    strict: bool = False
 
     @classmethod
     def parse(cls, text: str) -> BootOptions:
-        """From ``menu=on,wait=MS``. Raises UsageError that names the option."""
+        """From ``order=dc,once=d,menu=on,strict=on,wait=MS``. Raises UsageError that names the option."""
         made = cls()
         for option in filter(None, text.split(",")):
             key, _, value = option.partition("=")
-            if key == "menu" and value in ("on", "off"):
-                made = replace(made, menu=value == "on")
+            if key in ("menu", "strict") and value in ("on", "off"):
+                made = replace(made, menu=value == "on") if key == "menu" else replace(made, strict=value == "on")
+            elif key == "order":
+                made = replace(made, order=check_order(value))
+            elif key == "once":
+                made = replace(made, once=check_order(value))
             elif key == "wait" and value.isdecimal() and int(value) <= MOST_MENU_WAIT_MS:
                 made = replace(made, wait_ms=int(value))
             else:
                 raise UsageError(
                     f"--boot: {option!r} is no option; "
-                    f"there are: menu=on|off, wait=MILLISECONDS up to {MOST_MENU_WAIT_MS}"
+                    "there are: order=LETTERS, once=LETTERS, menu=on|off, strict=on|off, "
+                    f"wait=MILLISECONDS up to {MOST_MENU_WAIT_MS}"
                 )
         return made
+
+    def first(self) -> BootOptions:
+        """Those of the first start."""
+        return replace(self, order=self.once or self.order)

@@ -21,6 +21,7 @@ from vmonty.kvm.uapi import Cap, flags
 from vmonty.kvm.uapi.irq import kvm_irq_routing_entry
 from vmonty.vmm import cpu
 from vmonty.vmm.boot import acpi, loader
+from vmonty.vmm.bootorder import BootOrder
 from vmonty.vmm.bus import Bus, BusDevice
 from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.firmware import BootOptions, Firmware
@@ -28,7 +29,9 @@ from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.irq import InterruptLines, Line
 from vmonty.vmm.memory import LOW_RAM_LIMIT, GuestMemory, check_size
 from vmonty.vmm.messages import Messages
+from vmonty.vmm.optionrom import OptionRom
 from vmonty.vmm.outcome import Ending, Outcome
+from vmonty.vmm.removable import Removable
 from vmonty.vmm.transmitter import Transmitter
 from vmonty.vmm.vcpu import VcpuThread
 
@@ -95,7 +98,8 @@ class Config:
 
     It enters *kernel* directly, or starts *firmware*, which looks for something to boot as *boot* says. *machine* is a
     board with properties (``q35,root-ports=2``), *cpu* a model with flags (``Haswell,-pcid``), *devices* are devices by
-    name (``isa-debug-exit,iobase=0xf4``): see ``vmonty.vmm.catalogue``.
+    name (``isa-debug-exit,iobase=0xf4``): see ``vmonty.vmm.catalogue``. *option_roms* belong to no device: firmware
+    runs them.
     """
 
     kernel: bytes | None = None
@@ -106,6 +110,7 @@ class Config:
     machine: str = "pc"
     cpu: str = cpu.DEFAULT
     devices: tuple[str, ...] = ()
+    option_roms: tuple[OptionRom, ...] = ()
     firmware: Firmware | None = None
     boot: BootOptions = field(default_factory=BootOptions)
 
@@ -159,6 +164,8 @@ class Machine(Closing, ABC):
         self._outcome_lock = threading.Lock()
         self.vcpus: list[VcpuThread] = []
         self.networks: list[NetBackend] = []  # what its cards are connected to
+        self.boot_order = BootOrder()
+        self.removable: dict[str, Removable] = {}  # drives whose media can be changed, by name
         self.serial_ports = [1]  # numbers of the COM ports
         self.loop = EventLoop("io")
         self.resources = contextlib.ExitStack()  # closed when the vCPUs have ended, before the loop does
@@ -215,6 +222,10 @@ class Machine(Closing, ABC):
     def plugging(self) -> AbstractContextManager[list[int]]:
         """What is added in this block may be removed while the machine runs, where the board can; gives its slots."""
         return contextlib.nullcontext([])
+
+    def add_removable(self, drive: Removable) -> None:
+        """A drive for CDs: the next name is its."""
+        self.removable[f"cd{len(self.removable)}"] = drive
 
     def add_mmio_device(self, make: Callable[[MmioSlot], BusDevice]) -> BusDevice:
         """Let *make* build a device for the next free virtio-mmio slot, and place it; returns the device.

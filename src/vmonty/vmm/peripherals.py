@@ -5,19 +5,24 @@ Backends are imported where they are opened: a machine without them should not w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmonty.base.errors import UsageError
 from vmonty.base.sizes import parse_size
+from vmonty.vmm import bootorder
+from vmonty.vmm.block.tray import Tray
 from vmonty.vmm.bus import BusDevice
 from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.machine import Machine, MmioSlot
+from vmonty.vmm.removable import Removable
 
 if TYPE_CHECKING:
     from vmonty.vmm.block.device import BlockDevice
+    from vmonty.vmm.boards.pci_host import PciMachine
     from vmonty.vmm.net.backend import NetBackend
     from vmonty.vmm.net.user.config import UserConfig
     from vmonty.vmm.virtio.blk import Blk
@@ -28,12 +33,17 @@ SECTOR = 512  # what disks count in
 # Locally administered, QEMU's prefix; the last byte is the card's number.
 MAC_PREFIX = bytes.fromhex("5254001234")
 FIRST_MAC = 0x56
-IDE_DRIVES = 4
+IDE_DRIVES, FIRST_CD_PLACE = 4, 2
+NO_ROM = Path()  # what an empty path is
+NO_INDEXES: Mapping[Any, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A disk from ``FILE,format=…,ro,snapshot,if=virtio|ide,size=…``; with *size* it is made if there is none."""
+    """A disk from ``FILE,format=…,ro,snapshot,if=virtio|ide|sata,size=…,bootindex=N``.
+
+    With *size* it is made if there is none.
+    """
 
     path: Path
     format: str = "auto"
@@ -41,11 +51,12 @@ class Disk:
     snapshot: bool = False
     interface: str = "virtio"
     size: int | None = None
+    boot_index: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Disk:
         """Raises UsageError that names the option. Two commas are one in the file's name."""
-        name, *options = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+        name, *options = split_options(text)
         if not name:
             raise UsageError(f"--disk {text}: it begins with the image's file name")
         disk = cls(Path(name))
@@ -58,8 +69,10 @@ class Disk:
                     disk = replace(disk, read_only=True)
                 case "snapshot", ("" | "on"):
                     disk = replace(disk, snapshot=True)
-                case "if", ("virtio" | "ide"):
+                case "if", ("virtio" | "ide" | "sata"):
                     disk = replace(disk, interface=value)
+                case "bootindex", _:
+                    disk = replace(disk, boot_index=bootorder.check_index(f"--disk {name}", value))
                 case "size", _:
                     disk = replace(disk, size=_disk_size(name, value))
                 case (("ro" | "snapshot"), "off"):
@@ -67,7 +80,7 @@ class Disk:
                 case _:
                     raise UsageError(
                         f"--disk {name}: {option!r} is no option; "
-                        "there are: format=raw|qcow2|auto, ro, snapshot, if=virtio|ide, size=BYTES"
+                        "there are: format=raw|qcow2|auto, ro, snapshot, if=virtio|ide|sata, size=BYTES, bootindex=N"
                     )
         return disk
 
@@ -82,6 +95,33 @@ class Disk:
         return open_image(self.path, format=self.format, read_only=self.read_only, snapshot=self.snapshot)
 
 
+@dataclass(frozen=True)
+class Cdrom:
+    """A disc in a drive of its own, from ``FILE,bootindex=N``."""
+
+    path: Path
+    boot_index: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Cdrom:
+        """Raises UsageError that names the option. Two commas are one in the file's name."""
+        name, *options = split_options(text)
+        if not name:
+            raise UsageError(f"--cdrom {text}: it begins with the image's file name")
+        made = cls(Path(name))
+        for option in options:
+            key, _, value = option.partition("=")
+            if key != "bootindex":
+                raise UsageError(f"--cdrom {name}: {option!r} is no option; there is: bootindex=N")
+            made = replace(made, boot_index=bootorder.check_index(f"--cdrom {name}", value))
+        return made
+
+
+def split_options(text: str) -> list[str]:
+    """What stands between commas; two of them are one that is meant."""
+    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
+
+
 def _disk_size(name: str, text: str) -> int:
     size = parse_size(text)
     if not size or size % SECTOR:
@@ -91,13 +131,18 @@ def _disk_size(name: str, text: str) -> int:
 
 @dataclass(frozen=True)
 class Network:
-    """A network card from ``user|tap|none[,mac=…][,pcap=FILE][,options of the kind]``."""
+    """A network card from ``user|tap|none[,mac=…][,pcap=FILE][,bootindex=N][,romfile=FILE][,options of the kind]``.
+
+    *rom* None is iPXE's, if the host has it; an empty path is none.
+    """
 
     kind: str
     user: UserConfig | None = None
     interface: str = "tap%d"
     mac: bytes | None = None
     capture: Path | None = None
+    boot_index: int | None = None
+    rom: Path | None = None
 
     @classmethod
     def parse(cls, text: str) -> Network:
@@ -110,6 +155,10 @@ class Network:
                 made = replace(made, mac=_mac(value))
             elif key == "pcap" and value:
                 made = replace(made, capture=Path(value))
+            elif key == "bootindex":
+                made = replace(made, boot_index=bootorder.check_index(f"--net {kind}", value))
+            elif key == "romfile":
+                made = replace(made, rom=Path(value))
             elif key == "ifname" and value and kind == "tap":
                 made = replace(made, interface=value)
             else:
@@ -167,7 +216,7 @@ def add_network(machine: Machine, network: Network, number: int) -> None:
     """Card *number*, and what it is connected to. Raises UsageError."""
     backend = network.open(machine)
     try:
-        add_network_card(machine, backend, number, network.mac)
+        add_network_card(machine, backend, number, network.mac, network.boot_index, network.rom)
     except BaseException:
         backend.close()
         raise
@@ -175,18 +224,34 @@ def add_network(machine: Machine, network: Network, number: int) -> None:
     machine.resources.callback(machine.networks.remove, backend)
 
 
-def add_virtio(machine: Machine, device: VirtioDevice) -> None:
+class Boot(NamedTuple):
+    """How firmware finds a device that it may start from: see PciMachine.add_boot_device."""
+
+    kind: str
+    node: str
+    unit: str
+    place: int | None = None
+
+
+def add_virtio(machine: Machine, device: VirtioDevice, boot: Boot | None = None, rom: bytes = b"") -> None:
     """Plug *device* into the next PCI slot, or virtio-mmio slot where there is no PCI; it ends with the machine.
 
-    Before the machine starts. Raises UsageError when no slot is free.
+    Firmware may start from it if *boot* says how; *rom* is its option ROM. Before the machine starts. Raises UsageError
+    when no slot is free.
     """
     machine.resources.callback(device.loop.run, device.close)
     if machine.has_pci:
+        from vmonty.vmm.boards.pci_host import PciMachine
         from vmonty.vmm.virtio.pci import VirtioPci
 
+        assert isinstance(machine, PciMachine)
         function = VirtioPci(device, machine.vm)
         machine.resources.callback(function.close)
+        if rom:
+            machine.add_option_rom(function, rom)
         machine.add_device(function)
+        if boot is not None:
+            machine.add_boot_device(boot.kind, function, boot.node, boot.unit, boot.place)
         return
 
     from vmonty.vmm.virtio.mmio import MmioTransport
@@ -200,7 +265,7 @@ def add_virtio(machine: Machine, device: VirtioDevice) -> None:
     machine.add_mmio_device(make)
 
 
-def add_disk(machine: Machine, backend: BlockDevice, number: int = 0) -> Blk:
+def add_disk(machine: Machine, backend: BlockDevice, number: int = 0, boot_index: int | None = None) -> Blk:
     """A virtio disk on *backend*, which stays its owner's to close. It has an event loop of its own."""
     from vmonty.vmm.virtio.blk import Blk
 
@@ -208,7 +273,7 @@ def add_disk(machine: Machine, backend: BlockDevice, number: int = 0) -> Blk:
     loop.start()
     machine.resources.callback(loop.stop)
     device = Blk(machine.memory, loop, backend, serial=f"vmonty-{number}")
-    add_virtio(machine, device)
+    add_virtio(machine, device, Boot(bootorder.DISK, "scsi", "disk@0,0", boot_index))
     return device
 
 
@@ -219,36 +284,109 @@ def open_cdrom(path: Path) -> BlockDevice:
     return open_image(path, format="raw", read_only=True)
 
 
-def add_ide(machine: Machine, disks: Sequence[BlockDevice], cdroms: Sequence[BlockDevice]) -> None:
-    """One IDE controller with *disks* and CD-ROM drives, none when there are none; both stay their owner's to close.
+class AtaDrives(NamedTuple):
+    """Drives with ATA commands, in the order in which firmware numbers them."""
 
-    Disks come first on the primary channel, CD-ROMs first on the secondary one. Raises UsageError for more than four,
+    disks: Sequence[BlockDevice] = ()
+    trays: Sequence[Tray] = ()
+    boot: Mapping[BlockDevice | Tray, int] = NO_INDEXES
+
+
+def add_ata(machine: Machine, ide: AtaDrives, sata: AtaDrives) -> None:
+    """The drives of *ide* and *sata* with their controllers; images and trays stay their owner's to close.
+
+    What is on the board decides: a q35 has SATA alone, so that *ide* means this there; a pc gets an AHCI controller for
+    *sata*. Disks come first, CD-ROMs on the third place and behind. Raises UsageError for more than there are places,
     or on a board without PCI.
     """
-    if not disks and not cdroms:
-        return
-    if len(disks) + len(cdroms) > IDE_DRIVES:
-        raise UsageError(f"{len(disks) + len(cdroms)} drives on IDE: there are {IDE_DRIVES} places; take if=virtio")
     from vmonty.vmm.boards.pci_host import PciMachine
 
+    if not (ide.disks or ide.trays or sata.disks or sata.trays):
+        return
     if not isinstance(machine, PciMachine):
-        raise UsageError(f"a {machine.name} has no IDE: take if=virtio, or pc or q35")
+        raise UsageError(f"a {machine.name} has no IDE or SATA: take if=virtio, or pc or q35")
+    boot = {**ide.boot, **sata.boot}
+    if not machine.has_ide:
+        ide, sata = AtaDrives(), AtaDrives((*ide.disks, *sata.disks), (*ide.trays, *sata.trays))
+    if ide.disks or ide.trays:
+        _add_ide(machine, ide._replace(boot=boot))
+    if sata.disks or sata.trays:
+        _add_sata(machine, sata._replace(boot=boot))
+
+
+def _places(wanted: AtaDrives, places: int, kind: str) -> list[tuple[int, BlockDevice | Tray]]:
+    """(place, disk or tray) of each."""
+    count = len(wanted.disks) + len(wanted.trays)
+    if count > places:
+        raise UsageError(f"{count} drives on {kind}: there are {places} places; take if=virtio")
+    free = list(range(places))
+    made: list[tuple[int, BlockDevice | Tray]] = [(free.pop(0), disk) for disk in wanted.disks]
+    for tray in wanted.trays:
+        place = next((at for at in free if at >= FIRST_CD_PLACE), free[0])
+        free.remove(place)
+        made.append((place, tray))
+    return made
+
+
+def _add_ide(machine: PciMachine, wanted: AtaDrives) -> None:
     from vmonty.vmm.hw.ata import AtaDisk, CdRom
     from vmonty.vmm.hw.ata.drive import Drive
 
     drives: list[Drive | None] = [None] * IDE_DRIVES
-    free = list(range(IDE_DRIVES))
-    for number, disk in enumerate(disks):
-        drives[free.pop(0)] = AtaDisk(disk, serial=f"vmonty-ide-{number}")
-    for number, medium in enumerate(cdroms):
-        place = next((at for at in free if at >= 2), free[0])
-        free.remove(place)
-        drives[place] = CdRom(medium, serial=f"vmonty-cd-{number}")
-    machine.add_ide(drives)
+    places = _places(wanted, IDE_DRIVES, "IDE")
+    for number, (place, what) in enumerate(places):
+        drives[place] = (
+            CdRom(what, serial=f"vmonty-cd-{number - len(wanted.disks)}")
+            if isinstance(what, Tray)
+            else AtaDisk(what, serial=f"vmonty-ide-{number}")
+        )
+    function = machine.add_ide(drives)
+    for place, what in places:
+        unit = f"drive@{place >> 1}/disk@{place & 1}"
+        kind = bootorder.CDROM if isinstance(what, Tray) else bootorder.DISK
+        machine.add_boot_device(kind, function, "ide", unit, wanted.boot.get(what))
+        if isinstance(drive := drives[place], CdRom):
+            machine.add_removable(Removable(drive, function.channels[place >> 1].exclusively(drive)))
 
 
-def add_network_card(machine: Machine, backend: NetBackend, number: int = 0, mac: bytes | None = None) -> Net:
-    """A virtio network card on *backend*, which it closes at its end; card *number* has its own address."""
+def _add_sata(machine: PciMachine, wanted: AtaDrives) -> None:
+    from vmonty.vmm.hw.ata import AtaDisk, CdRom
+    from vmonty.vmm.hw.ata.ahci import PORTS
+    from vmonty.vmm.hw.ata.drive import Drive
+
+    drives: list[Drive | None] = [None] * PORTS
+    places = _places(wanted, PORTS, "SATA")
+    for number, (place, what) in enumerate(places):
+        drives[place] = (
+            CdRom(what, serial=f"vmonty-cd-{number - len(wanted.disks)}")
+            if isinstance(what, Tray)
+            else AtaDisk(what, serial=f"vmonty-sata-{number}", sata=True)
+        )
+    loops = []
+    for place in range(PORTS):
+        loop = machine.loop
+        if drives[place] is not None:
+            # Of its own: while one drive waits for the host's disk, the others go on.
+            loop = EventLoop(f"sata {place}")
+            loop.start()
+            machine.resources.callback(loop.stop)
+        loops.append(loop)
+    function = machine.add_ahci(drives, loops)
+    for place, what in places:
+        kind = bootorder.CDROM if isinstance(what, Tray) else bootorder.DISK
+        machine.add_boot_device(kind, function, "pci8086,2922", f"drive@{place}/disk@0", wanted.boot.get(what))
+        if isinstance(drive := drives[place], CdRom):
+            machine.add_removable(Removable(drive, function.exclusively(place)))
+
+
+def add_network_card(
+    machine: Machine, backend: NetBackend, number: int = 0, mac: bytes | None = None, boot_index: int | None = None,
+    rom: Path | None = None,
+) -> Net:  # fmt: skip
+    """A virtio network card on *backend*, which it closes at its end; card *number* has its own address.
+
+    A machine that starts firmware gives it *rom*: None is iPXE's if the host has it, an empty path none.
+    """
     from vmonty.vmm.virtio.net import Net
 
     if mac is None:
@@ -256,5 +394,14 @@ def add_network_card(machine: Machine, backend: NetBackend, number: int = 0, mac
             raise UsageError(f"network card {number} needs an address of its own: give mac=")
         mac = MAC_PREFIX + bytes((FIRST_MAC + number,))
     device = Net(machine.memory, machine.loop, backend, mac)
-    add_virtio(machine, device)
+    boot = Boot(bootorder.NETWORK, "ethernet", "ethernet-phy@0", boot_index)
+    add_virtio(machine, device, boot, _network_rom(rom) if machine.config.firmware is not None else b"")
     return device
+
+
+def _network_rom(path: Path | None) -> bytes:
+    from vmonty.vmm.optionrom import IPXE_VIRTIO, read_rom
+
+    if path is None:
+        return read_rom(IPXE_VIRTIO) if IPXE_VIRTIO.is_file() else b""
+    return read_rom(path) if path != NO_ROM else b""

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmonty.vmm.block.device import BlockDevice
+from vmonty.vmm.block.tray import Tray
 from vmonty.vmm.hw.ata import CdRom
 from vmonty.vmm.peripherals import open_cdrom
 
@@ -42,7 +43,7 @@ def medium(iso: Path) -> Iterator[BlockDevice]:
 
 @pytest.fixture
 def driver(medium: BlockDevice) -> Driver:
-    made = Driver([CdRom(medium, serial="disc"), None])
+    made = Driver([CdRom(Tray(medium), serial="disc"), None])
     assert made.packet(TEST_UNIT_READY)[0] == ERROR, "power on: the medium is new"
     assert made.sense() == CHANGED
     return made
@@ -119,7 +120,7 @@ def test_errors(driver: Driver, cdb: bytes, sense: tuple[int, int, int]) -> None
 
 def test_media_change_and_eject(medium: BlockDevice) -> None:
     told: list[str] = []
-    drive = CdRom(None, ejected=lambda: told.append("ejected"))
+    drive = CdRom(ejected=lambda: told.append("ejected"))
     driver = Driver([drive, None])
     assert driver.packet(TEST_UNIT_READY)[0] == ERROR
     assert driver.sense() == NO_MEDIUM
@@ -136,6 +137,19 @@ def test_media_change_and_eject(medium: BlockDevice) -> None:
     driver.packet(bytes((0x1E,)))
     assert driver.packet(bytes((0x1B, 0, 0, 0, 2)))[0] == READY
     assert told == ["ejected"]
+    assert driver.packet(event)[1][4:6] == b"\3\1", "it was removed, and the tray is open"
+    assert driver.packet(read_10(0, 1))[0] == ERROR
+    assert driver.sense() == (2, 0x3A, 2)
+    assert driver.packet(bytes((0x1B, 0, 0, 0, 3)))[0] == READY, "the tray goes in again"
+    assert driver.packet(read_10(0, 1))[0] == ERROR
+    assert driver.sense() == CHANGED
+    assert driver.packet(read_10(0, 1))[0] == READY
+    driver.packet(bytes((0x1E, 0, 0, 0, 1)))
+    drive.request_eject()
+    assert driver.packet(event)[1][4:6] == b"\1\2", "somebody pressed the button"
+    drive.change(None)
+    assert not drive.locked
+    assert driver.packet(event)[1][4:6] == b"\3\0"
     assert driver.packet(read_10(0, 1))[0] == ERROR
     assert driver.sense() == NO_MEDIUM
 

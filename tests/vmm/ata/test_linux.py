@@ -8,8 +8,6 @@ import random
 import re
 from pathlib import Path
 
-import pytest
-
 from vmonty import kvm
 from vmonty.guests import busybox
 from vmonty.guests.cpio import SEGMENT_ALIGN, Writer
@@ -46,8 +44,8 @@ def padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % SEGMENT_ALIGN)
 
 
-@pytest.mark.parametrize("board", ["pc", "q35"])
-def test_linux_drives_disks_and_a_cdrom(screen: Screen, tmp_path: Path, board: str) -> None:
+def test_linux_drives_disks_and_a_cdrom(screen: Screen, tmp_path: Path) -> None:
+    """On a pc; a q35 has them on SATA, which the cloud kernel cannot drive: see test_ahci_linux."""
     guest = busybox.build()
     modules = busybox.kernel_modules(MODULES)
     extra = io.BytesIO()
@@ -63,7 +61,7 @@ def test_linux_drives_disks_and_a_cdrom(screen: Screen, tmp_path: Path, board: s
     config = Config(
         guest.kernel.read_bytes(), padded(guest.initrd.read_bytes()) + extra.getvalue(),
         "console=ttyS0 quiet cryptomgr.notests=1",
-        256 * MIB, machine=board,
+        256 * MIB,
     )  # fmt: skip
     with (
         open_image(disk, format="raw") as first,

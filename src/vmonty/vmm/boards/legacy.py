@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from vmonty.vmm import bootorder
 from vmonty.vmm.boards.ports import COM_PORTS
 from vmonty.vmm.boot import aml, dsdt
 from vmonty.vmm.bus import Part
@@ -54,6 +55,8 @@ def add_legacy_devices(machine: Machine) -> LegacyDevices:
     memory = machine.memory
     cmos.store_memory_size(memory.low_end, memory.size - memory.low_end)
     cmos.store(CMOS_PROCESSORS, bytes((machine.config.cpus - 1,)))
+    for register, value in bootorder.cmos_registers(machine.config.boot.order).items():
+        cmos.store(register, bytes((value,)))
     ports.place(RTC, 2, cmos, "cmos")
     ports.place(POST, 1, post, "post")
     ports.place(PVPANIC, 1, Pvpanic(machine.panicked), "pvpanic")

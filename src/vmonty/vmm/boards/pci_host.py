@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vmonty.base.ram import PAGE_SIZE, Ram
 from vmonty.kvm.uapi import flags
-from vmonty.vmm import shadow
+from vmonty.vmm import bootorder, shadow
 from vmonty.vmm.boards.ports import COM_PORTS
 from vmonty.vmm.boot import acpi, aml, dsdt, lowmem, pci_setup, smbios
 from vmonty.vmm.boot.dsdt import Window
@@ -26,15 +26,20 @@ from vmonty.vmm.hw.hpet import Hpet
 from vmonty.vmm.hw.pci import ConfigPorts, Decoder, PciBus, PciDevice
 from vmonty.vmm.hw.pci.bus import SLOTS
 from vmonty.vmm.hw.pci.pam import READ_WRITE, REGISTERS
+from vmonty.vmm.hw.pci.rom import add_rom_image
 from vmonty.vmm.irq import Line
 from vmonty.vmm.machine import Machine
 from vmonty.vmm.memory import HIGH_RAM_BASE, DeviceMemory
 from vmonty.vmm.shadow import ShadowRam
 
 if TYPE_CHECKING:
+    from vmonty.vmm.eventloop import EventLoop
+    from vmonty.vmm.hw.ata import PiixIde
+    from vmonty.vmm.hw.ata.ahci import Ahci
     from vmonty.vmm.hw.ata.drive import Drive
 
 FLASH_SLOT = shadow.NEXT_FREE_SLOT + 2  # behind the display adapter's
+FIRST_ROM_SLOT = FLASH_SLOT + 1
 CONFIG_PORTS = 0xCF8
 # Command block, control block, ISA interrupt.
 IDE_CHANNELS = ((0x1F0, 0x3F6, 14), (0x170, 0x376, 15))
@@ -60,10 +65,12 @@ class PciMachine(Machine):
     """A machine with a PCI root bus ``pci``, which the board makes in ``build``."""
 
     has_pci = True
+    has_ide = True  # else disks on IDE are on SATA
     isa_hole = True
     pci: PciBus
     acpi_pm: AcpiPm
     _tables_size = 0
+    _roms = 0  # how many cards have a ROM in a memory slot
 
     def add_device(self, device: PciDevice, slot: int | None = None) -> int:
         """Plug *device* in; see Machine.add_device."""
@@ -76,6 +83,18 @@ class PciMachine(Machine):
     def sci(self) -> Line:
         """One source's end of ACPI's interrupt line."""
         return self.lines.source(SCI_IRQ)
+
+    def add_option_rom(self, device: PciDevice, data: bytes) -> None:
+        """Give *device*, before it is plugged in, the ROM *data*."""
+        slot = DeviceMemory(self.vm, FIRST_ROM_SLOT + self._roms)
+        self._roms += 1
+        add_rom_image(device, data, lambda contents, base: slot.place(contents, base, writable=False))
+
+    def add_boot_device(self, kind: str, device: PciDevice, node: str, unit: str, index: int | None) -> None:
+        """Firmware may start from *unit* of *device*: names of Open Firmware; *kind* and *index* as for BootOrder."""
+        slot, function = next(place for place, other in self.pci.devices().items() if other is device)
+        where = f"{slot:x},{function:x}" if function else f"{slot:x}"
+        self.boot_order.add(kind, f"/pci@i0cf8/{node}@{where}/{unit}", index)
 
     def _add_shadow_ram(self) -> ShadowRam:
         firmware, rom = self.config.firmware, None
@@ -107,7 +126,7 @@ class PciMachine(Machine):
         )  # fmt: skip
         self.mmio.place(base, ram.size, chip, "flash")
 
-    def add_ide(self, drives: Sequence[Drive | None]) -> None:
+    def add_ide(self, drives: Sequence[Drive | None]) -> PiixIde:
         """The south bridge's IDE function with its two channels at the ports of a PC."""
         from vmonty.vmm.hw.ata.channel import ControlPort
         from vmonty.vmm.hw.ata.piix_ide import PiixIde
@@ -118,8 +137,20 @@ class PciMachine(Machine):
             self.ports.place(command, 8, channel, f"ide{number}")
             self.ports.place(control, 1, ControlPort(channel), f"ide{number}-control")
         self._place_ide(function)
+        return function
 
     def _place_ide(self, function: PciDevice) -> None:
+        self.pci.add(function)
+
+    def add_ahci(self, drives: Sequence[Drive | None], loops: Sequence[EventLoop]) -> Ahci:
+        """A SATA controller with *drives*, whose commands *loops* carry out: one of both for each port."""
+        from vmonty.vmm.hw.ata.ahci import Ahci
+
+        function = Ahci(self.memory, drives, loops)
+        self._place_ahci(function)
+        return function
+
+    def _place_ahci(self, function: PciDevice) -> None:
         self.pci.add(function)
 
     def _add_hpet(self, cmos: Cmos) -> None:
@@ -163,6 +194,11 @@ class PciMachine(Machine):
         device.add(fw_cfg.MAX_CPUS, cpus)
         device.add(IRQ0_OVERRIDE, b"\1\0\0\0")
         device.add(fw_cfg.BOOT_MENU, struct.pack("<H", config.boot.menu))
+        for rom in config.option_roms:
+            device.add_file(rom.file_name, rom.data)
+            self.boot_order.add(bootorder.NETWORK, rom.boot_path, rom.boot_index)
+        if order := self.boot_order.file(config.boot.order, strict=config.boot.strict):
+            device.add_file("bootorder", order)
         if config.boot.wait_ms is not None:
             device.add_file("etc/boot-menu-wait", struct.pack("<H", config.boot.wait_ms))
         if self.screen is None:

@@ -2,6 +2,7 @@
 
 slot 0      MCH; memory-mapped configuration space at 0xB0000000
 slot 31.0   ICH9 LPC bridge: power management at port 0x600, PIRQA to PIRQH on GSI 16 to 23
+slot 31.2   ICH9 SATA (AHCI), when there are drives
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from vmonty.vmm.boot.dsdt import Window
 from vmonty.vmm.hotplug import GPE_PORT, SLOTS_PORT
 from vmonty.vmm.hw import hpet, ich9_lpc, q35_mch
 from vmonty.vmm.hw.ich9_lpc import FIRST_INTERNAL_SLOT, Ich9Lpc
-from vmonty.vmm.hw.pci import Ecam, PcieRootPort
+from vmonty.vmm.hw.pci import Ecam, PciDevice, PcieRootPort
 from vmonty.vmm.hw.q35_mch import Q35Mch
 
 ECAM, ECAM_SIZE = 0xB000_0000, 256 << 20
 LPC_SLOT = 31
+SATA_PLACE = (LPC_SLOT, 2)
 FIRST_PIRQ_GSI = 16
 
 
@@ -30,6 +32,7 @@ class Q35(PciMachine):
     """The machine with PCI Express."""
 
     name = "q35"
+    has_ide = False
     low_ram_limit = 0x8000_0000
 
     def build(self) -> None:
@@ -49,6 +52,9 @@ class Q35(PciMachine):
         self._add_fw_cfg()
         for number in range(self.properties.get("root_ports", 0)):
             bus.add(PcieRootPort(f"root-port.{number}", number + 1))
+
+    def _place_ahci(self, function: PciDevice) -> None:
+        self.pci.add(function, *SATA_PLACE)
 
     def _intx(self, slot: int, pin: int, level: int) -> None:
         self.lpc.intx(slot, pin, level)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from vmonty.base.errors import BlockError
 from vmonty.vmm.block.device import BlockDevice
+from vmonty.vmm.block.tray import Tray
 from vmonty.vmm.hw.ata.drive import (
     DEVICE_RESET,
     ERROR_ABORT,
@@ -31,14 +32,14 @@ NOTHING_TO_DO = frozenset((0xE0, 0xE1, 0xE2, 0xE3, 0xE5, 0xE6, 0xE7))
 FEATURE_DMA = 1
 
 NOT_READY, MEDIUM_ERROR, ILLEGAL_REQUEST, UNIT_ATTENTION = 2, 3, 5, 6
-NO_MEDIUM, INVALID_COMMAND, OUT_OF_RANGE = (0x3A, 0), (0x20, 0), (0x21, 0)
+NO_MEDIUM, NO_MEDIUM_OPEN, INVALID_COMMAND, OUT_OF_RANGE = (0x3A, 0), (0x3A, 2), (0x20, 0), (0x21, 0)
 INVALID_FIELD, MEDIUM_CHANGED, READ_FAILED, REMOVAL_PREVENTED = (0x24, 0), (0x28, 0), (0x11, 0), (0x53, 2)
 SAVING_NOT_SUPPORTED = (0x39, 0)
 PROFILE_CD_ROM, PROFILE_DVD_ROM = 0x0008, 0x0010
 MOST_CD_BLOCKS = 450_000  # 100 minutes: anything larger is a DVD
 LEAD_OUT = 0xAA
 # GET EVENT STATUS NOTIFICATION.
-MEDIA_CLASS, EVENT_NONE, EVENT_EJECT, EVENT_NEW = 4, 0, 1, 2
+MEDIA_CLASS, EVENT_NONE, EVENT_EJECT_REQUEST, EVENT_NEW, EVENT_REMOVED = 4, 0, 1, 2, 3
 
 
 class CheckCondition(Exception):
@@ -50,19 +51,16 @@ class CheckCondition(Exception):
 
 
 class CdRom(Drive):
-    """The drive; *medium* may be None. ``change`` puts another one in. *ejected* is told when the guest does that."""
+    """The drive with *tray*. ``change`` puts another medium in. *ejected* is told when the guest opens the tray."""
 
     signature = (0x14, 0xEB)
 
-    def __init__(
-        self, medium: BlockDevice | None = None, serial: str = "", ejected: Callable[[], None] | None = None
-    ) -> None:
-        self.medium = medium
+    def __init__(self, tray: Tray | None = None, serial: str = "", ejected: Callable[[], None] | None = None) -> None:
+        self.tray = tray if tray is not None else Tray()
         self._serial = serial
         self._ejected = ejected
-        self._locked = False
-        self._tray_open = False
-        self._attention = medium is not None
+        self.locked = False
+        self._attention = self.tray.readable is not None
         self._event = EVENT_NONE
         self._sense: tuple[int, tuple[int, int]] = (0, (0, 0))
         super().__init__()
@@ -79,9 +77,18 @@ class CdRom(Drive):
         self._limit = 0
 
     def change(self, medium: BlockDevice | None) -> None:
-        """Another medium, or none; under the controller's lock."""
-        self.medium, self._tray_open = medium, False
-        self._attention, self._event = medium is not None, EVENT_NEW if medium is not None else EVENT_EJECT
+        """Another medium, or none; while the controller carries no command out for this drive."""
+        self.tray.medium, self.tray.open = medium, False
+        self._tell_of_medium()
+
+    def request_eject(self) -> None:
+        """Press the drive's button: a guest that has locked the tray is told, and may open it."""
+        self._event = EVENT_EJECT_REQUEST
+
+    def _tell_of_medium(self) -> None:
+        there = self.tray.readable is not None
+        self._attention, self._event = there, EVENT_NEW if there else EVENT_REMOVED
+        self.locked = self.locked and there
 
     # ---- ATA ------------------------------------------------------------------------------------------------------
 
@@ -117,7 +124,7 @@ class CdRom(Drive):
         if isinstance(reply, bytes):
             return self._reply(len(reply), dma, self.answer(reply).move)
         first, count = reply
-        medium = self.medium
+        medium = self.tray.readable
         assert medium is not None
 
         def move(offset: int, views: Sequence[memoryview]) -> None:
@@ -154,7 +161,8 @@ class CdRom(Drive):
 
     @property
     def _blocks(self) -> int:
-        return self.medium.size // BLOCK if self.medium is not None else 0
+        medium = self.tray.readable
+        return medium.size // BLOCK if medium is not None else 0
 
     def _command(self, cdb: bytes) -> bytes | tuple[int, int]:
         """The reply, or (first block, count) of a read. Raises CheckCondition."""
@@ -175,7 +183,7 @@ class CdRom(Drive):
         if (handler := _WITH_MEDIUM.get(operation)) is None:
             raise CheckCondition(ILLEGAL_REQUEST, INVALID_COMMAND)
         if not self._blocks:
-            raise CheckCondition(NOT_READY, NO_MEDIUM)
+            raise CheckCondition(NOT_READY, NO_MEDIUM_OPEN if self.tray.open else NO_MEDIUM)
         return handler(self, cdb)
 
     def _inquiry(self, cdb: bytes) -> bytes:
@@ -191,25 +199,25 @@ class CdRom(Drive):
         if not cdb[4] & 1 << MEDIA_CLASS:
             return struct.pack(">HBB", 2, 0x80, 1 << MEDIA_CLASS)[:size]
         event, self._event = self._event, EVENT_NONE
-        status = (2 if self._blocks else 0) | int(self._tray_open)
+        status = (2 if self._blocks else 0) | int(self.tray.open)
         return struct.pack(">HBBBBBB", 6, MEDIA_CLASS, 1 << MEDIA_CLASS, event, status, 0, 0)[:size]
 
     def _nothing(self, cdb: bytes) -> bytes:
         return b""
 
     def _prevent(self, cdb: bytes) -> bytes:
-        self._locked = bool(cdb[4] & 1)
+        self.locked = bool(cdb[4] & 1)
         return b""
 
     def _start_stop(self, cdb: bytes) -> bytes:
         if cdb[4] & 2:
-            if cdb[4] & 1:
-                self._tray_open = False
-            elif self._locked:
+            opens = not cdb[4] & 1
+            if opens and self.locked:
                 raise CheckCondition(ILLEGAL_REQUEST if self._blocks else NOT_READY, REMOVAL_PREVENTED)
-            else:
-                self.medium, self._tray_open = None, True
-                if self._ejected is not None:
+            if opens != self.tray.open:
+                self.tray.open = opens
+                self._tell_of_medium()
+                if opens and self._ejected is not None:
                     self._ejected()
         return b""
 
@@ -220,7 +228,7 @@ class CdRom(Drive):
             raise CheckCondition(ILLEGAL_REQUEST, SAVING_NOT_SUPPORTED)
         recovery = bytes((1, 6, 0, 5, 0, 0, 0, 0))
         capabilities = struct.pack(
-            ">BBBBBBBBHHHHBBHH", 0x2A, 18, 0x3B, 0, 0x71 if control != 1 else 0, 0x60, 0x29 | int(self._locked) << 1, 0,
+            ">BBBBBBBBHHHHBBHH", 0x2A, 18, 0x3B, 0, 0x71 if control != 1 else 0, 0x60, 0x29 | int(self.locked) << 1, 0,
             5632, 2, 512, 5632, 0, 0, 0, 0,
         )  # fmt: skip
         pages = {1: recovery, 0x2A: capabilities, 0x3F: recovery + capabilities}

@@ -12,6 +12,7 @@ from vmonty.vmm.hw.ata.cdrom import CdRom
 from vmonty.vmm.hw.ata.drive import (
     DEVICE_1,
     DEVICE_RESET,
+    ERROR_ABORT,
     EXECUTE_DIAGNOSTIC,
     STATUS_BUSY,
     STATUS_DATA,
@@ -63,6 +64,23 @@ class Channel:
     @property
     def _anybody(self) -> bool:
         return any(drive is not None for drive in self.drives)
+
+    def exclusively(self, drive: Drive) -> Callable[[Callable[[], None]], None]:
+        """A way to call functions while *drive* carries no command out: one that moves data ends with an error."""
+
+        def call(function: Callable[[], None]) -> None:
+            with self.lock:
+                busy = self.transfer is not None and self._drive is drive and not self._is_packet_command
+                function()
+                if busy:
+                    self.fail(ERROR_ABORT)
+
+        return call
+
+    @property
+    def _is_packet_command(self) -> bool:
+        """Is it the packet that moves, and no data yet?"""
+        return self._is_packet and self.transfer is not None and not self.transfer.to_host
 
     # ---- the command block -----------------------------------------------------------------------------------------
 

@@ -35,7 +35,12 @@ WRITES = {
     0x39: (True, True, False), 0xCA: (False, False, True), 0xCB: (False, False, True), 0x35: (True, False, True),
     0x3D: (True, False, True),
 }  # fmt: skip
+# READ and WRITE FPDMA QUEUED: (command) → to the host.
+QUEUED = {0x60: True, 0x61: False}
+QUEUE_DEPTH = 32
+READ_LOG, LOG_DIRECTORY, LOG_QUEUE_ERROR = 0x2F, 0x00, 0x10
 VERIFIES = {0x40: False, 0x41: False, 0x42: True}
+FUA = 0x80
 FLUSHES = frozenset((0xE7, 0xEA))
 NATIVE_MAX, NATIVE_MAX_EXT, CHECK_POWER = 0xF8, 0x27, frozenset((0xE5, 0x98))
 ACTIVE = 0xFF
@@ -48,13 +53,19 @@ SMART_DATA, SMART_THRESHOLDS, SMART_ENABLE, SMART_DISABLE, SMART_STATUS = 0xD0, 
 
 
 class AtaDisk(Drive):
-    """The disk *backend*, which stays its owner's, with *serial* (20 characters) and *model* (40)."""
+    """The disk *backend*, which stays its owner's, with *serial* (20 characters) and *model* (40).
+
+    A *sata* one has a command queue.
+    """
 
     signature = (0, 0)
 
-    def __init__(self, backend: BlockDevice, serial: str = "", model: str = "vmonty disk") -> None:
+    def __init__(
+        self, backend: BlockDevice, serial: str = "", model: str = "vmonty disk", *, sata: bool = False
+    ) -> None:
         self.backend = backend
-        self._serial, self._model = serial, model
+        self._serial, self._model, self._sata = serial, model, sata
+        self._queue_error = bytes(SECTOR)
         self._sectors = backend.size // SECTOR
         self._cylinders = min(max(self._sectors // (HEADS * SECTORS_PER_TRACK), 1), MOST_CYLINDERS)
         super().__init__()
@@ -80,6 +91,8 @@ class AtaDisk(Drive):
             return self.answer(self.identify())
         if command == SMART:
             return self._smart_command()
+        if command == READ_LOG and self._sata:
+            return self._read_log()
         if command in VERIFIES:
             self._range(wide=VERIFIES[command])
         elif command in FLUSHES:
@@ -144,6 +157,44 @@ class AtaDisk(Drive):
         self.done()
         return None
 
+    # ---- the queue ----------------------------------------------------------------------------------------------
+
+    def queued(self, *, to_host: bool) -> Transfer:
+        """The transfer of a queued command, whose sectors are counted in the feature register. Raises Aborted."""
+        registers = self.registers
+        first, count = registers.lba48, registers.feature & 0xFFFF or 0x1_0000
+        if first + count > self._sectors:
+            raise Aborted(ERROR_NOT_FOUND)
+        # The device register asks for the medium in place of the cache.
+        return self._moving(first, count, SECTOR, to_host=to_host, dma=True, through=bool(registers.device & FUA))
+
+    def queue_failed(self, tag: int, error: int) -> None:
+        """The queued command *tag* ended with *error*; the driver will read which one it was."""
+        self.failed(error)
+        registers = self.registers
+        log = bytearray(SECTOR)
+        log[:14] = (
+            bytes((tag, 0, registers.status, error))
+            + bytes((registers.lba_low & 0xFF, registers.lba_mid & 0xFF, registers.lba_high & 0xFF, registers.device))
+            + bytes((registers.lba_low >> 8, registers.lba_mid >> 8, registers.lba_high >> 8, 0))
+            + bytes((registers.count & 0xFF, registers.count >> 8))
+        )
+        log[SECTOR - 1] = -sum(log) & 0xFF
+        self._queue_error = bytes(log)
+
+    def _read_log(self) -> Transfer:
+        registers = self.registers
+        page, count = registers.lba_low & 0xFF, registers.count & 0xFFFF
+        if registers.lba_mid & 0xFF or count != 1 or page not in (LOG_DIRECTORY, LOG_QUEUE_ERROR):
+            raise Aborted
+        data = bytearray(SECTOR)
+        if page == LOG_DIRECTORY:
+            data[0] = 1
+            data[2 * LOG_QUEUE_ERROR] = 1
+        else:
+            data[:] = self._queue_error
+        return self.answer(bytes(data))
+
     # ---- data ---------------------------------------------------------------------------------------------------
 
     def _range(self, *, wide: bool) -> tuple[int, int]:
@@ -168,9 +219,13 @@ class AtaDisk(Drive):
         if multiple and not self._multiple:
             raise Aborted
         first, count = self._range(wide=wide)
+        return self._moving(first, count, SECTOR * (self._multiple if multiple else 1), to_host=to_host, dma=dma)
+
+    def _moving(
+        self, first: int, count: int, block: int, *, to_host: bool, dma: bool, through: bool = False
+    ) -> Transfer:
         if not to_host and self.backend.read_only:
             raise Aborted
-        block = SECTOR * (self._multiple if multiple else 1)
 
         def move(offset: int, views: Sequence[memoryview]) -> None:
             try:
@@ -182,7 +237,7 @@ class AtaDisk(Drive):
                 raise Aborted(ERROR_UNCORRECTABLE if to_host else ERROR_ABORT) from error
 
         def end() -> None:
-            if not to_host and not self._write_cache:
+            if not to_host and (through or not self._write_cache):
                 self._flush()
             self.done()
 
@@ -226,4 +281,9 @@ class AtaDisk(Drive):
         words[88] = 0x3F | (1 << (self._mode & 7) + 8 if self._mode >> 3 == 8 else 0)
         words[93] = 0x6001
         put(100, struct.pack("<Q", self._sectors))
+        if self._sata:
+            words[75], words[76] = QUEUE_DEPTH - 1, 0x0102  # the queue; 1.5 Gbit/s
+            words[84] |= 0x20  # logs
+            words[87] |= 0x20
+            words[93] = 0  # of the parallel cable
         return struct.pack("<256H", *words)

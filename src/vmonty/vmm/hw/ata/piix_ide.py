@@ -38,6 +38,10 @@ class Memory(Protocol):
         """Raises GuestMemoryError outside of RAM."""
         ...
 
+    def write(self, address: int, data: bytes) -> None:
+        """Raises GuestMemoryError outside of RAM."""
+        ...
+
     def written(self, address: int, size: int) -> None:
         """RAM was written through a view."""
         ...

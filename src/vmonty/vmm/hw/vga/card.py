@@ -11,6 +11,7 @@ from typing import Protocol
 from vmonty.base.ram import Ram
 from vmonty.vmm.bus import Bus
 from vmonty.vmm.hw.pci.device import PciDevice
+from vmonty.vmm.hw.pci.rom import add_rom_image
 from vmonty.vmm.hw.vga import scanout
 from vmonty.vmm.hw.vga.dispi import BANK, EIGHT_BIT_DAC, ENABLE, LINEAR, Dispi
 from vmonty.vmm.hw.vga.planes import PlaneWindow
@@ -52,11 +53,7 @@ class VgaCard(PciDevice):
         area.place(EXTENDED_REGISTERS, 8, _Extended(), "extended")
         self.add_bar(2, area, REGISTERS_SIZE)
         if rom:
-            # Firmware reads all of it: as memory, not byte for byte.
-            contents = Ram(max(4096, 1 << (len(rom) - 1).bit_length()), "vmonty-vga-rom")
-            contents.fill(0, contents.size, 0xFF)
-            contents.write(0, rom)
-            self.add_rom(_Rom(contents), contents.size, lambda base: map_memory(contents, base, writable=False))
+            add_rom_image(self, rom, lambda contents, base: map_memory(contents, base, writable=False))
 
     def mode(self) -> scanout.Mode | None:
         """What is on the screen; None when it is dark."""
@@ -120,16 +117,3 @@ class _Extended:
 
     def write(self, offset: int, size: int, value: int) -> None:
         pass  # the byte order stays
-
-
-class _Rom:
-    """An option ROM."""
-
-    def __init__(self, contents: Ram) -> None:
-        self._contents = contents
-
-    def read(self, offset: int, size: int) -> int:
-        return int.from_bytes(self._contents.read(offset, size), "little")
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        pass  # it is read-only
