@@ -294,6 +294,32 @@ def test_a_matching_write_signals(buses: KvmIoBuses, ioeventfds: IoEventfds, fil
     assert buses.mmio.read(0x100, 2) is None
 
 
+def test_who_answers_at_once_is_not_signalled(
+    buses: KvmIoBuses, ioeventfds: IoEventfds, files: Callable[[], int]
+) -> None:
+    bell, other = files(), files()
+    ioeventfds.ioeventfd(doorbell(bell))
+    ioeventfds.ioeventfd(doorbell(other, address=0x200))
+    answers = [True, False]
+    threads: list[int] = []
+
+    def at_once() -> bool:
+        threads.append(threading.get_ident())
+        return answers.pop(0)
+
+    ioeventfds.ring_at_once(bell, at_once)
+    assert buses.mmio.write(0x100, 2, 0)
+    assert count(bell) == 0
+    assert buses.mmio.write(0x100, 2, 0)
+    assert buses.mmio.write(0x200, 2, 0)
+    assert [count(bell), count(other)] == [1, 1]
+    assert threads == [threading.get_ident()] * 2
+    ioeventfds.ioeventfd(doorbell(bell, flags=IO_DEASSIGN))
+    ioeventfds.ioeventfd(doorbell(bell))
+    assert buses.mmio.write(0x100, 2, 0)
+    assert count(bell) == 1, "a new one is as it was made"
+
+
 def test_many_doorbells_at_one_address(buses: KvmIoBuses, ioeventfds: IoEventfds, files: Callable[[], int]) -> None:
     """virtio: one register, a queue's number as data."""
     fds = [files() for _ in range(8)]

@@ -184,3 +184,109 @@ def test_stop_from_a_callback_and_twice() -> None:
 
 def test_a_loop_that_never_started_can_be_stopped() -> None:
     EventLoop("loop under test").stop()
+
+
+# ---- callbacks on another thread, in the loop's place -------------------------------------------------------------
+
+
+def test_who_borrows_an_idle_loop_is_its_thread_meanwhile(loop: EventLoop) -> None:
+    seen: list[object] = []
+    assert not loop.on_thread()
+
+    def callback() -> None:
+        loop.run(lambda: seen.append("at once"))
+        seen.extend((threading.current_thread().name, loop.on_thread(), loop.lent))
+
+    assert loop.borrow(callback)
+    assert seen == ["at once", threading.current_thread().name, True, True]
+    assert not loop.on_thread()
+    loop.run(lambda: seen.append(loop.lent))
+    assert seen[-1] is False
+
+
+def test_a_loop_that_is_busy_is_not_lent(loop: EventLoop) -> None:
+    inside, go_on = Mark(), threading.Event()
+
+    def busy() -> None:
+        inside()
+        assert go_on.wait(LIMIT_S)
+
+    loop.call_soon(busy)
+    inside.wait()
+    try:
+        assert not loop.borrow(lambda: pytest.fail("two callbacks at a time"))
+    finally:
+        go_on.set()
+
+
+def test_it_is_not_lent_past_those_who_wait_for_it() -> None:
+    loop = EventLoop("loop under test")
+    order: list[int] = []
+    loop.call_soon(lambda: order.append(1))
+    assert not loop.borrow(lambda: order.append(2)), "nor before it was started"
+    loop.start()
+    loop.stop()
+    assert order == [1]
+    assert not loop.borrow(lambda: order.append(3)), "nor after its end"
+
+
+def test_while_it_is_lent_the_thread_waits(loop: EventLoop) -> None:
+    done, order = Mark(), []
+
+    def later() -> None:
+        order.append("thread")
+        done()
+
+    def callback() -> None:
+        loop.call_soon(later)
+        loop.call_later(0.0, lambda: order.append("timer"))
+        # Long enough for the thread to wake up and try.
+        assert not threading.Event().wait(0.05)
+        order.append("borrower")
+
+    assert loop.borrow(callback)
+    done.wait()
+    loop.run(lambda: None)
+    assert order[0] == "borrower"
+    assert done.thread == "loop under test"
+
+
+def test_a_timer_of_a_borrower_fires(loop: EventLoop) -> None:
+    done = Mark()
+    assert loop.borrow(lambda: loop.call_later(0.01, done) and None)
+    done.wait()
+    assert done.thread == "loop under test"
+
+
+def test_stop_waits_for_a_borrower() -> None:
+    loop = EventLoop("loop under test")
+    loop.start()
+    inside, go_on = Mark(), threading.Event()
+
+    def callback() -> None:
+        inside()
+        assert go_on.wait(LIMIT_S)
+
+    borrower = threading.Thread(target=loop.borrow, args=(callback,))
+    borrower.start()
+    inside.wait()
+    stopping = threading.Thread(target=loop.stop)
+    stopping.start()
+    stopping.join(0.05)
+    assert stopping.is_alive()
+    go_on.set()
+    for thread in (stopping, borrower):
+        thread.join(LIMIT_S)
+        assert not thread.is_alive()
+
+
+def test_a_borrowed_callback_that_fails_is_reported(loop: EventLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_value))
+
+    def callback() -> None:
+        raise RuntimeError("on purpose")
+
+    assert loop.borrow(callback)
+    assert [str(error) for error in told] == ["on purpose"]
+    assert loop.borrow(lambda: None)

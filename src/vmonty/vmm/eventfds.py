@@ -17,13 +17,15 @@ from vmonty.vmm.eventloop import EventLoop
 class Doorbell:
     """Calls *rung* on *loop*'s thread when the guest writes where the doorbell ``hangs``; no vCPU waits for it.
 
-    Writes in quick succession may be one call.
+    Writes in quick succession may be one call. While *quick* says that the call takes no longer than waking the loop,
+    and the loop has nothing to do, the vCPU's thread makes it in the loop's place, where KVM is in this process.
     """
 
-    def __init__(self, vm: Vm, loop: EventLoop, rung: Callable[[], None]) -> None:
+    def __init__(self, vm: Vm, loop: EventLoop, rung: Callable[[], None], quick: Callable[[], bool]) -> None:
         self._vm = vm
         self._loop = loop
         self._rung = rung
+        self._quick = quick
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._place: tuple[int, int, int | None, bool] | None = None
         loop.watch(self._fd, self._ready)
@@ -34,13 +36,16 @@ class Doorbell:
             os.eventfd_read(self._fd)
             self._rung()
 
+    def _at_once(self) -> bool:
+        return self._quick() and self._loop.borrow(self._rung)
+
     def hang(self, address: int, size: int, datamatch: int | None = None, pio: bool = False) -> None:
         """Answer to writes of *size* bytes (0: any) at *address*, with *datamatch* only of that value.
 
         It leaves its place before. Raises KvmError when another stands there.
         """
         self.take_down()
-        self._vm.ioeventfd(self._fd, address, size, datamatch, pio)
+        self._vm.ioeventfd(self._fd, address, size, datamatch, pio, at_once=self._at_once)
         self._place = (address, size, datamatch, pio)
 
     def take_down(self) -> None:

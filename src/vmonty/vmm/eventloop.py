@@ -42,7 +42,8 @@ class Timer:
 
 
 class EventLoop:
-    """One thread, called *name*, that waits by epoll. All callbacks run on it; all methods work from any thread.
+    """One thread, called *name*, that waits by epoll. All callbacks run on it, but what ``borrow`` makes; all methods
+    work from any thread.
 
     A callback that raises is reported by ``threading.excepthook``, and the loop goes on. What is watched or
     called before ``start()`` waits for it; after ``stop()`` nothing is called any more.
@@ -54,6 +55,8 @@ class EventLoop:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
         self._lock = threading.Lock()
+        self._turn = threading.Lock()  # whoever makes callbacks holds it
+        self._borrower = 0
         self._watched: dict[int, tuple[Callback, int]] = {}
         self._calls: deque[Callback] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
@@ -80,8 +83,31 @@ class EventLoop:
         self._close()
 
     def on_thread(self) -> bool:
-        """Whether the caller runs on the loop's thread."""
-        return threading.current_thread() is self._thread
+        """Whether the caller runs on the loop's thread, or in its place."""
+        return threading.get_ident() in (self._thread.ident, self._borrower)
+
+    @property
+    def lent(self) -> bool:
+        """Whether it is another thread that makes callbacks now; for callbacks."""
+        return self._borrower != 0
+
+    def borrow(self, callback: Callback) -> bool:
+        """Call *callback* here and now, in place of the loop's thread, which has nothing to do; False when it has.
+
+        As on the thread, no other callback runs meanwhile. It spares waking that; the caller waits instead.
+        """
+        if self._calls or self._thread.ident is None or not self._turn.acquire(blocking=False):
+            return False
+        try:
+            # Asked now: once the thread has had its last turn nothing may be called.
+            if self._stopping:
+                return False
+            self._borrower = threading.get_ident()
+            self._call(callback)
+            return True
+        finally:
+            self._borrower = 0
+            self._turn.release()
 
     def watch(self, fd: int, callback: Callback, *, read: bool = True, write: bool = False) -> None:
         """Call *callback* whenever *fd* is ready to *read* or *write*, or has an error or hung up; level-triggered.
@@ -121,7 +147,7 @@ class EventLoop:
             entry = (time.monotonic() + max(seconds, 0.0), next(self._count), timer)
             heapq.heappush(self._timers, entry)
             first = self._timers[0] is entry
-        if first and not self.on_thread():
+        if first and threading.get_ident() != self._thread.ident:
             self._signal()
         return timer
 
@@ -162,18 +188,23 @@ class EventLoop:
 
     def _main(self) -> None:
         while not self._stopping:
-            self._poll()
+            ready = self._wait()
+            with self._turn:
+                self._serve(ready)
+                self._make_calls()
+                self._fire()
+        with self._turn:
             self._make_calls()
-            self._fire()
-        self._make_calls()
 
-    def _poll(self) -> None:
+    def _wait(self) -> list[tuple[int, int]]:
         try:
-            ready = self._epoll.poll(self._timeout())
+            return self._epoll.poll(self._timeout())
         except OSError as error:
             if error.errno == errno.EINTR:
-                return
+                return []
             raise
+
+    def _serve(self, ready: list[tuple[int, int]]) -> None:
         # Looked up first: an fd that a callback closes may be another's number by the time its turn comes.
         batch = [(fd, self._watched.get(fd)) for fd, _ in ready]
         for fd, entry in batch:
@@ -185,6 +216,8 @@ class EventLoop:
     def _timeout(self) -> float:
         if self._calls:
             return 0.0
+        if not self._timers:
+            return -1.0  # who adds the first one wakes us
         with self._lock:
             while self._timers and not self._timers[0][2].active:
                 heapq.heappop(self._timers)

@@ -14,6 +14,7 @@ from vmonty.testing.virtio import LIMIT_S, Buffer, VirtioDriver
 from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.virtio import blk
 from vmonty.vmm.virtio.blk import Blk, Topology
+from vmonty.vmm.virtio.device import MOST_FOR_VCPU
 
 from .conftest import Bench
 
@@ -244,3 +245,30 @@ def test_a_disk_that_grows_tells_the_driver(bench: Bench, disk: MemoryDisk) -> N
     device.resized()
     assert driver.access.acknowledge() == 2
     assert driver.access.config(0, 8) == 2 * SIZE // 512
+
+
+def test_a_vcpu_does_a_few_requests_itself(bench: Bench, disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the disk answers at once; after some it goes on, and the loop's thread does the rest."""
+    monkeypatch.setattr(blk, "SLOW_NS", 10**12)
+    device = Blk(bench.memory, bench.loop, disk)
+    driver = bench.driver(device).start()
+    assert not device.quick(), "nobody knows yet"
+    while not device.quick():
+        assert done(driver, ask(driver, blk.T_IN, room=[512]))[0] == 0
+    bench.settle()
+    monkeypatch.setattr(driver.access, "notify", lambda index: None)
+    threads: list[str] = []
+    read = disk.preadv
+
+    def preadv(offset: int, buffers: Sequence[memoryview]) -> None:
+        threads.append(threading.current_thread().name)
+        read(offset, buffers)
+
+    monkeypatch.setattr(disk, "preadv", preadv)
+    for sector in range(20):
+        ask(driver, blk.T_IN, sector, room=[512])
+    while not bench.loop.borrow(lambda: device.notified(0)):
+        bench.settle()  # its thread has yet to go to sleep
+    assert len(driver.queues[0].wait(20)) == 20
+    ours = threading.current_thread().name
+    assert threads == [ours] * MOST_FOR_VCPU + [bench.loop.name] * (20 - MOST_FOR_VCPU)

@@ -257,18 +257,22 @@ class Vm(Handle):
 
     def ioeventfd(
         self, eventfd: int, address: int, size: int, datamatch: int | None = None, pio: bool = False,
-        deassign: bool = False,
+        deassign: bool = False, at_once: Callable[[], bool] | None = None,
     ) -> None:  # fmt: skip
         """KVM_IOEVENTFD: a guest write of *size* bytes (0: any) at *address* signals *eventfd* without an exit.
 
-        With *datamatch* only that value does. Raises KvmError: EEXIST on a collision, ENOENT when there is
-        nothing to deassign, EINVAL for a bad size.
+        With *datamatch* only that value does. A KVM in software first calls *at_once* on the vCPU's thread, inside of
+        KVM_RUN, and signals when that returns False; it may use the VM, but not wait for a vCPU. Raises KvmError:
+        EEXIST on a collision, ENOENT when there is nothing to deassign, EINVAL for a bad size.
         """
         flags = (0 if datamatch is None else 1) | (2 if pio else 0) | (4 if deassign else 0)
         self.ioctl(
             Requests.KVM_IOEVENTFD,
             irq.kvm_ioeventfd(datamatch=datamatch or 0, addr=address, len=size, fd=eventfd, flags=flags),
         )
+        direct = getattr(self.provider, "ring_at_once", None)
+        if at_once is not None and direct is not None:
+            direct(self.fileno(), eventfd, at_once)
 
     def register_coalesced_mmio(self, address: int, size: int, pio: bool = False) -> None:
         """KVM_REGISTER_COALESCED_MMIO: collect writes to this range in the ring next to kvm_run."""

@@ -14,6 +14,7 @@ import errno
 import os
 import select
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vmonty.kvm.soft.iodev import KvmIoBus, KvmIoBuses
@@ -259,6 +260,8 @@ class _IoEventfd:
     # KVM_IOEVENTFD_FLAG_PIO, that of s390's channels (which nothing here reaches), or 0 for MMIO.
     space: int
     signal: _Signal | None = None
+    number: int = -1  # by which the caller knows it
+    at_once: Callable[[], bool] | None = None
 
     def collides(self, other: _IoEventfd) -> bool:
         if self.space != other.space or self.address != other.address:
@@ -283,7 +286,7 @@ class _IoEventfd:
             return False
         if self.datamatch is not None and value != self.datamatch:
             return False
-        if self.signal is not None:
+        if self.signal is not None and not (self.at_once is not None and self.at_once()):
             self.signal.signal()
         return True
 
@@ -335,9 +338,17 @@ class IoEventfds:
             if any(device.collides(other) for other in self._all):
                 raise _refuse(errno.EEXIST)
             device.signal = _Signal(fd)
+            device.number = fd
             for bus in self._places(device):
                 bus.register(device.address, device.size, device, counted=False)
             self._all.append(device)
+
+    def ring_at_once(self, number: int, at_once: Callable[[], bool]) -> None:
+        """Offer writes that would signal the eventfd *number* to *at_once* before."""
+        with self._lock:
+            for device in self._all:
+                if device.number == number:
+                    device.at_once = at_once
 
     def _deassign(self, wanted: _IoEventfd) -> None:
         with self._lock:

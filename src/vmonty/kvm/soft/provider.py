@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vmonty.base import hostcall
@@ -87,6 +88,12 @@ class SoftKvm:
         vm = self._files[fd]
         assert isinstance(vm, Kvm)
         return vm.irqfds.signal(eventfd)
+
+    def ring_at_once(self, fd: int, eventfd: int, at_once: Callable[[], bool]) -> None:
+        """Have writes that would signal *eventfd* call *at_once* on the vCPU's thread, and signal if that is False."""
+        vm = self._files[fd]
+        assert isinstance(vm, Kvm)
+        vm.ioeventfds.ring_at_once(eventfd, at_once)
 
     def port_window(self, fd: int, first: int) -> PortWindow | None:
         """Ports of the VM behind *fd* that it answers for; None when it has such a window already."""

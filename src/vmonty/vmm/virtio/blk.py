@@ -57,10 +57,10 @@ class Blk(VirtioDevice):
     """The disk *backend*, with *serial* as its ID (20 bytes at most).
 
     Requests go straight between file and guest RAM: on a few threads of its own, concurrently; but reads and writes on
-    *loop*'s thread, which had better be the disk's alone, while they take no longer than handing them over would (the
-    host has the file in its page cache). The cache is write-back: a flush that is answered means that all writes
-    answered before are durable. A driver that takes no FLUSH, or switches the cache to write-through, has each write
-    flushed before it is answered.
+    *loop*'s thread, which had better be the disk's alone, or in its place, while they take no longer than handing them
+    over would (the host has the file in its page cache). The cache is write-back: a flush that is answered means that
+    all writes answered before are durable. A driver that takes no FLUSH, or switches the cache to write-through, has
+    each write flushed before it is answered.
     """
 
     device_id, name = 2, "virtio-blk"
@@ -132,6 +132,10 @@ class Blk(VirtioDevice):
         if offset == WRITEBACK_OFFSET and size == 1 and self.has(CONFIG_WCE) and value in (0, 1):
             self._writeback = bool(value)
             self.config[offset] = value
+
+    def quick(self) -> bool:
+        """While the host has the file in its page cache."""
+        return self._slowness < 1.0
 
     def handle(self, queue: Queue) -> None:
         """Give each request to the threads."""

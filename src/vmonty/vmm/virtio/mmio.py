@@ -56,7 +56,7 @@ class MmioTransport:
     def connect(self, vm: Vm, base: int) -> None:
         """The board placed this at *base* of *vm*'s memory space: take notifications by ioeventfd, off the vCPU."""
         for queue in self.device.queues:
-            bell = Doorbell(vm, self.device.loop, partial(self.device.notified, queue.index))
+            bell = Doorbell(vm, self.device.loop, partial(self.device.notified, queue.index), self.device.quick)
             self._doorbells.append(bell)
             bell.hang(base + Register.QUEUE_NOTIFY, 4, datamatch=queue.index)
 

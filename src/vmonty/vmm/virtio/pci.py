@@ -63,7 +63,9 @@ class VirtioPci(PciDevice):
         self._feature_word = self._driver_word = self._selected = 0
         self._vectors = [NO_VECTOR] * (len(device.queues) + 1)  # of each queue, then of the configuration
         self._doorbells = [
-            Doorbell(vm, device.loop, partial(device.notified, queue.index)) for queue in device.queues if vm
+            Doorbell(vm, device.loop, partial(device.notified, queue.index), device.quick)
+            for queue in device.queues
+            if vm
         ]
         self._area = Bus(f"{device.name}.bar{BAR}", BAR_SIZE)
         for offset, part, name in (
