@@ -18,7 +18,7 @@ import pytest
 from vmonty.base.errors import GuestError
 from vmonty.guests import busybox
 
-from .conftest import assert_clean, contents
+from .conftest import assert_sound, contents
 
 SLOT, SLOTS = 4096, 2048
 SIZE = SLOT * SLOTS
@@ -114,7 +114,7 @@ def test_nothing_that_a_guest_flushed_is_lost(guest: busybox.Guest, disks: dict[
                 known[at : at + SLOT] = record(number)
             path = disks[kind]
             if kind != "raw":
-                assert_clean(path)
+                assert_sound(path)
             found = contents(path) if kind != "raw" else path.read_bytes()
             # The next record may have been under way: old, new, or some sectors of each.
             begin = (last + 1) * STEP % SLOTS * SLOT
