@@ -114,12 +114,14 @@ def test_random_loops(part: int) -> None:
     """Registers, flags, faults and memory are those of single instructions."""
     for seed in range(part * 25, part * 25 + 25):
         loop = Loop(seed)
-        code = assemble(loop.source, 64, CODE)
+        start = CODE if seed % 3 else CODE + 4096 - loop.rng.randrange(1, 40)  # a third may lie in two pages
+        code = assemble(loop.source, 64, start)
         ends = []
         memories = []
         for single in (False, True):
             m = machine(seed, faults=seed % 2 == 1)
-            m.load(code)
+            m.load(code, start)
+            m.cpu["rip"] = start
             for name, value in loop.start.items():
                 m.cpu[name] = value
             reason = m.cpu.step(STEPS) if single else m.cpu.run()
@@ -199,3 +201,73 @@ def test_strip_that_overwrites_itself() -> None:
     assert (m.cpu.run(), single.cpu.step(200)) == ("halt", "halt")
     assert m.cpu.registers == single.cpu.registers
     assert m.cpu["rax"] != 110
+
+
+SPAN = SMALL + 8 * 4096  # linear: the page that a loop begins in, at its end
+FIRST, SECOND, OTHER = 0x60_0000, 0x60_2000, 0x60_5000  # physical
+ENTRY = TABLE + 0x1000 + 8 * (8 + 1)  # of the page that it ends in
+OTHER_ROOT, OTHER_TABLES = 0x8000, 0x9000
+HEAD = 14  # bytes of its code in the first page
+
+
+def spanning() -> Machine:
+    """A loop of 300 rounds in two pages; its second half adds 1, or 16 where that page is another one."""
+    m = machine(0, faults=False)
+    m.put64(ENTRY - 8, FIRST | 3)
+    m.put64(ENTRY, SECOND | 3)
+    head = "mov ecx, 300\n jmp short again\n again: add eax, 1\n add dword [rbx], 1\n nop\n"  # HEAD bytes
+    for second, more in ((SECOND, ""), (OTHER, "add eax, 15\n")):
+        code = assemble(f"{head} {more} dec ecx\n jnz again\n ret", 64, SPAN + 4096 - HEAD)
+        m.load(code[:HEAD], FIRST + 4096 - HEAD)
+        m.load(code[HEAD:], second)
+    # Another address space, where the second page is the other one.
+    m.memory[OTHER_TABLES : OTHER_TABLES + 4096] = m.memory[0x2000:0x3000]
+    m.put64(OTHER_ROOT, OTHER_TABLES + 7)
+    m.put64(OTHER_TABLES + 8 * (SMALL >> 30), OTHER_TABLES + 0x1007)
+    m.put64(OTHER_TABLES + 0x1000, OTHER_TABLES + 0x2007)
+    m.memory[OTHER_TABLES + 0x2000 : OTHER_TABLES + 0x3000] = m.memory[TABLE + 0x1000 : TABLE + 0x2000]
+    m.put64(OTHER_TABLES + 0x2000 + (ENTRY - TABLE - 0x1000), OTHER | 3)
+    return m
+
+
+@pytest.mark.parametrize("change", ["invlpg", "cr3", "root", "store", "away"])
+def test_loop_in_two_pages(change: str) -> None:
+    """What its second page is, is seen anew when mappings or its bytes change; a fault there comes in its turn."""
+    changes = {
+        "invlpg": f"mov qword [{ENTRY}], {OTHER | 3}\n invlpg [rdi]",
+        "cr3": f"mov qword [{ENTRY}], {OTHER | 3}\n mov rax, cr3\n mov cr3, rax",
+        "root": f"mov rax, {OTHER_ROOT}\n mov cr3, rax",
+        "store": "mov dword [rdi], 0x9090C3",  # RET
+        "away": f"mov qword [{ENTRY}], 0\n invlpg [rdi]",
+    }
+    source = f"""
+        mov rsi, {SPAN + 4096 - HEAD}
+        mov rdi, {SPAN + 4096}
+        mov rbx, 0x800000
+        mov ebp, 3
+    round:
+        xor eax, eax
+        call rsi
+        add r8, rax
+        dec ebp
+        jnz round
+        {changes[change]}
+        xor eax, eax
+        call rsi
+        hlt"""
+    ends = []
+    for single in (False, True):
+        m = spanning()
+        m.load(assemble(source, 64, CODE))
+        m.put64(0x80_0000, 0)
+        m.cpu["r8"] = 0
+        reason = m.cpu.step(STEPS) if single else m.cpu.run()
+        ends.append((outcome(m, reason), m.get64(0x80_0000)))
+    assert ends[0] == ends[1]
+    assert m.cpu["r8"] == 900
+    if change in ("invlpg", "cr3", "root"):
+        assert m.cpu["rax"] == 300 * 16
+    if change == "store":
+        assert m.cpu["rax"] == 1
+    if change == "away":
+        assert ends[0][0]["event"] and m.cpu["rip"] == SPAN + 4096

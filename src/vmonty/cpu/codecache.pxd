@@ -31,7 +31,7 @@ cdef struct Block:
     uint64_t linear          # rip plus the code segment's base
     uint64_t limit           # the code segment's when it was translated; all ones in 64-bit mode
     uint64_t host_page       # host address of the first page that its code lies in
-    uint64_t host_page2      # second page, or 0
+    uint64_t host_page2      # second page, or 0: of its one instruction, or of a loop that lies in both
     uint32_t key
     uint32_t entry           # offset of the code in the mapping
     uint32_t size
@@ -85,6 +85,8 @@ cdef struct CodeCache:
     CodePage *pages
     uint32_t *buckets
     uint32_t *page_buckets
+    uint32_t span_links      # in use below
+    uint32_t span_link[64]   # links to blocks in two pages, which hold until mappings change
     uint64_t flushes
     # What is mapped ahead of use, see cache_prepare.
     uint8_t *code_ready
@@ -176,6 +178,7 @@ cdef void link_to(CodeCache *c, uint32_t link, Block *b) noexcept nogil
 cdef CodePage *page_find(CodeCache *c, uint64_t host_page) noexcept nogil
 cdef int drop_page(CpuState *s, uint64_t host_page) noexcept nogil
 cdef void unlink_cross_page(CpuState *s) noexcept nogil
+cdef void unlink_spans(CpuState *s) noexcept nogil
 cdef Block *block_at_host(CodeCache *c, uint64_t host_rip) noexcept nogil
 cdef void shadow_reset(CpuState *s) noexcept nogil
 cdef void jump_cache_clear(CpuState *s) noexcept nogil

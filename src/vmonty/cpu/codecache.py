@@ -658,6 +658,7 @@ def cache_flush(s):
         c.buckets[k] = 0
     for k in range(PAGE_BUCKETS):
         c.page_buckets[k] = 0
+    c.span_links = 0
     c.flushes += 1
     s.page_slots_used = 0
     shadow_reset(s)
@@ -879,8 +880,13 @@ def _patch(c: cython.pointer(CodeCache), at: uint32_t, target: uint32_t) -> cyth
 
 
 def link_to(c, link, b):
-    """Send a direct exit straight to a block."""
+    """Send a direct exit straight to a block; to one in two pages only while there is room to remember that."""
     e: cython.pointer(Link) = cython.address(c.links[link])
+    if b.host_page2:
+        if c.span_links >= 64:
+            return
+        c.span_link[c.span_links] = link
+        c.span_links += 1
     _patch(c, e.patch, b.entry)
     e.destination = (b - c.blocks) + 1
     e.next_incoming = b.incoming
@@ -947,6 +953,27 @@ def drop_page(s, host_page):
             block_invalidate(s, b)
             count += 1
     return count
+
+
+def unlink_spans(s):
+    """Undo the direct links to blocks in two pages: the second one may be mapped elsewhere now."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    e: cython.pointer(Link)
+    at: cython.pointer(uint32_t)
+    k: uint32_t
+    number: uint32_t
+    for k in range(c.span_links):
+        number = c.span_link[k] + 1
+        e = cython.address(c.links[number - 1])
+        if e.destination == 0 or not c.blocks[e.destination - 1].host_page2:
+            continue
+        at = cython.address(c.blocks[e.destination - 1].incoming)
+        while at[0] and at[0] != number:
+            at = cython.address(c.links[at[0] - 1].next_incoming)
+        at[0] = e.next_incoming
+        _patch(c, e.patch, e.stub)
+        e.destination = 0
+    c.span_links = 0
 
 
 def unlink_cross_page(s):

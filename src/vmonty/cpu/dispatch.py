@@ -21,6 +21,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     CodeCache,
     block_at_host,
     block_find,
+    block_invalidate,
     cache_flush,
     cache_free,
     cache_new,
@@ -95,6 +96,7 @@ from cython.cimports.vmonty.cpu.tlb import (
     SLOW_OFFSET,
     careful_access,
     careful_commit,
+    fetch_ahead,
     fetch_page,
     flush_all,
     memory_slow,
@@ -231,6 +233,7 @@ def _translation(s: cython.pointer(CpuState), single: uint32_t, plain: uint32_t,
     """
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     page: cython.pointer(FetchEntry)
+    ahead: cython.pointer(FetchEntry)
     b: cython.pointer(Block)
     linear: uint64_t = s.rip
     limit: uint64_t = ~cython.cast(uint64_t, 0)
@@ -258,6 +261,11 @@ def _translation(s: cython.pointer(CpuState), single: uint32_t, plain: uint32_t,
         page.host,
         s.block_key | (KEY_SINGLE if single else (KEY_PLAIN if plain else 0)),
     )
+    if b != cython.NULL and b.host_page2 and b.count > 1:  # a loop whose end may be mapped elsewhere by now
+        ahead = fetch_ahead(s, (linear | 0xFFF) + 1)
+        if ahead == cython.NULL or ahead.host != b.host_page2:
+            block_invalidate(s, b)
+            b = cython.NULL
     if b == cython.NULL:
         b = translate_block(s, s.rip, page, single, plain, why)
         if b == cython.NULL:
@@ -268,7 +276,7 @@ def _translation(s: cython.pointer(CpuState), single: uint32_t, plain: uint32_t,
             return 0
         if flushes != c.flushes:
             link = -1
-    if b.host_page2 and not _second_page(s, b, why):  # it may be mapped elsewhere by now
+    if b.host_page2 and b.count == 1 and not _second_page(s, b, why):  # it may be mapped elsewhere by now
         return 0
     s.fetch_second = b.host_page2
     code = cython.cast(uint64_t, c.executable) + b.entry
@@ -461,7 +469,7 @@ def _second_page(s: cython.pointer(CpuState), b: cython.pointer(Block), why: cyt
     if page == cython.NULL:
         return 0
     if page.host != b.host_page2:
-        b.valid = 0
+        block_invalidate(s, b)
         why[0] = 0
         return 0
     return 1

@@ -195,7 +195,7 @@ def emit_stubs(w):
                 op_mem(a, 0, 1, 0x3B, S0, RBP_HOST, NONE, 0, slot_field(w, k.slot, 1))
                 if k.what == 0:
                     jcc_to(a, CC_BE, cython.cast(uint64_t, k.back) + a.delta)
-                    jmp_to(a, cython.cast(uint64_t, w.ordinary) + a.delta)
+                    jmp_to(a, cython.cast(uint64_t, w.c.executable) + w.block.entry)
                     continue
                 jcc_to(a, CC_BE, cython.cast(uint64_t, k.back) + a.delta)
                 emit_ea(w, cython.address(k.ea))

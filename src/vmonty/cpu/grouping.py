@@ -2,8 +2,9 @@
 
 Stack frames, fields of a structure, and unrolled loops address memory by one register and different displacements.
 The first of them (the leader) checks the bytes of all, from the lowest to the highest, to lie in one page, and keeps
-the host address of the lowest; the others use that. Where the check fails for another reason than a missing TLB entry,
-the block is left for one without groups (``LEAVE_PLAIN``), so that faults are exact.
+the host address of the lowest; the others use that. If one of them writes, the check is that for writes. Where the check
+fails for another reason than a missing TLB entry, the block is left for one without groups (``LEAVE_PLAIN``), so that
+faults are exact.
 
 A register that only moves by constants (push, pop, add, sub, inc, dec, lea) keeps its group; any other write ends it.
 """
@@ -12,7 +13,6 @@ import cython
 from cython.cimports.libc.stdint import int32_t, int64_t
 from cython.cimports.vmonty.cpu.assembler import NONE
 from cython.cimports.vmonty.cpu.decode import (
-    A_ALIGN,
     A_WCX,
     C_BTM,
     C_CALL,
@@ -67,7 +67,6 @@ def _join(w: cython.pointer(Work), number: cython.int, base: cython.int, index: 
             and (index == NONE or g.scale == scale)
             and g.base_version == version[base]
             and (index == NONE or g.index_version == version[index])
-            and (stack or g.write == write)
         ):
             new_low = min(g.low, low)
             new_high = max(g.high, low + size)
@@ -75,6 +74,7 @@ def _join(w: cython.pointer(Work), number: cython.int, base: cython.int, index: 
                 g.low = new_low
                 g.high = new_high
                 g.members += 1
+                g.write |= write
                 i.group = k + 1
                 i.group_offset = cython.cast(int32_t, low)
                 return
@@ -195,7 +195,7 @@ def find_groups(w):
     for k in range(16):
         version[k] = 0
         delta[k] = 0
-    for k in range(w.count):
+    for k in range(w.total):
         i = cython.address(w.insns[k])
         cls = ROW[i.row].cls
         size = i.operand_size
@@ -210,7 +210,6 @@ def find_groups(w):
                 and i.segment < FS
                 and i.address_size == 8
                 and 0 < i.memory_size <= 64
-                and not ROW[i.row].attributes & A_ALIGN
             ):
                 by = i.displacement + delta[i.base]
                 if i.index >= 0:
@@ -248,7 +247,7 @@ def find_groups(w):
         w.insns[old].leader = 1
         if g.members < 2:
             w.insns[old].group = 0
-    for k in range(w.count):
+    for k in range(w.total):
         i = cython.address(w.insns[k])
         if i.group:
             i.group_offset -= cython.cast(int32_t, w.group[i.group - 1].low)

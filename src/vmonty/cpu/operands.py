@@ -249,6 +249,20 @@ def new_slot(w, size):
     return n
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _slot_of(w: cython.pointer(Work), i: cython.pointer(Insn), size: cython.int) -> cython.int:
+    """Give the slot of an instruction's operand: in each round of a loop the same, if no others share it."""
+    number: cython.int
+    if i.group and not w.strip:
+        return new_slot(w, size)
+    number = (i - cython.address(w.insns[0])) % w.count
+    if w.slot_of[number] < 0:
+        w.slot_of[number] = new_slot(w, size)
+    return w.slot_of[number]
+
+
 def slot_field(w, slot, field):
     """Give the displacement from rbp of a field of a slot: 0 host, 1 last, 3 delta, 4 base, 5 limit; -1 its tag."""
     if field < 0:
@@ -391,16 +405,19 @@ def emit_access(w, i, ea, size, access, stack):
         i.flags_in == 0
         and w.in_loop
         and not constant
-        and (w.strip or not i.group)
         and w.s.page_slots_used < PAGE_SLOTS
         and not _is_loaded(w, ea.base)
         and not _is_loaded(w, ea.index)
     ):
-        slot = new_slot(w, size)
+        slot = _slot_of(w, i, size)
         emit_slot_check(w, slot, what, ea, 1 if access & 2 else 0)
         load(a, S1, RBP_HOST, slot_field(w, slot, 0))
         w.base = S0
         w.index = S1
+        if i.group and not w.strip:
+            lea(a, S0, S0, S1, 0, 0)
+            w.index = NONE
+            _keep_group(w, i)
         return
     if i.flags_in == 0:
         if constant:

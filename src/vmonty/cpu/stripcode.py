@@ -25,8 +25,9 @@ from cython.cimports.vmonty.cpu.assembler import (
     put32,
     store,
 )
+from cython.cimports.vmonty.cpu.branches import next_round
 from cython.cimports.vmonty.cpu.codecache import displacement
-from cython.cimports.vmonty.cpu.exits import exit_to
+from cython.cimports.vmonty.cpu.exits import emit_poll, exit_to, jump_to, poll_end
 from cython.cimports.vmonty.cpu.operands import (
     RBP_HOST,
     S0,
@@ -48,12 +49,8 @@ STRIP = cython.declare(cython.int, 256)  # iterations between two polls
 @cython.nogil
 @cython.exceptval(check=False)
 def _to_ordinary(w: cython.pointer(Work), cc: cython.int) -> cython.void:
-    """Emit a conditional jump to the ordinary body, which comes later."""
-    put8(w.a, 0x0F)
-    put8(w.a, 0x80 | cc)
-    w.patch[w.patches] = w.a.at
-    w.patches += 1
-    put32(w.a, 0)
+    """Emit a conditional jump to the ordinary body, which is at the block's entry."""
+    jcc_to(w.a, cc, cython.cast(uint64_t, w.c.executable) + w.block.entry)
 
 
 @cython.cfunc
@@ -130,9 +127,13 @@ def _emit_stream(w: cython.pointer(Work), t: cython.pointer(Stream), first: cyth
 @cython.nogil
 @cython.exceptval(check=False)
 def _emit_limit(w: cython.pointer(Work), d: cython.pointer(Driver), streams: cython.int) -> cython.void:
-    """Turn how far a driver may go into its limit; one step beyond it may not wrap around."""
+    """Turn how far a driver may go into its limit, where all rounds are still possible.
+
+    One step beyond the last may not wrap around.
+    """
     a: cython.pointer(Assembler) = w.a
     step: cython.int
+    k: cython.int
     if streams:
         load(a, S1, RBP_HOST, d.limit)
     if d.kind == BY_REGISTER:
@@ -149,11 +150,15 @@ def _emit_limit(w: cython.pointer(Work), d: cython.pointer(Driver), streams: cyt
         _with_register(w, 0x03, S1, d.by)
         _with_register(w, 0x03, S1, d.reg)
         _to_ordinary(w, CC_O)
-        _with_register(w, 0x2B, S1, d.by)
+        for k in range(w.strip_rounds):
+            _with_register(w, 0x2B, S1, d.by)
         store(a, S1, RBP_HOST, d.limit)
         return
     step = cython.cast(cython.int, d.step if d.step > 0 else -d.step)
     if streams:
+        if w.strip_rounds > 1:
+            alu_imm(a, 1, 7, S1, (w.strip_rounds - 1) * step)
+            _to_ordinary(w, CC_B)
         mov_imm(a, S0, step * STRIP)
         _at_most(a)
     else:
@@ -170,18 +175,36 @@ def _emit_limit(w: cython.pointer(Work), d: cython.pointer(Driver), streams: cyt
         mov_rr(a, S1, S0)
         _shift(a, 5, S1, 32)
         _to_ordinary(w, CC_NE)
-    lea(a, S0, S0, NONE, 0, cython.cast(int32_t, -d.step))
+    lea(a, S0, S0, NONE, 0, cython.cast(int32_t, -d.step * w.strip_rounds))
     store(a, S0, RBP_HOST, d.limit)
 
 
+def emit_turn(w, i):
+    """Emit the ordinary body's last instruction: to the setup, which stands behind it, or out."""
+    poll: cython.p_uchar
+    fit(w.a, 11)
+    poll = emit_poll(w, i, w.block.rip)
+    put8(w.a, 0x0F)
+    put8(w.a, 0x80 | (i.opcode & 15))
+    w.turn = w.a.at
+    put32(w.a, 0)
+    jump_to(w, i.rip + i.length)
+    poll_end(w, i, poll)
+
+
 def emit_setup(w):
-    """Emit what stands at the block's entry, up to the strip's first instruction."""
+    """Emit what stands in front of the strip's first instruction."""
     k: cython.int
     n: cython.int
     streams: cython.int
     t: cython.pointer(Stream)
     d: cython.pointer(Driver)
-    w.patches = 0
+    while cython.cast(uint64_t, w.a.at) & 15:
+        put8(w.a, 0x90)
+    w.setup = w.a.at
+    cython.cast(cython.pointer(int32_t), w.turn)[0] = cython.cast(
+        int32_t, cython.cast(uint64_t, w.setup) - cython.cast(uint64_t, w.turn) - 4
+    )
     for k in range(w.streams):
         t = cython.address(w.stream[k])
         t.slot = new_slot(w, cython.cast(cython.int, t.high - t.low))
@@ -206,16 +229,12 @@ def emit_setup(w):
 
 
 def emit_strip_end(w, i, strip):
-    """Emit the strip's last instruction: on to the next iteration, back to the setup, or out."""
+    """Emit the strip's last instruction: on to the next rounds, back to the setup, or out."""
     a: cython.pointer(Assembler) = w.a
     k: cython.int
     d: cython.pointer(Driver)
     out: cython.p_uchar[4]
-    fit(a, 6)
-    put8(a, 0x0F)
-    put8(a, 0x80 | (i.opcode & 15) ^ 1)
-    put32(a, 0)
-    exit_to(w, i.rip + i.length, a.at - 4)
+    next_round(w, i)
     for k in range(w.drivers):
         d = cython.address(w.driver[k])
         fit(a, 13 if host(d.reg) >= 0 else 20)
@@ -235,9 +254,5 @@ def emit_strip_end(w, i, strip):
     load32(a, S0, RBP_HOST, displacement(w.s, cython.address(w.s.run)))
     put8(a, 0xE3)  # jrcxz: the ordinary body has the poll that leaves the block
     put8(a, 5)
+    jmp_to(a, cython.cast(uint64_t, w.setup) + a.delta)
     jmp_to(a, cython.cast(uint64_t, w.c.executable) + w.block.entry)
-    w.ordinary = a.at
-    for k in range(w.patches):
-        cython.cast(cython.pointer(int32_t), w.patch[k])[0] = cython.cast(
-            int32_t, cython.cast(uint64_t, a.at) - cython.cast(uint64_t, w.patch[k]) - 4
-        )

@@ -36,6 +36,8 @@ cdef int host_of(CpuState *s, uint64_t va, int access, uint64_t *where) noexcept
 
 # Where the code at va lies; NULL with the exception recorded.
 cdef FetchEntry *fetch_page(CpuState *s, uint64_t va, int *why) noexcept nogil
+# The same ahead of time, in 64-bit mode: NULL, and nothing recorded, where it cannot be executed.
+cdef FetchEntry *fetch_ahead(CpuState *s, uint64_t va) noexcept nogil
 
 cdef void flush_all(CpuState *s) noexcept nogil
 cdef void flush_non_global(CpuState *s) noexcept nogil

@@ -17,10 +17,11 @@ from cython.cimports.vmonty.cpu.codecache import (
     shadow_reset,
     string_function,
     unlink_cross_page,
+    unlink_spans,
 )
 from cython.cimports.vmonty.cpu.coherence import page_verify
 from cython.cimports.vmonty.cpu.mmio import mmio_read, mmio_write
-from cython.cimports.vmonty.cpu.paging import Translation, translate
+from cython.cimports.vmonty.cpu.paging import WALK_OK, Translation, translate, walk
 from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_EXEC,
@@ -572,25 +573,18 @@ def host_of(s, va, access, where):
     return 0
 
 
-def fetch_page(s, va, why):
-    """Translate the page of an instruction address for execution, through a small TLB of its own."""
-    user: cython.int = 1 if s.cpl == 3 else 0
-    e: cython.pointer(FetchEntry) = cython.address(s.fetch[user][(va >> 12) & (FETCH_ENTRIES - 1)])
-    t: Translation
-    index: cython.int
-    if e.tag == (_page(va) | 1):
-        return e
-    why[0] = _canonical(s, va, 0)
-    if not why[0]:
-        why[0] = translate(s, va, ACCESS_EXEC | (ACCESS_USER if user else 0), cython.address(t))
-    if why[0]:
-        return cython.NULL
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _enter_fetch(s: cython.pointer(CpuState), e: cython.pointer(FetchEntry), user: cython.int, va: uint64_t,
+                 t: cython.pointer(Translation)) -> cython.void:  # fmt: skip
+    """Fill an entry of the small TLB for instructions."""
+    index: cython.int = user << FETCH_BITS | ((va >> 12) & (FETCH_ENTRIES - 1))
     e.tag = _page(va) | 1
     e.host = t.host
     e.physical = t.physical
     e.is_global = t.is_global
     if not t.is_global:
-        index = user << FETCH_BITS | ((va >> 12) & (FETCH_ENTRIES - 1))
         note_local(s, LOCAL_FETCH, cython.address(s.local_fetch[0]), index)
     s.code_filter[(va >> 12) & 4095] = 1
     if t.host == 0 and s.guest_mode == 0:  # a bare processor fetches ones from a bus where nobody answers
@@ -599,6 +593,35 @@ def fetch_page(s, va, why):
         e.tag = 0
     else:
         page_verify(s, t.host)
+
+
+def fetch_page(s, va, why):
+    """Translate the page of an instruction address for execution, through a small TLB of its own."""
+    user: cython.int = 1 if s.cpl == 3 else 0
+    e: cython.pointer(FetchEntry) = cython.address(s.fetch[user][(va >> 12) & (FETCH_ENTRIES - 1)])
+    t: Translation
+    if e.tag == (_page(va) | 1):
+        return e
+    why[0] = _canonical(s, va, 0)
+    if not why[0]:
+        why[0] = translate(s, va, ACCESS_EXEC | (ACCESS_USER if user else 0), cython.address(t))
+    if why[0]:
+        return cython.NULL
+    _enter_fetch(s, e, user, va, cython.address(t))
+    return e
+
+
+def fetch_ahead(s, va):
+    """Translate a page whose code may be executed soon, in 64-bit mode; NULL, with nothing recorded, where it is not."""
+    user: cython.int = 1 if s.cpl == 3 else 0
+    e: cython.pointer(FetchEntry) = cython.address(s.fetch[user][(va >> 12) & (FETCH_ENTRIES - 1)])
+    t: Translation
+    if e.tag != (_page(va) | 1):
+        if (va + (cython.cast(uint64_t, 1) << 47)) >> 48:
+            return cython.NULL
+        if walk(s, va, ACCESS_EXEC | (ACCESS_USER if user else 0), cython.address(t)) != WALK_OK or t.host == 0:
+            return cython.NULL
+        _enter_fetch(s, e, user, va, cython.address(t))
     return e
 
 
@@ -652,6 +675,7 @@ def flush_all(s):
     for k in range(4096):
         s.code_filter[k] = 0
     if s.translator != cython.NULL:
+        unlink_spans(s)
         unlink_cross_page(s)
 
 
@@ -677,6 +701,7 @@ def flush_non_global(s):
             s.fetch[n >> FETCH_BITS][n & (FETCH_ENTRIES - 1)].tag = 0
     s.local_count[LOCAL_FETCH] = 0
     if s.translator != cython.NULL:
+        unlink_spans(s)
         jump_cache_clear_local(s)
         shadow_reset(s)
 
@@ -694,6 +719,7 @@ def flush_page(s, va):
     for n in range(2):
         s.fetch[n][k].tag = 0
     if s.code_filter[(va >> 12) & 4095]:
+        unlink_spans(s)
         unlink_cross_page(s)
 
 

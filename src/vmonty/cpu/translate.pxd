@@ -16,7 +16,6 @@ cdef enum:
     MAX_GROUPS = 8
     MAX_STREAMS = 6
     MAX_DRIVERS = 3
-    MAX_PATCHES = 32
 
 # How an effective address is made besides base, index, displacement.
 cdef enum:
@@ -99,6 +98,7 @@ cdef struct Work:
     int stack_size           # address size of the stack: 8, 4, 2
     uint64_t code_base       # of CS outside 64-bit mode
     int count
+    int total                # with the rounds of a loop that stand there again
     int stubs
     int base                 # of the memory operand after emit_access
     int index
@@ -115,15 +115,17 @@ cdef struct Work:
     uint32_t loaded          # registers that the block loads from memory
     Group group[8]
     int closed               # the block has its exits
-    int strip                # the strip of a loop is emitted
+    int has_strip            # it is a loop with a strip
+    int strip                # which is being emitted
+    int strip_rounds         # how often its body stands in a row
     int streams
     int drivers
-    int patches
-    uint8_t *ordinary        # the body of a loop behind its strip
-    uint8_t *patch[32]       # jumps to it
+    uint8_t *setup           # of the strip
+    uint8_t *turn            # the rel32 that goes to it
     Stream stream[6]
     Driver driver[3]
     uint8_t stream_of[64]    # of each instruction's operand, + 1
+    int slot_of[64]          # or NONE
     uint8_t *window          # the bytes of the first page
     uint32_t window_size
     Insn insns[64]

@@ -5,6 +5,7 @@ transfer. Its slow paths and the stubs of its unlinked exits stand behind its bo
 """
 
 import cython
+from cython.cimports.vmonty.cpu.assembler import NONE
 from cython.cimports.vmonty.cpu.branches import next_round
 from cython.cimports.vmonty.cpu.codecache import (
     MAX_BLOCKS,
@@ -53,9 +54,9 @@ from cython.cimports.vmonty.cpu.state import (
     MODE_PROT32,
     SS,
 )
-from cython.cimports.vmonty.cpu.stripcode import emit_setup, emit_strip_end
+from cython.cimports.vmonty.cpu.stripcode import emit_setup, emit_strip_end, emit_turn
 from cython.cimports.vmonty.cpu.strips import find_strip
-from cython.cimports.vmonty.cpu.tlb import fetch_page
+from cython.cimports.vmonty.cpu.tlb import fetch_ahead, fetch_page
 
 
 @cython.cfunc
@@ -66,6 +67,75 @@ def _ends_block(i: cython.pointer(Insn)) -> cython.int:
     if i.fault:
         return 1
     return cls in (C_JCC, C_JMP, C_CALL, C_JMPI, C_CALLI, C_RET, C_LOOP, C_SYSEND, C_UD, C_POPF)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _loop_inside(w: cython.pointer(Work)) -> cython.int:
+    """Give the number of the instruction that the block's last one goes back to, if that is not its first; else 0.
+
+    The block ends in front of it, or a loop's first iteration would be translated apart from the others.
+    """
+    i: cython.pointer(Insn) = cython.address(w.insns[w.count - 1])
+    k: cython.int = w.count - 1
+    target: uint64_t = i.rip + i.length + i.immediate
+    if ROW[i.row].cls != C_JCC or i.fault or w.code_size != 8 or target <= w.block.rip or target > i.rip:
+        return 0
+    while k > 0 and w.insns[k].rip > target:
+        k -= 1
+    return k if w.insns[k].rip == target else 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _loop_beyond(w: cython.pointer(Work), code: cython.p_uchar, at: cython.int) -> cython.int:
+    """Go on in the next page if the block's end there goes back to its beginning; gives where the block ends.
+
+    If it goes back to another instruction, the block ends in front of that.
+    """
+    b: cython.pointer(Block) = w.block
+    first: cython.int = b.linear & 0xFFF
+    count: cython.int = w.count
+    operands: cython.int = w.operands
+    end: cython.int = at
+    k: cython.int
+    n: cython.int
+    i: cython.pointer(Insn)
+    buffer: cython.uchar[176]
+    second: cython.pointer(FetchEntry) = fetch_ahead(w.s, (b.linear | 0xFFF) + 1)
+    if second == cython.NULL or second.host == 0:
+        return at
+    for k in range(4096 - at):
+        buffer[k] = code[at + k]
+    for k in range(160):
+        buffer[4096 - at + k] = cython.cast(cython.p_uchar, second.host)[k]
+    while count < MAX_INSNS and end < 4096 + 144:
+        i = cython.address(w.insns[count])
+        n = decode(cython.address(buffer[end - at]), 16, b.rip + (end - first), 8, i)
+        if n <= 0 or not offered(i, cython.address(w.s.features[0]), 8):
+            return at
+        count += 1
+        end += n
+        if ROW[i.row].cls == C_COPY and i.has_memory:
+            operands += 1
+        if _ends_block(i):
+            if ROW[i.row].cls != C_JCC or i.rip + i.length + i.immediate < b.rip:
+                return at
+            for k in range(1, w.count):
+                if w.insns[k].rip == i.rip + i.length + i.immediate:  # the loop begins there
+                    w.count = k
+                    return first + cython.cast(cython.int, w.insns[k].rip - b.rip)
+            if i.rip + i.length + i.immediate != b.rip:
+                return at
+            b.host_page2 = second.host
+            if not second.is_global:
+                w.is_global = 0
+            w.count = count
+            w.operands = operands
+            return end
+    return at
 
 
 @cython.cfunc
@@ -136,6 +206,12 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
         at += n
         if _ends_block(i):
             break
+    if at > 4096 - 15 and w.code_size == 8 and w.count > 1 and not w.single and not _ends_block(i):
+        at = _loop_beyond(w, code, at)
+    n = _loop_inside(w)
+    if n:
+        w.count = n
+        at = start + cython.cast(cython.int, w.insns[n].rip - b.rip)
     b.length = at - start
     b.count = w.count
     return 1
@@ -214,12 +290,26 @@ def _find_loop(w: cython.pointer(Work)) -> cython.void:
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _rounds(w: cython.pointer(Work)) -> cython.int:
-    """How often the body of a loop stands in a row: a short one would spend much of its time on the way round."""
+def _unroll(w: cython.pointer(Work)) -> cython.void:
+    """Let the body of a loop stand several times in a row: a short one would spend much of its time on the way round.
+
+    Its operands can share checks across the rounds.
+    """
     i: cython.pointer(Insn) = cython.address(w.insns[w.count - 1])
-    if not w.in_loop or ROW[i.row].cls != C_JCC or i.rip + i.length + i.immediate != w.block.rip:
-        return 1
-    return 4 if w.count <= 8 else (2 if w.count <= 20 else 1)
+    rounds: cython.int = 1
+    k: cython.int
+    w.total = w.count
+    if not w.has_strip and (not w.in_loop or ROW[i.row].cls != C_JCC or i.rip + i.length + i.immediate != w.block.rip):
+        return
+    if w.has_strip:
+        rounds = min(MAX_INSNS // w.count, 4)
+    elif w.count <= 20:
+        rounds = 4 if w.count <= 8 else 2
+    w.total = rounds * w.count
+    for k in range(w.count, w.total):
+        w.insns[k] = w.insns[k - w.count]
+        if ROW[w.insns[k].row].cls == C_COPY and w.insns[k].has_memory:
+            w.operands += 1
 
 
 @cython.cfunc
@@ -240,41 +330,51 @@ def _offset(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
 def _emit_body(w: cython.pointer(Work)) -> cython.void:
     i: cython.pointer(Insn)
     k: cython.int
-    rounds: cython.int = _rounds(w)
-    slots: uint32_t = w.s.page_slots_used
-    while rounds > 0:
-        rounds -= 1
-        w.s.page_slots_used = slots  # the same ones in each round
-        w.held = 0
-        for k in range(w.count):
-            i = cython.address(w.insns[k])
-            _offset(w, i)
-            if rounds and k == w.count - 1:
-                settle_rsp(w)
-                next_round(w, i)
+    last: cython.int = w.count - 1  # of its round
+    for k in range(w.count):
+        w.slot_of[k] = NONE
+    for k in range(w.total):
+        i = cython.address(w.insns[k])
+        _offset(w, i)
+        if k != last:
+            emit_instruction(w, i)
+        elif k == w.total - 1:
+            if w.has_strip:
+                emit_turn(w, i)
             else:
                 emit_instruction(w, i)
+        else:
+            settle_rsp(w)
+            next_round(w, i)
+            w.held = 0
+            last += w.count
 
 
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
 def _emit_strip(w: cython.pointer(Work)) -> cython.void:
-    """Emit a loop's setup and strip; its ordinary body then stands behind them."""
+    """Emit a loop's setup and strip behind its ordinary body."""
     k: cython.int
+    n: cython.int
     strip: cython.p_uchar
+    last: cython.pointer(Insn) = cython.address(w.insns[w.count - 1])
+    w.held = 0
+    w.kept = 0
+    w.strip_rounds = 4 if w.count <= 8 else (2 if w.count <= 16 else 1)
     emit_setup(w)
     strip = w.a.at
     w.strip = 1
-    for k in range(w.count - 1):
-        _offset(w, cython.address(w.insns[k]))
-        emit_instruction(w, cython.address(w.insns[k]))
-    _offset(w, cython.address(w.insns[w.count - 1]))
-    emit_strip_end(w, cython.address(w.insns[w.count - 1]), strip)
+    for n in range(w.strip_rounds):
+        for k in range(w.count - 1):
+            _offset(w, cython.address(w.insns[k]))
+            emit_instruction(w, cython.address(w.insns[k]))
+        _offset(w, last)
+        if n < w.strip_rounds - 1:
+            next_round(w, last)
+    emit_strip_end(w, last, strip)
     w.strip = 0
-    w.in_loop = 0
-    w.held = 0
-    w.kept = 0
+    w.closed = 1
 
 
 def translate_block(s, rip, page, single, plain, why):
@@ -345,11 +445,13 @@ def translate_block(s, rip, page, single, plain, why):
     w.held = 0
     w.kept = 0
     w.pending = 0
-    if not single and not plain and find_strip(cython.address(w)):
-        _emit_strip(cython.address(w))
+    w.has_strip = not single and not plain and find_strip(cython.address(w))
+    _unroll(cython.address(w))
     if not single and not plain and w.code_size == 8 and w.operands > 1:
         find_groups(cython.address(w))
     _emit_body(cython.address(w))
+    if w.has_strip:
+        _emit_strip(cython.address(w))
     if not w.closed:
         settle_rsp(cython.address(w))
         if single:
