@@ -2,9 +2,9 @@
 
 Stack frames, fields of a structure, and unrolled loops address memory by one register and different displacements.
 The first of them (the leader) checks the bytes of all, from the lowest to the highest, to lie in one page, and keeps
-the host address of the lowest; the others use that. If one of them writes, the check is that for writes. Where the check
-fails for another reason than a missing TLB entry, the block is left for one without groups (``LEAVE_PLAIN``), so that
-faults are exact.
+the host address of the lowest; the others use that. If one of them writes, the check is that for writes. Where it fails
+for another reason than a missing TLB entry, the block is left for one without groups (``LEAVE_PLAIN``), so that faults
+are exact.
 
 A register that only moves by constants (push, pop, add, sub, inc, dec, lea) keeps its group; any other write ends it.
 """

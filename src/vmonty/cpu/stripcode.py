@@ -27,7 +27,7 @@ from cython.cimports.vmonty.cpu.assembler import (
 )
 from cython.cimports.vmonty.cpu.branches import next_round
 from cython.cimports.vmonty.cpu.codecache import displacement
-from cython.cimports.vmonty.cpu.exits import emit_poll, exit_to, jump_to, poll_end
+from cython.cimports.vmonty.cpu.exits import emit_poll, jump_to, poll_end
 from cython.cimports.vmonty.cpu.operands import (
     RBP_HOST,
     S0,

@@ -3,14 +3,14 @@
 Such a block begins with its *ordinary* body, which stands there up to four times: many loops have ended by then. Behind
 it comes the *setup*. There each stream of accesses (operands by the same registers) is looked up in its slot, and what
 its unchanging registers come to in the host is kept. The registers that move, the drivers, get a limit up to which all
-their streams stay in the pages that were looked up, at most STRIP iterations away. The *strip* is the loop with operands
-that need no check, a short one several times in a row; at its end it compares the drivers with their limits. At a limit it looks at the run flag and goes
-back to the setup, so another thread's flush is seen there, as at any poll. Where the setup does not succeed, the
-ordinary body goes round once more.
+their streams stay in the pages that were looked up, at most STRIP iterations away. The *strip* is the loop with
+operands that need no check, a short one several times in a row; at its end it compares the drivers with their limits.
+At a limit it looks at the run flag and goes back to the setup, so another thread's flush is seen there, as at any poll.
+Where the setup does not succeed, the ordinary body goes round once more.
 
 ::
 
-    ordinary → poll → setup → strip ⟲ → (limit) → poll → setup        setup, poll → (no window, run flag 0) → ordinary
+    ordinary → poll → setup → strip ⟲ → (limit) → poll → setup        (no window, run flag 0) → ordinary
 
 In a strip no operand can fault or need anything but its bytes: pages, permissions, code pages and watched ones are in
 the windows that the TLBs gave. The flags are dead where a strip may begin.

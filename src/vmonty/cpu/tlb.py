@@ -612,7 +612,7 @@ def fetch_page(s, va, why):
 
 
 def fetch_ahead(s, va):
-    """Translate a page whose code may be executed soon, in 64-bit mode; NULL, with nothing recorded, where it is not."""
+    """Translate a page of code ahead of time, in 64-bit mode; NULL, with nothing recorded, where that is impossible."""
     user: cython.int = 1 if s.cpl == 3 else 0
     e: cython.pointer(FetchEntry) = cython.address(s.fetch[user][(va >> 12) & (FETCH_ENTRIES - 1)])
     t: Translation
