@@ -168,7 +168,7 @@ def test_sizes(text: object, size: int) -> None:
     ("options", "complaint"),
     [
         (("--disk", "no-such-image"), "no-such-image"),
-        (("--disk", "x,format=vmdk"), "format=raw|qcow2|auto"),
+        (("--disk", "x,format=zip"), "format=auto|raw|qcow2|vmdk"),
         (("--net", "bridge"), "there are: user, tap, none"),
         (("--net", "user,hostfwd=nonsense"), "tcp:[addr]:port-[guestaddr]:port"),
         (("--net", "user,mac=1"), "six bytes"),

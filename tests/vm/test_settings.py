@@ -44,7 +44,7 @@ def test_cards_of_both_kinds_and_none():
         ({"kernle": "x"}, "kernle: there is no such setting"),
         ({"machine": "mac"}, "machine: "),
         ({"cpu": "Z80"}, "cpu: "),
-        ({"disks": [{"file": "x", "format": "vdi"}]}, "disks.0.format: "),
+        ({"disks": [{"file": "x", "format": "zip"}]}, "disks.0.format: "),
         ({"disks": {"format": "raw"}}, "disks.0.file: "),
         ({"net": "wifi"}, "net.0: 'wifi' is no kind of network"),
         ({"net": ["user", "user,hostfwd=tcp:22"]}, "net.1: hostfwd=tcp:22"),

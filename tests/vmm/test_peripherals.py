@@ -31,7 +31,7 @@ def test_disks(text: str, disk: Disk) -> None:
     assert Disk.parse(text) == disk
 
 
-@pytest.mark.parametrize("text", ["", ",ro", "a,format=vmdk", "a,if=scsi", "a,ro=maybe", "a,size=3"])
+@pytest.mark.parametrize("text", ["", ",ro", "a,format=zip", "a,if=scsi", "a,ro=maybe", "a,size=3"])
 def test_disks_that_cannot_be(text: str) -> None:
     with pytest.raises(UsageError, match="--disk"):
         Disk.parse(text)

@@ -94,17 +94,18 @@ def info_command(image: Path, kind: str, as_json: bool) -> None:
 
     Example: vmonty disk info disk.qcow2 --json
     """
-    from vmonty.vmm.block.image import open_image
+    from vmonty.vmm.block.image import format_of, open_image
     from vmonty.vmm.block.qcow2 import snapshots
     from vmonty.vmm.block.qcow2.disk import Qcow2Disk
 
     facts: dict[str, object] = {"image": str(image)}
     with open_image(image, format=kind, read_only=True) as opened:
-        facts |= {"format": "raw", "size": opened.size, "allocated": os.stat(image).st_blocks * 512}
-        if isinstance(opened, Qcow2Disk):
+        found = format_of(image, kind)
+        facts |= {"format": found, "size": opened.size, "allocated": os.stat(image).st_blocks * 512}
+        if found == "qcow2" and isinstance(opened, Qcow2Disk):
             header = opened.header
             facts |= {
-                "format": "qcow2", "version": header.version, "cluster_size": header.cluster_size,
+                "version": header.version, "cluster_size": header.cluster_size,
                 "refcount_bits": opened.refcounts.bits, "compression": ["zlib", "zstd"][header.compression_type],
                 "backing_file": header.backing_file, "backing_format": header.backing_format,
                 "dirty": bool(header.incompatible & 1), "corrupt": bool(header.incompatible & 2),

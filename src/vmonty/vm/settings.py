@@ -67,7 +67,7 @@ class Disk(_Model):
     """
 
     file: Path
-    format: Literal["auto", "raw", "qcow2"] = "auto"
+    format: Literal["auto", "raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "dmg"] = "auto"
     readonly: bool = False
     snapshot: bool = False
     bus: Literal["virtio", "ide", "sata"] = "virtio"

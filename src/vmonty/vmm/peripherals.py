@@ -33,6 +33,8 @@ SECTOR = 512  # what disks count in
 # Locally administered, QEMU's prefix; the last byte is the card's number.
 MAC_PREFIX = bytes.fromhex("5254001234")
 FIRST_MAC = 0x56
+# As vmm.block.image has them, which is imported when a disk is opened.
+FORMATS = ("auto", "raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "dmg")
 IDE_DRIVES, FIRST_CD_PLACE = 4, 2
 NO_ROM = Path()  # what an empty path is
 NO_INDEXES: Mapping[Any, int] = MappingProxyType({})
@@ -63,7 +65,7 @@ class Disk:
         for option in options:
             key, _, value = option.partition("=")
             match key, value:
-                case "format", ("raw" | "qcow2" | "auto"):
+                case "format", _ if value in FORMATS:
                     disk = replace(disk, format=value)
                 case "ro", ("" | "on"):
                     disk = replace(disk, read_only=True)
@@ -80,7 +82,8 @@ class Disk:
                 case _:
                     raise UsageError(
                         f"--disk {name}: {option!r} is no option; "
-                        "there are: format=raw|qcow2|auto, ro, snapshot, if=virtio|ide|sata, size=BYTES, bootindex=N"
+                        f"there are: format={'|'.join(FORMATS)}, ro, snapshot, if=virtio|ide|sata, size=BYTES, "
+                        "bootindex=N"
                     )
         return disk
 
@@ -92,7 +95,9 @@ class Disk:
             from vmonty.vmm.block.convert import create_image
 
             create_image(self.path, self.size, format="raw" if self.format == "raw" else "qcow2")
-        return open_image(self.path, format=self.format, read_only=self.read_only, snapshot=self.snapshot)
+        return open_image(
+            self.path, format=self.format, read_only=self.read_only, snapshot=self.snapshot, probe_raw=False
+        )
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,11 @@ def killed_guest(guest: busybox.Guest, disks: dict[str, Path], first: int, enoug
     command = [
         sys.executable, "-m", "vmonty", "run", "--accel", "soft", "--memory", "128M", "--kernel", guest.kernel,
         "--initrd", guest.initrd, "--append", "console=ttyS0 quiet cryptomgr.notests=1",
-        *(word for path in disks.values() for word in ("--disk", path)),
+        *(
+            word
+            for name, path in disks.items()
+            for word in ("--disk", f"{path},format={'raw' if name == 'raw' else 'qcow2'}")
+        ),
     ]  # fmt: skip
     script = SCRIPT
     for name, value in (("FIRST", first), ("SLOTS", SLOTS), ("SLOT", SLOT), ("STEP", STEP)):

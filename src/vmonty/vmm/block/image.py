@@ -10,13 +10,15 @@ from pathlib import Path
 from vmonty.base.errors import DiskImageError
 from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.block.file import HostFile
+from vmonty.vmm.block.foreign import FOREIGN, open_foreign
 from vmonty.vmm.block.probe import PROBED_BYTES, probe
 from vmonty.vmm.block.qcow2 import create
 from vmonty.vmm.block.qcow2.open import open_disk, read_header
 from vmonty.vmm.block.raw import RawDevice
 from vmonty.vmm.block.throttle import Limits, ThrottledDevice
 
-FORMATS = ("auto", "raw", "qcow2")
+FORMATS = ("auto", "raw", "qcow2", *FOREIGN.values())
+NATIVE = ("raw", "qcow2")
 MAX_CHAIN = 64
 
 
@@ -28,14 +30,16 @@ def open_image(
     snapshot: bool = False,
     limits: Limits | None = None,
     repair: bool = True,
+    probe_raw: bool = True,
 ) -> BlockDevice:
     """Open the disk image at *path*.
 
-    *format* is raw, qcow2, or auto, which looks at the contents. With *snapshot* all changes go to a temporary file
+    *format* is raw, qcow2, the name of another that qemu-img reads, or auto, which looks at the contents; without
+    *probe_raw* it takes nothing that can be written for raw. With *snapshot* all changes go to a temporary file
     that ends with the disk. *limits* slow it down. A qcow2 image that was not closed is repaired, unless *repair* is
     off or it is only read. Raises DiskImageError with one line for the user.
     """
-    device = _open(Path(path), format, read_only or snapshot, (), repair)
+    device = _open(Path(path), format, read_only or snapshot, (), repair, probe_raw)
     try:
         if snapshot and not read_only:
             device = _overlay(device)
@@ -49,15 +53,28 @@ def detect(file: HostFile, format: str) -> str:  # noqa: A002
     """The format of an open file: *format*, unless it is auto. Raises DiskImageError for one that is not supported."""
     if format not in FORMATS:
         raise DiskImageError(f"unknown disk format {format!r}; there are: {', '.join(FORMATS)}")
-    if format != "auto":
+    if format in NATIVE:
         return format
-    found = probe(file.read(0, PROBED_BYTES))
-    if found not in FORMATS:
+    length = file.length()
+    tail = file.read(length - PROBED_BYTES, PROBED_BYTES) if length >= PROBED_BYTES else b""
+    found = probe(file.read(0, PROBED_BYTES), tail)
+    if format != "auto" and FOREIGN.get(found) != format:
+        raise DiskImageError(f"{file.name} is no {format} image: by its contents it is {found}")
+    if found not in NATIVE and found not in FOREIGN:
         raise DiskImageError(
             f"{file.name} is a {found} image, which is not supported; convert it to qcow2 or raw with qemu-img,"
             " or give format=raw for a disk that only looks like one"
         )
     return found
+
+
+def format_of(path: Path, format: str = "auto") -> str:  # noqa: A002
+    """The format of the image at *path*: raw, qcow2, or a key of FOREIGN. Raises DiskImageError."""
+    file = HostFile(path, writable=False)
+    try:
+        return detect(file, format)
+    finally:
+        file.close()
 
 
 def _open(
@@ -66,12 +83,21 @@ def _open(
     read_only: bool,
     above: tuple[tuple[int, int], ...],
     repair: bool,
+    probe_raw: bool = True,
 ) -> BlockDevice:
     if _identity(path) in above or len(above) >= MAX_CHAIN:
         raise DiskImageError(f"{path} is a backing file of itself, or the chain of them is longer than {MAX_CHAIN}")
     file = HostFile(path, writable=not read_only)
     try:
-        if detect(file, format) == "raw":
+        found = detect(file, format)
+        if found in FOREIGN:
+            return _foreign(file, path, found, above)
+        if found == "raw":
+            if format == "auto" and not read_only and not probe_raw:
+                raise DiskImageError(
+                    f"{path} has no format that can be recognised: say format=raw if it is a raw disk. (A guest could "
+                    "write the header of another format into a disk that is only taken for one.)"
+                )
             return RawDevice(file, probed=format == "auto")
         header = read_header(file)
         backing: BlockDevice | None = None
@@ -87,6 +113,20 @@ def _open(
     except BaseException:
         file.close()
         raise
+
+
+def _foreign(file: HostFile, path: Path, kind: str, above: tuple[tuple[int, int], ...]) -> BlockDevice:
+    """A copy of the image in *file*, which is closed."""
+    if above:
+        raise DiskImageError(f"{path} is a {kind} image, which cannot be a backing file here: convert it to qcow2")
+    if file.writable:
+        raise DiskImageError(
+            f"{path} is a {kind} image, which is only read: add ro, or snapshot to keep no changes, "
+            "or make a qcow2 image of it with `vmonty disk convert`"
+        )
+    device = open_foreign(path, kind)
+    file.close()
+    return device
 
 
 def _identity(path: Path) -> tuple[int, int]:

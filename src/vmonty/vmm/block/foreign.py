@@ -1,0 +1,99 @@
+"""Images of other programs, read by way of qemu-img: a temporary qcow2 image is made of them.
+
+What qemu-img is given must refer to nothing outside of its folder: a VMDK descriptor can name any file of the host as a
+part of the disk. Source: VMware Virtual Disk Format 1.1, "The Descriptor File", "Hosted Sparse Extents".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+from vmonty.base.errors import BlockError, DiskImageError
+from vmonty.vmm.block.device import BlockDevice
+from vmonty.vmm.block.file import HostFile
+from vmonty.vmm.block.qcow2.open import open_disk, read_header
+
+# Our names → qemu-img's, which are also those of the option ``format``.
+FOREIGN = {"VMDK": "vmdk", "VDI": "vdi", "VHDX": "vhdx", "VHD": "vpc", "DMG": "dmg"}
+
+COMMENT, SPARSE = b"#", b"KDMV"
+SPARSE_HEADER = struct.Struct("<4sIIQQQ")  # up to where the descriptor is
+SECTOR = 512
+MOST_DESCRIPTOR = 1 << 20
+# Wider than the format: what any reader of it could take for a part.
+_EXTENT = re.compile(rb'^\s*(?:RW|RDONLY|NOACCESS)\b[^"]*"([^"\r\n]*)', re.MULTILINE | re.IGNORECASE)
+_PARENT = re.compile(rb"parentFileNameHint", re.IGNORECASE)
+
+
+def open_foreign(path: Path, kind: str) -> BlockDevice:
+    """The image at *path*, of *kind* (a key of FOREIGN), read-only. Raises DiskImageError with one line."""
+    if kind == "VMDK":
+        _check_vmdk(path)
+    if (program := shutil.which("qemu-img")) is None:
+        raise DiskImageError(f"{path} is a {kind} image, which qemu-img reads for us: apt-get install qemu-utils")
+    number, name = tempfile.mkstemp(prefix="vmonty-", suffix=".qcow2")
+    try:
+        # An absolute path: others can mean a protocol, such as nbd:.
+        words = [program, "convert", "-f", FOREIGN[kind], "-O", "qcow2", str(path.absolute()), name]
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("qemu-img: ")
+            raise DiskImageError(f"{path} is no {kind} image that qemu-img can read: {said or 'it gave no reason'}")
+        # qemu-img may have put another file there.
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DiskImageError(f"{path} cannot be converted: {error.strerror}") from error
+    finally:
+        os.close(number)
+        os.unlink(name)
+    file = HostFile(Path(f"{path}, converted"), writable=False, lock=False, fd=fd, durable=False)
+    try:
+        return open_disk(file, read_header(file), None)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _check_vmdk(path: Path) -> None:
+    """Raise DiskImageError for an image with parts outside of its folder, or with a parent."""
+    folder = Path(os.path.realpath(path)).parent
+    for part in _parts(path, path):
+        name = os.fsdecode(part)
+        place = folder / name
+        if name != os.path.basename(name) or ":" in name or Path(os.path.realpath(place)).parent != folder:
+            raise DiskImageError(f"{path} names {name!r} as a part of its disk, which is not beside it")
+        if place.exists() and not place.samefile(path) and _parts(place, path):
+            raise DiskImageError(f"{path} has a part, {name!r}, that consists of parts itself")
+
+
+def _parts(path: Path, whole: Path) -> list[bytes]:
+    """The files that the descriptor in *path* names. Raises DiskImageError, naming *whole*."""
+    file = HostFile(path, writable=False, lock=False)
+    try:
+        descriptor = _descriptor(file)
+    except BlockError as error:
+        raise DiskImageError(str(error)) from error
+    finally:
+        file.close()
+    if _PARENT.search(descriptor):
+        raise DiskImageError(f"{whole} has a parent image, and only whole VMDK images are supported")
+    return _EXTENT.findall(descriptor)
+
+
+def _descriptor(file: HostFile) -> bytes:
+    head = file.read(0, SPARSE_HEADER.size)
+    if head.startswith(COMMENT):
+        # In it "# Disk DescriptorFile" need not be the first comment.
+        return file.read(0, min(file.length(), MOST_DESCRIPTOR)).partition(b"\0")[0]
+    if not head.startswith(SPARSE) or file.length() < SPARSE_HEADER.size:
+        return b""
+    *_, offset = SPARSE_HEADER.unpack(head)
+    # Not as far as the header says: readers go on to the end of the text.
+    at = offset * SECTOR
+    return file.read(at, min(file.length() - at, MOST_DESCRIPTOR)).partition(b"\0")[0] if at < file.length() else b""
