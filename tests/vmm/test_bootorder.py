@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import struct
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 from vmonty import kvm
 from vmonty.base.errors import BootImageError, UsageError
 from vmonty.kvm.api import System
+from vmonty.testing.nasm import assemble
+from vmonty.vm.build import Build
+from vmonty.vm.plan import Plan
 from vmonty.vmm import boards, firmware
 from vmonty.vmm.block.image import open_image
 from vmonty.vmm.bootorder import BootOrder, check_index, cmos_registers
@@ -216,3 +220,54 @@ def test_a_card_before_a_disk(bios: Firmware, screen: Screen, tmp_path: Path) ->
         screen.wait_for(b"Booting from ROM", LIMIT_S)
         screen.wait_for(b"this is disk", LIMIT_S)
     assert b"Open Source Network Boot Firmware" in screen.text
+
+
+OPTION_ROM = """
+    dw 0xaa55
+    db 2                        ; blocks
+    jmp init
+    times 6 - ($ - $$) db 0
+    db 0                        ; balances the sum
+init:
+    pushad
+    push ds
+    push cs
+    pop ds
+    mov si, text
+.next:
+    lodsb
+    test al, al
+    jz .done
+    mov ah, 0x0e
+    mov bx, 7
+    int 0x10
+    jmp .next
+.done:
+    pop ds
+    popad
+    retf
+text: db 'a ROM by path', 13, 10, 0
+    times 1024 - ($ - $$) db 0
+"""
+
+
+def test_an_option_rom_by_path(bios: Firmware, screen: Screen, tmp_path: Path) -> None:
+    rom = bytearray(assemble(OPTION_ROM, org=0))
+    rom[6] = -sum(rom) & 0xFF
+    path = tmp_path / "mine.rom"
+    path.write_bytes(rom)
+    config = Config(memory=32 << 20, firmware=bios, option_roms=(OptionRom.parse(str(path)),))
+    with kvm.open("soft") as system, boards.create(system, config, screen.write) as machine:
+        machine.start()
+        screen.wait_for(b"a ROM by path\r\n", LIMIT_S)
+
+
+def test_once_is_for_the_first_machine(tmp_path: Path) -> None:
+    path = tmp_path / "rom"
+    path.write_bytes(ROM.code)
+    plan = Plan(firmware=str(path), boot="order=c,once=d", memory=32 << 20)
+    with contextlib.closing(Build(plan)) as build, System(FakeKvm()) as system:
+        for order, nibbles in (("d", 3), ("c", 2)):
+            with build.machine(system, bytes) as machine:
+                assert machine.config.boot.order == order
+                assert machine.legacy.cmos.load(0x3D, 1)[0] == nibbles  # type: ignore[attr-defined]

@@ -154,6 +154,21 @@ def test_media_change_and_eject(medium: BlockDevice) -> None:
     assert driver.sense() == NO_MEDIUM
 
 
+def test_a_change_ends_a_transfer(medium: BlockDevice) -> None:
+    """What the guest reads must not come from a file that is closed."""
+    drive = CdRom(Tray(medium))
+    driver = Driver([drive, None])
+    driver.packet(TEST_UNIT_READY)
+    driver.command(0xA0, 2048 << 8, 0, device=0)
+    driver.data_out(read_10(0, 4).ljust(12, b"\0"))
+    assert len(driver.data_in(2048)) == 2048
+    driver.channel.exclusively(drive)(lambda: drive.change(None))
+    assert driver.status() == ERROR
+    assert driver.data_in(2048) == b""
+    assert driver.packet(TEST_UNIT_READY)[0] == ERROR
+    assert driver.sense() == NO_MEDIUM
+
+
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cdb=st.binary(min_size=12, max_size=12), limit=st.integers(0, 0xFFFF), dma=st.booleans())
 def test_no_packet_harms(driver: Driver, cdb: bytes, limit: int, dma: bool) -> None:

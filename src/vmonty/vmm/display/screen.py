@@ -87,15 +87,15 @@ class Screen:
         image.save(made, format="PNG")
         return made.getvalue()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the picture as a PNG file. Raises UsageError when that cannot be written."""
         save(path, self.png())
 
 
-def save(path: Path, picture: bytes) -> None:
+def save(path: str | Path, picture: bytes) -> None:
     """Write a picture. Raises UsageError when that is not possible."""
     try:
-        path.write_bytes(picture)
+        Path(path).write_bytes(picture)
     except OSError as error:
         raise UsageError(f"the screenshot {path} cannot be written: {error.strerror}") from error
 
