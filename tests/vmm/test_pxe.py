@@ -42,3 +42,21 @@ def test_the_installers_first_screen() -> None:
             # The mode may have fewer bits per colour than the picture.
             pairs = list(zip(shown.tobytes(), wanted.tobytes(), strict=True))
             alike = sum(abs(a - b) <= 8 for a, b in pairs) / len(pairs)
+
+
+GRUB = FOLDER / "debian-installer" / "amd64" / "grub" / "grub.cfg"
+OVMF = Path("/usr/share/ovmf/OVMF.fd")
+
+
+@pytest.mark.skipif(
+    not GRUB.exists() or not OVMF.exists(), reason="debian-installer-12-netboot-amd64 or ovmf is not installed"
+)
+def test_uefi_starts_grub_from_the_network() -> None:
+    """OVMF's own driver of the card, and its TFTP client; the order reaches it as bootorder."""
+    with vmonty.VM(
+        memory="256M", accel="soft", machine="q35", firmware="uefi", boot="order=n",
+        net=f"user,romfile=,tftp={FOLDER},bootfile=debian-installer/amd64/bootnetx64.efi",
+    ) as machine:  # fmt: skip
+        machine.start()
+        machine.console.expect("Downloading NBP file", timeout=LIMIT_S)
+        machine.console.expect("Welcome to GRUB!", timeout=LIMIT_S)
