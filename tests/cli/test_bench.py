@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from vmonty.bench import block, net
+from vmonty.bench import block, boot, net
 from vmonty.bench.payload import PayloadError
 from vmonty.bench.process import Process
+from vmonty.guests import rootdisk
+from vmonty.guests.progress import silent
 from vmonty.kvm.soft import modules
 
 from .conftest import Result
@@ -72,6 +74,24 @@ def test_boot(vmonty: Run, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(row["vmonty"] > 0 for row in found.values())
     assert found["microvm, wall time"]["vmonty"] > found["process start to the kernel's first instruction"]["vmonty"]
+
+
+def test_a_debian_guest_that_is_not_built(vmonty: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rootdisk, "cached", lambda: None)
+    result = vmonty("bench", "boot", "debian", "--quick")
+    assert result.status == 1
+    assert "run `vmonty guest build debian`" in result.err
+
+
+def test_debian_boots_from_a_disk_that_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [Path(name) for name in ("disk.qcow2", "vmlinuz", "initrd.img", "key")]
+    monkeypatch.setattr(rootdisk, "cached", lambda: rootdisk.Disk(*paths[:3], "12", "bookworm", paths[3], 1, ""))
+    (debian,) = boot._boots(["debian"], True, silent)
+    ours, theirs = debian.command("vmonty"), debian.command("qemu_tcg")
+    assert ours[ours.index("--disk") + 1] == "disk.qcow2,format=qcow2,snapshot"
+    assert "file=disk.qcow2,if=none,id=disk,format=qcow2,snapshot=on" in theirs
+    assert rootdisk.COMMAND_LINE in ours
+    assert rootdisk.COMMAND_LINE in theirs
 
 
 def test_a_guest_that_does_not_say_it(tmp_path: Path) -> None:

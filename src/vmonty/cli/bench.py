@@ -92,12 +92,12 @@ def kvm(operations: tuple[str, ...], provider: str, json_file: Path | None, quic
 def boot(machines: tuple[str, ...], json_file: Path | None, quick: bool) -> None:
     """Boot the busybox guest on MACHINES to userspace, on soft and under QEMU's TCG.
 
-    The default is pc, q35 and microvm; with --quick it is pc and microvm.
+    The default is pc, q35, microvm, and debian, which is the Debian guest to its login; with --quick pc and microvm.
     Without qemu-system-x86_64 its column stays empty.
     """
-    from vmonty.bench.boot import MACHINES, measure
+    from vmonty.bench.boot import NAMES, measure
 
-    check_names("machine", machines, MACHINES)
+    check_names("machine", machines, NAMES)
     with terminal_progress() as progress:
         report = measure(machines, quick, progress)
     finish(report, json_file)
