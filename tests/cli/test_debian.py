@@ -15,8 +15,8 @@ from vmm.steps import Guest, Out
 from vmonty import kvm
 from vmonty.cli import debian
 from vmonty.guests import rootdisk
-from vmonty.vmm.block import open_image
 from vmonty.vmm.block.convert import create_image
+from vmonty.vmm.block.image import open_image
 
 from .conftest import Result
 

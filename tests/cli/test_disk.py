@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vmm.block.conftest import contents, qemu
-from vmonty.vmm.block import open_image
+from vmonty.vmm.block.image import open_image
 
 from .conftest import Result
 

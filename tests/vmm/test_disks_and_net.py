@@ -16,8 +16,8 @@ from tests.vmm.net.namespace import web_server
 import vmonty
 from vmonty.base.errors import GuestError
 from vmonty.guests import busybox
-from vmonty.vmm.block import open_image
 from vmonty.vmm.block.convert import create_image
+from vmonty.vmm.block.image import open_image
 
 from .block.conftest import assert_clean
 

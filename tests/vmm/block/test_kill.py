@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vmonty.vmm.block import open_image
+from vmonty.vmm.block.image import open_image
 
 from .conftest import assert_sound, qemu
 

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmonty.base.errors import DiskImageError
-from vmonty.vmm.block import BlockDevice, open_image
+from vmonty.vmm.block.device import BlockDevice
+from vmonty.vmm.block.image import open_image
 from vmonty.vmm.block.qcow2 import create, snapshots
 from vmonty.vmm.block.qcow2.check import check
 from vmonty.vmm.block.qcow2.disk import Qcow2Disk

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vmonty.base.errors import BlockError, DiskImageError
-from vmonty.vmm.block import open_image
+from vmonty.vmm.block.image import open_image
 from vmonty.vmm.block.qcow2 import create, snapshots
 from vmonty.vmm.block.qcow2.check import check
 from vmonty.vmm.block.qcow2.disk import Qcow2Disk

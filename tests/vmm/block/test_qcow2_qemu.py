@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmonty.base.errors import DiskImageError
-from vmonty.vmm.block import open_image
+from vmonty.vmm.block.image import open_image
 from vmonty.vmm.block.qcow2 import snapshots
 from vmonty.vmm.block.qcow2.disk import Qcow2Disk
 

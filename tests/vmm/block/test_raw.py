@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmonty.base.errors import BlockError, DiskImageError
-from vmonty.vmm.block import open_image
+from vmonty.vmm.block.image import open_image
 
 from .conftest import qemu
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vmonty.base.errors import UsageError
-from vmonty.vmm.block import open_image
+from vmonty.vmm.block.image import open_image
 from vmonty.vmm.block.throttle import BURST_S, Limits, ThrottledDevice
 
 

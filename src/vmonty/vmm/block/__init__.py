@@ -1,6 +1,4 @@
-"""Disks: image formats behind one interface. ``open_image()`` opens a file, ``BlockDevice`` is what it gives."""
+"""Disks: image formats behind one interface. ``image.open_image`` opens a file, and gives a ``device.BlockDevice``.
 
-from vmonty.vmm.block.device import BlockDevice
-from vmonty.vmm.block.image import open_image
-
-__all__ = ["BlockDevice", "open_image"]
+Nothing is imported here: a machine's drives know the interface, and the formats are for those who open a file.
+"""

@@ -7,6 +7,8 @@ slot 1.3   PIIX4: power management at port 0x600, SCI on IRQ 9
 
 from __future__ import annotations
 
+from functools import cache
+
 from vmonty.vmm.boards.legacy import add_legacy_devices, describe_legacy_devices, prepare_legacy_devices
 from vmonty.vmm.boards.pci_host import PM_BASE, SCI_IRQ, PciMachine, describe_fw_cfg
 from vmonty.vmm.boot import acpi, dsdt
@@ -22,6 +24,12 @@ SOUTH_BRIDGE_SLOT = 1
 PIRQ_IRQS = (10, 10, 11, 11)
 LINKS = ("LNKA", "LNKB", "LNKC", "LNKD")
 ROUTE_FIELDS = ("PRQ0", "PRQ1", "PRQ2", "PRQ3")
+
+
+@cache
+def _routing() -> bytes:
+    """The _PRT; tables are made more than once in a start, and half of it would be this."""
+    return dsdt.routing_by_links(lambda slot, pin: f"\\_SB.{LINKS[(slot - 1 + pin) % PIRQS]}")
 
 
 class Pc(PciMachine):
@@ -69,7 +77,7 @@ class Pc(PciMachine):
             dsdt.interrupt_link(label, number, f"\\_SB.PCI0.ISA.{field}")
             for number, (label, field) in enumerate(zip(LINKS, ROUTE_FIELDS, strict=True))
         ]
-        routing = dsdt.routing_by_links(lambda slot, pin: f"\\_SB.{LINKS[(slot - 1 + pin) % PIRQS]}")
+        routing = _routing()
         bridge = dsdt.isa_bridge(
             SOUTH_BRIDGE_SLOT,
             dsdt.pirq_registers(PIRQ_ROUTES, ROUTE_FIELDS),

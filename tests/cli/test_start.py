@@ -1,0 +1,31 @@
+"""A start waits for nothing that it does not use."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from vmonty.bench.boot import first_instructions
+from vmonty.bench.process import Process
+
+LIMIT_S = 60
+# What a machine with neither disk nor network, screen nor control socket does without.
+UNUSED = (
+    "pydantic", "rich", "vmonty.guests.apt", "vmonty.guests.busybox", "vmonty.vm.machine", "vmonty.vm.settings",
+    "vmonty.vmm.block.file", "vmonty.vmm.control", "vmonty.vmm.display", "vmonty.vmm.net.user", "vmonty.vmm.virtio",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("machine", ["pc", "microvm"])
+def test_what_a_plain_start_imports(tmp_path: Path, machine: str) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(first_instructions())
+    command = [sys.executable, "-X", "importtime", "-m", "vmonty", "run", "--accel", "soft", "--net", "none"]
+    with Process([*command, "--machine", machine, "--kernel", str(kernel), "--append", ""]) as process:
+        process.wait_for(b"!", LIMIT_S)
+        imported = set(re.findall(r"^import time:.*\| +(\S+)$", process.errors(), re.MULTILINE))
+    assert "vmonty.vmm.machine" in imported
+    assert sorted(imported & set(UNUSED)) == []
