@@ -17,6 +17,7 @@ from vmonty.vmm.block.image import open_image
 from vmonty.vmm.block.tray import Tray
 from vmonty.vmm.hw.ata import AtaDisk, CdRom
 from vmonty.vmm.hw.ata.ahci_port import CI, CMD, IE, IS, SACT, SCTL, SERR, SIG, SSTS, TFD
+from vmonty.vmm.hw.ata.drive import Aborted
 from vmonty.vmm.peripherals import open_cdrom
 
 from .ahci_driver import BUFFER, LIST, RECEIVED, TABLE_SIZE, TABLES, AhciDriver
@@ -181,6 +182,39 @@ def test_link_and_controller_resets_wait_for_a_command(driver: AhciDriver) -> No
     driver.write(0x04, 1 << 31 | 2)
     driver.start()
     assert driver.command(IDENTIFY) == (BY_PIO, READY)
+
+
+class Interrupting(AtaDisk):
+    """While it flushes, its driver does something."""
+
+    act = staticmethod(lambda: None)
+
+    def _flush(self) -> None:
+        self.act()
+        super()._flush()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_list_that_is_stopped_meanwhile(disk: BlockDevice, fails: bool) -> None:
+    """The old command tells nothing, neither its end nor its failure, and the next ones are carried out."""
+    drive = Interrupting(disk, sata=True)
+    driver = AhciDriver([drive])
+
+    def restart() -> None:
+        driver.port_write(CMD, 1 << 4)
+        assert driver.port_read(CMD) & 1 << 15, "the list still runs"
+        driver.restart()
+        driver.prepare(IDENTIFY, slot=0)
+        driver.issue(0)
+        if fails:
+            raise Aborted
+
+    drive.act = restart  # type: ignore[method-assign]
+    driver.prepare(FLUSH, slot=0)
+    driver.issue(0)
+    assert driver.acknowledge() == BY_PIO, "of the second command alone"
+    assert driver.port_read(CI) == 0
+    assert driver.memory.read(BUFFER, 2) == b"\x40\0"
 
 
 def test_interrupts_are_masked_and_come_back(driver: AhciDriver) -> None:

@@ -111,6 +111,8 @@ class Port:
         self._waiting: deque[int] = deque()  # slots, in the order in which they were issued
         self._working = False  # a command is carried out, or about to be
         self._after: list[Callable[[], None]] = []
+        # A command that is under way when its list is stopped ends without telling anybody.
+        self._stops = self._stops_before = 0
         self._list = self._area = 0
         self._unseen = b""
         self._enabled = self._control = 0
@@ -224,6 +226,7 @@ class Port:
         self._show_signature()
 
     def _stop(self) -> None:
+        self._stops += 1
         self._issued = self._active = self._current = 0
         self._halted = False
         self._waiting.clear()
@@ -302,7 +305,7 @@ class Port:
                         function()
                     return
                 slot = self._waiting.popleft()
-                self._current = slot
+                self._current, self._stops_before = slot, self._stops
                 command_list = self._list
             try:
                 self._execute(slot, command_list)
@@ -314,8 +317,14 @@ class Port:
                 self._halt(IS_HOST_BUS)
                 threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
+    def _stale(self) -> bool:
+        """Was the command that is carried out taken back? With the lock held."""
+        return self._stops != self._stops_before
+
     def _halt(self, cause: int) -> None:
         with self.lock:
+            if self._stale():
+                return
             self._halted = True
             self._causes |= cause
             self._changed()
@@ -358,12 +367,16 @@ class Port:
         """A soft reset begins when its bit is set, and is over when it is cleared."""
         if request[15] & fis.CONTROL_RESET:
             with self.lock:
+                if self._stale():
+                    return
                 self._status |= STATUS_BUSY
                 self._issued &= ~(1 << command.slot)
             return
         drive.reset()
         registers = drive.registers
         with self.lock:
+            if self._stale():
+                return
             self._receive(AREA_REGISTER, fis.register_to_host(registers, interrupt=False))
             self._status, self._error, self._signature = registers.status, registers.error, fis.signature(registers)
             self._issued &= ~(1 << command.slot)
@@ -408,6 +421,8 @@ class Port:
         failed = registers.status & STATUS_ERROR
         by_pio = transfer is not None and transfer.to_host and not transfer.dma and not transfer.packet and not failed
         with self.lock:
+            if self._stale():
+                return
             if by_pio:
                 report = fis.pio_setup(registers, moved, registers.status, to_host=True)
                 self._receive(AREA_PIO, report)
@@ -435,6 +450,8 @@ class Port:
         """READ and WRITE FPDMA QUEUED: taken from the list at once, and ended by its bit in SACT."""
         tag = disk.registers.count >> 3 & 31
         with self.lock:
+            if self._stale():
+                return
             self._status, self._error = disk.ready_status, 0
             self._issued &= ~(1 << command.slot)
         error, interrupt = 0, False
@@ -452,6 +469,8 @@ class Port:
             disk.queue_failed(tag, error)
         status = disk.registers.status
         with self.lock:
+            if self._stale():
+                return
             finished = 0 if error else 1 << tag
             self._receive(AREA_DEVICE_BITS, fis.set_device_bits(status, error, finished))
             self._active &= ~finished
@@ -466,7 +485,8 @@ class Port:
 
     def _receive_unlocked(self, place: int, data: bytes) -> None:
         with self.lock:
-            self._receive(place, data)
+            if not self._stale():
+                self._receive(place, data)
 
     def _receive(self, place: int, data: bytes) -> None:
         """A FIS came, with the lock held: it goes where the driver wants it, or nowhere."""
