@@ -272,3 +272,28 @@ def test_loop_in_two_pages(change: str) -> None:
     if change == "away":
         assert ends[0][0]["event"]
         assert m.cpu["rip"] == SPAN + 4096
+
+
+@pytest.mark.parametrize("rights", [0, 1])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "mov eax, [rbx + 8]\n mov [rbx + 16], ecx",
+        "mov [rbx + 8], ecx\n mov eax, [rbx]",
+        "add dword [rbx + rdx * 4 + 8], 1\n mov eax, [rbx + rdx * 4]",
+        "mov eax, [rbx + 8]\n add [rbx + 8], ecx\n movups xmm0, [rbx + 16]",
+        "movaps xmm0, [rbx + 12]\n mov [rbx], eax",  # misaligned: #GP comes first
+    ],
+)
+def test_operands_that_share_a_check_fault_in_their_turn(source: str, rights: int) -> None:
+    """A page that is missing or read-only: address, error code and rip are those of single instructions."""
+    ends = []
+    for single in (False, True):
+        m = machine(0, faults=False)
+        m.put64(TABLE + 0x1000 + 8 * 3, 0x60_0000 | rights)
+        m.load(assemble(f"mov rbp, cr0\n bts rbp, 16\n mov cr0, rbp\n {source}\n hlt", 64, CODE))  # WP
+        m.cpu["rbx"], m.cpu["rdx"] = SMALL + 3 * 4096 + 0x40, 5
+        reason = m.cpu.step(STEPS) if single else m.cpu.run()
+        ends.append(outcome(m, reason))
+    assert ends[0] == ends[1]
+    assert ends[0]["event"]

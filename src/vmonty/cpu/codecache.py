@@ -669,8 +669,9 @@ def cache_flush(s):
 @cython.nogil
 @cython.exceptval(check=False)
 def _bucket(rip: uint64_t, host_page: uint64_t) -> uint32_t:
-    h: uint64_t = (rip ^ (host_page >> 7)) * cython.cast(uint64_t, 0x9E3779B97F4A7C15)
-    return cython.cast(uint32_t, h >> 40) & (BLOCK_BUCKETS - 1)
+    """Blocks of one page have buckets side by side, which are in the host's cache together."""
+    h: uint64_t = (host_page >> 12) * cython.cast(uint64_t, 0x9E3779B97F4A7C15)
+    return cython.cast(uint32_t, (rip >> 2) + (h >> 40)) & (BLOCK_BUCKETS - 1)
 
 
 @cython.cfunc

@@ -13,6 +13,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     mov_imm,
     mov_rr,
     op_mem,
+    op_reg,
     push_imm32,
     put8,
     put32,
@@ -201,8 +202,8 @@ def emit_stubs(w):
                 emit_ea(w, cython.address(k.ea))
             push_imm32(a, k.what)
             call_to(a, w.c.memory_slow)
-            if k.kind != STUB_MEMORY_LIVE:
-                mov_imm(a, S1, 0)
+            if k.kind != STUB_MEMORY_LIVE:  # no flag is live
+                op_reg(a, 0, 0, 0x33, S1, S1)
             else:
                 mov_rr(a, S1, S0)
             # A slot's load of r12 is stepped over.

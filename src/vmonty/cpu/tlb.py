@@ -20,6 +20,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     unlink_spans,
 )
 from cython.cimports.vmonty.cpu.coherence import page_verify
+from cython.cimports.vmonty.cpu.decode import A_ALIGN, C_COPY, ROW, Insn, decode
 from cython.cimports.vmonty.cpu.mmio import mmio_read, mmio_write
 from cython.cimports.vmonty.cpu.paging import WALK_OK, Translation, translate, walk
 from cython.cimports.vmonty.cpu.segmentation import linear_address
@@ -237,6 +238,37 @@ def _bounce(s: cython.pointer(CpuState), k: uint32_t, va: uint64_t) -> cython.p_
     return cython.cast(cython.p_uchar, start + (va & 63))
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _leader_faults(s: cython.pointer(CpuState), what: uint32_t, host_rip: uint64_t) -> cython.int:
+    """Tell whether the first operand of a group faults by itself, with that recorded; else the others are to blame."""
+    b: cython.pointer(Block) = block_at_host(cython.cast(cython.pointer(CodeCache), s.translator), host_rip)
+    at: cython.int
+    access: cython.int = ACCESS_USER if s.cpl == 3 else 0
+    linear: uint64_t
+    i: Insn
+    t: Translation
+    if b == cython.NULL:
+        return 0
+    at = (b.linear & 0xFFF) + (what & SLOW_OFFSET)
+    if at > 4096 - 16 or decode(cython.cast(cython.p_uchar, b.host_page) + at, 16, 0, 8, cython.address(i)) <= 0:
+        return 0
+    if ROW[i.row].cls != C_COPY or not i.has_memory or i.base < 0 or ROW[i.row].attributes & A_ALIGN:
+        return 0  # of the stack; or it may be misaligned, which comes first
+    linear = s.gpr[i.base] + i.displacement
+    if i.index >= 0:
+        linear += s.gpr[i.index] << i.scale
+    if s.event.vector == 14 and not s.event.error_code & 1:  # the page is not there: the same for reads and writes
+        s.event.payload = linear
+        s.event.error_code = (s.event.error_code & ~cython.cast(uint32_t, 2)) | (i.memory_access & 2)
+        return 1
+    s.event.pending = 0
+    if i.memory_access & 2:
+        access |= ACCESS_WRITE
+    return _look(s, linear, access, cython.address(t)) == LEAVE_EVENT
+
+
 def memory_slow(s, va, what, host_rip):
     """Serve a TLB miss of translated code: the host address to use, or 0 to leave the block.
 
@@ -254,10 +286,16 @@ def memory_slow(s, va, what, host_rip):
     s.slow_what = what
     r = 0
     if what & (SLOW_GROUP | SLOW_MASKED):
+        if (va & 0xFFF) + size > 4096:
+            r = 1
+        else:
+            r = _canonical(s, va, 0)
+        if not r:
+            r = _look(s, va, access, cython.address(t))
+            if r == LEAVE_EVENT and what & SLOW_GROUP and _leader_faults(s, what, host_rip):
+                return _leave(s, r, what, host_rip)
         if (
-            (va & 0xFFF) + size > 4096
-            or _canonical(s, va, 0)
-            or _look(s, va, access, cython.address(t))
+            r
             or t.host == 0
             or (access & ACCESS_WRITE and is_code_page(s, t.host))
             or (s.watch and watch_meets(s, va, size, 1))
