@@ -272,3 +272,34 @@ def test_a_vcpu_does_a_few_requests_itself(bench: Bench, disk: MemoryDisk, monke
     assert len(driver.queues[0].wait(20)) == 20
     ours = threading.current_thread().name
     assert threads == [ours] * MOST_FOR_VCPU + [bench.loop.name] * (20 - MOST_FOR_VCPU)
+
+
+def test_a_disk_that_was_slow_is_tried_again(bench: Bench, disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads do its requests, but for one in some; when that is quick, and the next, there is no need for them."""
+    device = Blk(bench.memory, bench.loop, disk)
+    driver = bench.driver(device).start()
+    threads: list[str] = []
+    read = disk.preadv
+
+    def preadv(offset: int, buffers: Sequence[memoryview]) -> None:
+        threads.append(threading.current_thread().name)
+        read(offset, buffers)
+
+    monkeypatch.setattr(disk, "preadv", preadv)
+
+    def at_once(count: int) -> int:
+        threads.clear()
+        for _ in range(count):
+            assert done(driver, ask(driver, blk.T_IN, room=[512]))[0] == 0
+        bench.settle()
+        return threads.count(bench.loop.name)
+
+    monkeypatch.setattr(blk, "SLOW_NS", 1)
+    assert at_once(4 * blk.PROBE) == 4
+    assert not device.quick()
+    monkeypatch.setattr(blk, "SLOW_NS", 10**12)
+    assert at_once(4 * blk.PROBE) > 4
+    assert device.quick()
+    monkeypatch.setattr(blk, "SLOW_NS", 1)
+    assert at_once(2 * blk.PROBE) > 2
+    assert not device.quick()
