@@ -81,15 +81,17 @@ def _payload(image: Image, native: Native, bare: BareCpu, name: str, least: floa
         runners["native"] = native.run
     if qemu_version():
         runners["qemu_tcg"] = tcg
+    figures: dict[str, list[float]] = {runner: [] for runner in runners}
     checksums: dict[int, set[int]] = {}
     counts = dict.fromkeys(runners, repeats_for(ours if system else native.run, name, least))
-    bases = {runner: min(run(name, 0)[0] for _ in range(2)) for runner, run in runners.items()}
+    bases = {runner: run(name, 0)[0] for runner, run in runners.items()}
     if "qemu_tcg" in runners:  # it may be three orders of magnitude slower
         seconds, checksum = tcg(name, 1)
         seconds -= bases["qemu_tcg"]
         counts["qemu_tcg"] = min(counts["vmonty"], max(1, round(4 * least / max(seconds, 1e-3))))
         checksums[1] = {checksum, ours(name, 1)[1]}
-    figures: dict[str, list[float]] = {runner: [] for runner in runners}
+        if seconds > LONG_S:
+            figures["qemu_tcg"] = [seconds]
     for _ in range(ROUNDS):
         for runner, run in runners.items():
             if figures[runner] and figures[runner][0] * counts[runner] > LONG_S:
