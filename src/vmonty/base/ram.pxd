@@ -10,5 +10,7 @@ cdef class Ram:
     cdef unsigned char *_base
     cdef int _fd
     cdef object _mapping
+    # Where the memory begins in it.
+    cdef long long _at
     cdef object _view
     cdef unsigned char *_check(self, offset, size) except? NULL

@@ -12,8 +12,11 @@ import os
 import cython
 
 from vmonty.base.errors import GuestMemoryError, UsageError
+from vmonty.base.hostcall import address_of, map_over
 
 PAGE_SIZE: int = 4096
+LARGE_PAGES = (2 << 20, 1 << 30)
+MAP_NORESERVE: int = 0x4000  # of x86 Linux; Python's mmap has it from 3.13 on
 
 
 class Ram:
@@ -30,15 +33,24 @@ class Ram:
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, size)
-            self._mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            # So that large pages of the guest are large pages in the host's tables.
+            align: int = max((step for step in LARGE_PAGES if step <= size), default=0)
+            self._at = 0
+            if align:
+                self._mapping = mmap.mmap(-1, size + align, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+                begin: int = address_of(self._mapping)
+                self._at = -begin % align
+                map_over(begin + self._at, fd, size)
+            else:
+                self._mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError, OverflowError) as error:
             os.close(fd)
             raise UsageError(f"RAM of {size} bytes cannot be mapped: {error}") from error
         self._fd = fd
         self.size = size
-        self._view = memoryview(self._mapping)
+        self._view = memoryview(self._mapping)[self._at : self._at + size]
         buffer: Py_buffer
-        PyObject_GetBuffer(self._mapping, cython.address(buffer), PyBUF_WRITABLE)
+        PyObject_GetBuffer(self._view, cython.address(buffer), PyBUF_WRITABLE)
         self._base = cython.cast(cython.p_uchar, buffer.buf)
         PyBuffer_Release(cython.address(buffer))
         self.address = cython.cast(cython.ulong, self._base)
@@ -97,7 +109,7 @@ class Ram:
         if (offset | size) % PAGE_SIZE:
             raise UsageError(f"{size:#x} bytes at {offset:#x}: only whole pages can be discarded")
         if size:
-            self._mapping.madvise(mmap.MADV_REMOVE, offset, size)
+            self._mapping.madvise(mmap.MADV_REMOVE, self._at + offset, size)
 
     def read_u8(self, offset: int) -> int:
         """The byte at *offset*."""

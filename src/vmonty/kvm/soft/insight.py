@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmonty.kvm.exit_record import ExitRecord as ExitRecord
 from vmonty.kvm.soft.mmu.guest_walk import walk
 from vmonty.kvm.soft.mmu.shadow import ShadowMmu
-from vmonty.kvm.soft.mmu.spte import ADDRESS
+from vmonty.kvm.soft.mmu.spte import ADDRESS, LARGE
+from vmonty.kvm.soft.mmu.tdp import PRESENT
 
 if TYPE_CHECKING:
     from vmonty.kvm.soft.kvm_main import Kvm
@@ -65,6 +66,7 @@ def translate(kvm: Kvm, vcpu: VcpuX86, gva: int) -> Translation:
         return Translation(gva, found.gpa, hva, hva, tuple(steps))
     for level, address, value in kvm.mmu.walk(found.gpa):
         steps.append(Step("host", level, address, value))
-        if level == 1 and value & 7:
-            hpa = value & ADDRESS | found.gpa & PAGE_MASK
+        if value & PRESENT and (level == 1 or value & LARGE):
+            offset = (1 << 12 + 9 * (level - 1)) - 1
+            hpa = value & ADDRESS & ~offset | found.gpa & offset
     return Translation(gva, found.gpa, hva, hpa, tuple(steps))

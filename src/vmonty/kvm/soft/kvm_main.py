@@ -311,6 +311,7 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
         """kvm_flush_remote_tlbs(): no vCPU uses a translation from before when this returns."""
         self.stats.values[REMOTE_TLB_FLUSH_REQUESTS] += 1
         self.stats.values[REMOTE_TLB_FLUSH] += 1
+        retired = self.mmu.retired()
         vcpus = list(self.vcpus.values())
         for vcpu in vcpus:
             vcpu.request_tlb_flush()
@@ -318,6 +319,8 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
         for vcpu in vcpus:
             while vcpu.arch.in_guest and vcpu.arch.tlb_flush_requested:
                 time.sleep(FLUSH_POLL_S)
+        if retired:
+            self.mmu.free(retired)
 
     @answers(Requests.KVM_X86_SET_MSR_FILTER)
     def set_msr_filter(self, argument: Argument) -> None:

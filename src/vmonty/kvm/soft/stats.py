@@ -79,8 +79,9 @@ def _index(table: tuple[Statistic, ...], name: str) -> int:
 
 
 # Indices into Statistics.values, for those that are counted here.
-REMOTE_TLB_FLUSH, REMOTE_TLB_FLUSH_REQUESTS, PAGES_4K = (
-    _index(VM_STATISTICS, name) for name in ("remote_tlb_flush", "remote_tlb_flush_requests", "pages_4k")
+REMOTE_TLB_FLUSH, REMOTE_TLB_FLUSH_REQUESTS, PAGES_4K, PAGES_2M, PAGES_1G = (
+    _index(VM_STATISTICS, name)
+    for name in ("remote_tlb_flush", "remote_tlb_flush_requests", "pages_4k", "pages_2m", "pages_1g")
 )
 HALT_WAKEUP, HALT_WAIT_NS, HALT_WAIT_HIST, BLOCKING = (
     _index(VCPU_STATISTICS, name) for name in ("halt_wakeup", "halt_wait_ns", "halt_wait_hist", "blocking")

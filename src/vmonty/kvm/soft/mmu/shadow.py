@@ -367,6 +367,10 @@ class ShadowMmu:
         self.drop_all()
         return self.tdp.zap_all()
 
+    def retired(self) -> list[int]:
+        """As TdpMmu's."""
+        return self.tdp.retired()
+
     def free(self, pages: list[int]) -> None:
         """Give back what zap_all() told."""
         self.tdp.free(pages)

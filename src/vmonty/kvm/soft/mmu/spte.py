@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 ADDRESS = 0x000F_FFFF_FFFF_F000
 WRITE = 2  # in both formats
+LARGE = 1 << 7  # in both: a page of 2 MiB at level 2, of 1 GiB at level 3
 
 
 class Format(NamedTuple):

@@ -16,14 +16,16 @@ from collections.abc import Iterator
 
 from vmonty.base.ram import Ram
 from vmonty.kvm.soft.memslots import PAGE_SHIFT, Memslot, Memslots
-from vmonty.kvm.soft.mmu.spte import ADDRESS, WRITE, Format
-from vmonty.kvm.soft.stats import PAGES_4K, Statistics
+from vmonty.kvm.soft.mmu.spte import ADDRESS, LARGE, WRITE, Format
+from vmonty.kvm.soft.stats import PAGES_1G, PAGES_2M, PAGES_4K, Statistics
 from vmonty.kvm.uapi.flags import KVM_MEM_READONLY
 
 PRESENT = 7  # of a present entry one of these bits is set, in either format
 LEVELS = 4
 ENTRIES = 512
 ARENA_PAGES = 64
+# Levels whose entries can be pages, and where they are counted.
+LARGE_PAGES = {2: PAGES_2M, 3: PAGES_1G}
 
 
 class Tables:
@@ -102,6 +104,8 @@ class TdpMmu:
         self.lock = threading.Lock()
         self.root = self._tables.allocate()
         self.pages = 1
+        # Page-table pages that were taken out, and may still be walked.
+        self._retired: list[int] = []
 
     @staticmethod
     def _index(gpa: int, level: int) -> int:
@@ -111,7 +115,8 @@ class TdpMmu:
         """kvm_tdp_page_fault(): map what lies around *gpa*; False where no slot allows the access (MMIO).
 
         *walk*: for the processor's walk of the guest's tables.
-        A whole level-1 table is filled at once, as far as the slot reaches: the pages are there anyway.
+        The largest page that slot and host memory have there; where it is 4 KiB a whole level-1 table is filled, as far
+        as the slot reaches: the pages are there anyway.
         """
         with self.lock:
             # Under the lock: who changes a slot zaps it when the new one is known, so what the old one says is never
@@ -119,22 +124,55 @@ class TdpMmu:
             slot = self._memslots.find(gpa)
             if slot is None or (write and slot.flags & KVM_MEM_READONLY):
                 return False
-            table = self._descend(gpa, 1)
             if slot.logged:
-                self._map_logged(table, gpa, slot, write)
-            else:
-                self._map_around(table, gpa, slot)
+                self._map_logged(self._descend(gpa, 1), gpa, slot, write)
+            elif slot.flags & KVM_MEM_READONLY or not self._map_large(gpa, slot):
+                self._map_around(self._descend(gpa, 1), gpa, slot)
         return True
 
+    def _map_large(self, gpa: int, slot: Memslot) -> bool:
+        """kvm_mmu_max_mapping_level(): a page of 1 GiB or 2 MiB, where slot and host memory have a whole one there.
+
+        False where they don't, or where the table of a lower level is already.
+        """
+        table = self.root
+        for level in range(LEVELS, 1, -1):
+            index = self._index(gpa, level)
+            entry = self._tables.read(table, index)
+            if level in LARGE_PAGES:
+                if entry & PRESENT and entry & LARGE:
+                    return True
+                size = ENTRIES ** (level - 1)
+                first = gpa >> PAGE_SHIFT & ~(size - 1)
+                inside = slot.base_gfn <= first and first + size <= slot.end_gfn
+                if not entry & PRESENT and inside and not slot.hva(first << PAGE_SHIFT) & (size << PAGE_SHIFT) - 1:
+                    self._tables.write(table, index, self._leaf(slot, first, True) | LARGE)
+                    self._stats.values[LARGE_PAGES[level]] += 1
+                    return True
+            if not entry & PRESENT:
+                if level == 2:
+                    return False
+                entry = self._new_table(table, index)
+            table = entry & ADDRESS
+        return False
+
+    def _new_table(self, table: int, index: int) -> int:
+        entry = self._tables.allocate() | self._format.table
+        self._tables.write(table, index, entry)
+        self.pages += 1
+        return entry
+
     def _descend(self, gpa: int, to_level: int) -> int:
+        """The table of *to_level*, made on the way; large pages are dropped, and come back in parts."""
         table = self.root
         for level in range(LEVELS, to_level, -1):
             index = self._index(gpa, level)
             entry = self._tables.read(table, index)
+            if entry & PRESENT and level in LARGE_PAGES and entry & LARGE:
+                self._stats.values[LARGE_PAGES[level]] -= 1
+                entry = 0
             if not entry & PRESENT:
-                entry = self._tables.allocate() | self._format.table
-                self._tables.write(table, index, entry)
-                self.pages += 1
+                entry = self._new_table(table, index)
             table = entry & ADDRESS
         return table
 
@@ -169,7 +207,7 @@ class TdpMmu:
             index = self._index(gpa, level)
             value = self._tables.read(table, index)
             yield level, table + 8 * index, value
-            if not value & 7:
+            if not value & PRESENT or (level in LARGE_PAGES and value & LARGE):
                 return
             table = value & ADDRESS
 
@@ -179,19 +217,30 @@ class TdpMmu:
         with self.lock:
             for index in range(ENTRIES):
                 entry = self._tables.read(self.root, index)
-                if entry & 7:
+                if entry & PRESENT:
                     self._tables.write(self.root, index, 0)
                     self._collect(entry & ADDRESS, LEVELS - 1, gone)
-            self.pages -= len(gone)
-            self._stats.values[PAGES_4K] = 0
         return gone
 
     def _collect(self, table: int, level: int, gone: list[int]) -> None:
+        """*table*, which was taken out, and those below it; what they map is counted no more."""
         gone.append(table)
-        if level > 1:
-            for index in range(ENTRIES):
-                if (entry := self._tables.read(table, index)) & 7:
-                    self._collect(entry & ADDRESS, level - 1, gone)
+        self.pages -= 1
+        if level == 1:
+            self._stats.values[PAGES_4K] -= self._tables.count(table, 0, ENTRIES)
+            return
+        for index in range(ENTRIES):
+            entry = self._tables.read(table, index)
+            if entry & PRESENT and level in LARGE_PAGES and entry & LARGE:
+                self._stats.values[LARGE_PAGES[level]] -= 1
+            elif entry & PRESENT:
+                self._collect(entry & ADDRESS, level - 1, gone)
+
+    def retired(self) -> list[int]:
+        """The page-table pages that zaps have taken out since the last time: ``free`` them after a flush."""
+        with self.lock:
+            gone, self._retired = self._retired, []
+        return gone
 
     def free(self, pages: list[int]) -> None:
         """No processor walks these any more."""
@@ -208,26 +257,32 @@ class TdpMmu:
         self._change(first_gfn, end_gfn, ~WRITE)
 
     def _change(self, first_gfn: int, end_gfn: int, mask: int) -> None:
-        gone = 0
         with self.lock:
-            gfn = first_gfn
-            while gfn < end_gfn:
-                table = self._find_table(gfn << PAGE_SHIFT)
-                stop = min((gfn | ENTRIES - 1) + 1, end_gfn)
-                if table is not None:
-                    for frame in range(gfn, stop):
-                        entry = self._tables.read(table, frame & ENTRIES - 1)
-                        if entry:
-                            self._tables.write(table, frame & ENTRIES - 1, entry & mask)
-                            gone += not mask
-                gfn = stop
-            self._stats.values[PAGES_4K] -= gone
+            if first_gfn < end_gfn:
+                self._change_in(self.root, LEVELS, first_gfn, end_gfn, mask)
 
-    def _find_table(self, gpa: int) -> int | None:
-        table = self.root
-        for level in range(LEVELS, 1, -1):
-            entry = self._tables.read(table, self._index(gpa, level))
-            if not entry & PRESENT:
-                return None
-            table = entry & ADDRESS
-        return table
+    def _change_in(self, table: int, level: int, first: int, end: int, mask: int) -> None:
+        """In *table*, which has entries of *level*. A large page that changes in part is dropped, and faults again."""
+        tables, values = self._tables, self._stats.values
+        size = ENTRIES ** (level - 1)
+        gfn = first
+        while gfn < end:
+            index, base = gfn // size & ENTRIES - 1, gfn // size * size
+            stop = min(base + size, end)
+            entry, whole = tables.read(table, index), stop - gfn == size
+            if level == 1:
+                if entry:
+                    tables.write(table, index, entry & mask)
+                    values[PAGES_4K] -= not mask
+            elif not entry & PRESENT:
+                pass
+            elif level in LARGE_PAGES and entry & LARGE:
+                keep = mask if whole else 0
+                tables.write(table, index, entry & keep)
+                values[LARGE_PAGES[level]] -= not keep
+            elif whole and not mask:
+                tables.write(table, index, 0)
+                self._collect(entry & ADDRESS, level - 1, self._retired)
+            else:
+                self._change_in(entry & ADDRESS, level - 1, gfn, stop, mask)
+            gfn = stop
