@@ -75,6 +75,7 @@ COMPILED = [
     "vmonty.kvm.soft.lapic_regs",
     "vmonty.kvm.soft.fastpath",
     "vmonty.kvm.soft.port_window",
+    "vmonty.kvm.soft.doorbells",
     "vmonty.kvm.soft.vmx.run",
     "vmonty.kvm.soft.svm.run",
     "vmonty.kvm.soft.reentry",

@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 
+from vmonty import kvm
 from vmonty.bench.native import Native
 from vmonty.bench.payload import INTEGER, NAMES, SYSTEM, TEXT, Image, PayloadError, build
 from vmonty.bench.qemu import run_tcg
@@ -71,7 +72,10 @@ def _payload(image: Image, native: Native, bare: BareCpu, name: str, least: floa
     system = name in SYSTEM
 
     def ours(name: str, repeats: int) -> tuple[float, int]:
-        return run_vm("soft", image, name, repeats) if system else bare.run(name, repeats)
+        if not system:
+            return bare.run(name, repeats)
+        with kvm.open("soft") as opened:
+            return run_vm(opened, image, name, repeats)
 
     def tcg(name: str, repeats: int) -> tuple[float, int]:
         return run_tcg(image, name, repeats)

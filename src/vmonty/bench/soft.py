@@ -6,10 +6,10 @@ import mmap
 import struct
 import time
 
-from vmonty import kvm
 from vmonty.base.ram import Ram
 from vmonty.bench.payload import IMAGE_BASE, NAMES, Image, PayloadError
 from vmonty.cpu.core import Cpu
+from vmonty.kvm.api import System
 from vmonty.kvm.uapi import Exit
 
 MEMORY = 64 << 20
@@ -47,9 +47,9 @@ class BareCpu:
         return seconds, cpu["rax"]
 
 
-def run_vm(provider: str, image: Image, name: str, repeats: int) -> tuple[float, int]:
+def run_vm(system: System, image: Image, name: str, repeats: int) -> tuple[float, int]:
     """A payload in a VM, started as Multiboot 1 says. CPU seconds and checksum; raises PayloadError."""
-    with kvm.open(provider) as system, system.create_vm() as vm:
+    with system.create_vm() as vm:
         ram = Ram(MEMORY)
         ram.write(IMAGE_BASE, image.data)
         ram.write(MULTIBOOT_INFO, struct.pack("<5I", 4, 0, 0, 0, COMMAND_LINE))

@@ -554,7 +554,8 @@ def run_cpu(s):
     """Run until the processor has something to report: gives ``exit.reason``. Needs no GIL."""
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     guard: guard_function = cython.cast(guard_function, cython.cast(cython.p_void, c.guard))
-    prepare_thread()
+    if not s.stack_ready:
+        prepare_thread()
     if s.code_queue_count:
         drain_writes(s)
     s.slow_host_rip = 0

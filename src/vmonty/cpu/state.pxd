@@ -433,6 +433,7 @@ cdef struct CpuState:
     uint64_t trap_vector     # the exception behind the signal
     # What hosttraps needs to get out of a helper whose access to host memory failed.
     uint64_t guard_thread    # the thread that is in guarded code, 0: none
+    uint32_t stack_ready     # the caller of run_cpu has called prepare_thread, and nothing but it has run since
     uint64_t guard_rsp
     uint64_t slow_host_rip   # where translated code called tlb.memory_slow or careful_access; 0: it did not
     uint32_t slow_what

@@ -16,6 +16,7 @@ import select
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vmonty.kvm.soft.iodev import KvmIoBus, KvmIoBuses
 from vmonty.kvm.soft.irq_comm import KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID, IrqComm
@@ -56,9 +57,9 @@ class _Signal:
     """A duplicate of an eventfd that is to be signalled; never blocks, and never touches the fd once it is closed."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = os.dup(fd)
+        self.fd = os.dup(fd)
         self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLOUT)
+        self._poll.register(self.fd, select.POLLOUT)
         self._lock = threading.Lock()
         self._closed = False
 
@@ -66,14 +67,14 @@ class _Signal:
         """Add 1 to the counter, unless that is at its limit."""
         with self._lock:
             if not self._closed and self._poll.poll(0):
-                os.eventfd_write(self._fd, 1)
+                os.eventfd_write(self.fd, 1)
 
     def close(self) -> None:
         """Close the duplicate."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                os.close(self._fd)
+                os.close(self.fd)
 
 
 # ---- irqfd -----------------------------------------------------------------------------------------------
@@ -291,11 +292,22 @@ class _IoEventfd:
         return True
 
 
+class Doorbell(NamedTuple):
+    """An ioeventfd in memory, as VmArch.set_doorbells() takes it."""
+
+    address: int
+    size: int
+    datamatch: int | None
+    fd: int
+
+
 class IoEventfds:
     """The ioeventfds of a VM."""
 
-    def __init__(self, buses: KvmIoBuses) -> None:
+    def __init__(self, buses: KvmIoBuses, publish: Callable[[list[Doorbell]], None] = lambda bells: None) -> None:
+        """*publish* gets those in memory, whenever they change."""
         self._buses = buses
+        self._publish = publish
         self._all: list[_IoEventfd] = []
         self._lock = threading.Lock()
 
@@ -342,6 +354,24 @@ class IoEventfds:
             for bus in self._places(device):
                 bus.register(device.address, device.size, device, counted=False)
             self._all.append(device)
+            self._tell()
+
+    def memory_changed(self) -> None:
+        """The memory slots are others: some may lie where an ioeventfd is."""
+        with self._lock:
+            self._tell()
+
+    def _tell(self) -> None:
+        """All that only ioeventfds answer for, in memory."""
+        self._publish(
+            [
+                Doorbell(device.address, device.size, device.datamatch, device.signal.fd)
+                for device in self._all
+                if not device.space and device.signal is not None
+                and all(isinstance(other, _IoEventfd)
+                        for other in self._buses.mmio.candidates(device.address, device.size or 1))
+            ]
+        )  # fmt: skip
 
     def ring_at_once(self, number: int, at_once: Callable[[], bool]) -> None:
         """Offer writes that would signal the eventfd *number* to *at_once* before."""
@@ -362,6 +392,7 @@ class IoEventfds:
         for bus in self._places(device):
             bus.unregister(device)
         self._all.remove(device)
+        self._tell()
         if device.signal is not None:
             device.signal.close()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vmonty.base import hostcall
 from vmonty.cpu import core
 from vmonty.kvm.soft.coalesced_mmio import CoalescedMmio
-from vmonty.kvm.soft.eventfd import IoEventfds, Irqfds
+from vmonty.kvm.soft.eventfd import Doorbell, IoEventfds, Irqfds
 from vmonty.kvm.soft.files import KvmFile, answers
 from vmonty.kvm.soft.i8254 import Pit
 from vmonty.kvm.soft.iodev import KvmIoBuses
@@ -43,9 +43,13 @@ class IrqchipIoctls(KvmFile):
         self.buses.pio.registering = self.irqs.arch.note_ports
         self.pit: Pit | None = None
         self.irqfds = Irqfds(self.irqs)
-        self.ioeventfds = IoEventfds(self.buses)
+        self.ioeventfds = IoEventfds(self.buses, self._hang_doorbells)
         self.ring_fd = self.make_fd("kvm-coalesced", mmap.PAGESIZE)
         self.coalesced = CoalescedMmio(memoryview(mmap.mmap(self.ring_fd, mmap.PAGESIZE)), self.buses)
+
+    def _hang_doorbells(self, bells: list[Doorbell]) -> None:
+        """Memory hides what lies below it."""
+        self.irqs.arch.set_doorbells([bell for bell in bells if self.memslots.find(bell.address) is None])
 
     @property
     def irqchip_in_kernel(self) -> bool:

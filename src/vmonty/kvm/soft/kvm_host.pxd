@@ -123,7 +123,19 @@ cdef struct KvmPortWindow:
     uint8_t ring[4096]
 
 
+# An ioeventfd in guest-physical memory; ``size`` 0 stands for any.
+cdef struct KvmDoorbell:
+    uint64_t gpa
+    uint64_t datamatch
+    uint32_t size
+    uint32_t matches         # only writes of ``datamatch``
+    int fd
+
+
 cdef struct KvmArch:
+    pthread_mutex_t doorbell_lock    # an eventfd stays open while it is held
+    KvmDoorbell *doorbells   # in the order of registration. Lock
+    uint32_t doorbell_count
     # Vectors of which the I/O APIC or user space may want to hear the EOI; once set they stay. Chip lock to write
     uint32_t eoi_vectors[8]
     uint32_t apics           # how many there are, and how many of them are in x2APIC mode. Chip lock to write

@@ -264,6 +264,7 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
             self._memory_changed(change)
 
     def _memory_changed(self, change: Change) -> None:
+        self.ioeventfds.memory_changed()
         if change.old is not None:
             self.mmu.zap(change.old)
             self.flush_remote_tlbs()

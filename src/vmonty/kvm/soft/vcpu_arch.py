@@ -15,6 +15,7 @@ from cython.cimports.vmonty.kvm.soft.kvm_host import (
     REQUEST_EVENT,
     REQUEST_HOST,
     CpuidEntry,
+    KvmDoorbell,
     load32,
     pthread_cond_destroy,
     pthread_cond_init,
@@ -122,8 +123,11 @@ class VmArch:
         self.k.port_map = cython.cast(cython.pointer(uint8_t), calloc(PORT_MAP_SIZE, 1))
         if self.k.port_map == cython.NULL:
             raise MemoryError("no memory for a map of ports")
+        pthread_mutex_init(cython.address(self.k.doorbell_lock), cython.NULL)
 
     def __dealloc__(self):
+        free(self.k.doorbells)
+        pthread_mutex_destroy(cython.address(self.k.doorbell_lock))
         free(self.k.apic_map)
         free(self.k.port_map)
 
@@ -140,6 +144,30 @@ class VmArch:
         port: uint64_t
         for port in range(first, min(first + max(count, 1), 0x10000)):
             self.k.port_map[port >> 3] |= 1 << (port & 7)
+
+    def set_doorbells(self, bells: list) -> None:
+        """All ioeventfds in memory: (address, size, datamatch or None, fd) each. Any thread. Raises MemoryError.
+
+        None of those before is used any more when this returns.
+        """
+        n: cython.int
+        count: cython.int = len(bells)
+        old: cython.pointer(KvmDoorbell)
+        made: cython.pointer(KvmDoorbell) = cython.cast(
+            cython.pointer(KvmDoorbell), calloc(count + 1, cython.sizeof(KvmDoorbell))
+        )
+        if made == cython.NULL:
+            raise MemoryError("no memory for ioeventfds")
+        for n in range(count):
+            made[n].gpa, made[n].size, match, made[n].fd = bells[n]
+            made[n].matches = match is not None
+            made[n].datamatch = match or 0
+        pthread_mutex_lock(cython.address(self.k.doorbell_lock))
+        old = self.k.doorbells
+        self.k.doorbells = made
+        self.k.doorbell_count = count
+        pthread_mutex_unlock(cython.address(self.k.doorbell_lock))
+        free(old)
 
     def set_window(self, window: PortWindow) -> bool:
         """Have it answer for its ports; False when the VM has one already. Any thread."""

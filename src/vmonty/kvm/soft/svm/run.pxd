@@ -12,6 +12,10 @@ cdef enum:
     V_PRIO_MASK = 0xF0000
     V_IGN_TPR = 0x100000
 
+# EXITINFO1 of NPF: the final address, and a write
+cdef enum:
+    NPF_FINAL_WRITE = 0x100000002
+
 # As cpu.svm.svm_run, but exits that need no Python are handled, and the guest entered again. VMLOAD and VMSAVE too.
 cdef int svm_vcpu_run(KvmVcpuArch *a, CpuState *s, uint64_t vmcb) noexcept nogil
 cdef int64_t svm_vcpu_reenter(KvmVcpuArch *a) noexcept nogil

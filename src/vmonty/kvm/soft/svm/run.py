@@ -6,6 +6,7 @@ As vmx/run.py: what changed only registers goes on in the processor; for an even
 from __future__ import annotations
 
 import cython
+from cython.cimports.vmonty.cpu.hosttraps import prepare_thread
 from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM, FLAG_TF
 from cython.cimports.vmonty.cpu.svm import Svm, svm_run_guest
 from cython.cimports.vmonty.cpu.svm_entry import enter_svm_guest, leave_svm_guest, load_state, save_state
@@ -16,10 +17,12 @@ from cython.cimports.vmonty.cpu.vmcb import (
     SVM_INTR,
     SVM_IOIO,
     SVM_MSR,
+    SVM_NPF,
     SVM_VINTR,
     VMCB_EVENTINJ,
     VMCB_EXITCODE,
     VMCB_EXITINFO1,
+    VMCB_EXITINFO2,
     VMCB_EXITINTINFO,
     VMCB_INT_CTL,
     VMCB_INT_STATE,
@@ -33,6 +36,7 @@ from cython.cimports.vmonty.cpu.vmcb import (
     put32,
     put64,
 )
+from cython.cimports.vmonty.kvm.soft.doorbells import fastpath_doorbell
 from cython.cimports.vmonty.kvm.soft.fastpath import (
     COUNT_EXITS,
     COUNT_IRQ_INJECTIONS,
@@ -49,6 +53,7 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_out,
     fastpath_rdmsr,
     fastpath_wrmsr,
+    skip_emulated_instruction,
 )
 from cython.cimports.vmonty.kvm.soft.kvm_host import REQUEST_EVENT
 from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt, kvm_get_apic_interrupt
@@ -88,6 +93,12 @@ def svm_exit_handlers_fastpath(a, s, v):
             done = fastpath_window(a, s, port, size, (information & 1) != 0)
             if done == FAST_NONE:
                 return fastpath_in(a, s, port, size) if information & 1 else fastpath_out(a, s, port, size)
+    elif code == SVM_NPF:
+        # APM, "Nested versus Guest Page Faults, Fault Ordering": a write, of the guest's and not of the page walk.
+        if get64(v.vmcb, VMCB_EXITINFO1) & NPF_FINAL_WRITE == NPF_FINAL_WRITE:
+            done = fastpath_doorbell(a, s, get64(v.vmcb, VMCB_EXITINFO2))
+            if done == FAST_RESUME:
+                skip_emulated_instruction(s)
     elif code == SVM_VINTR:
         a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
         a.counters[COUNT_EXITS] += 1
@@ -133,6 +144,8 @@ def svm_vcpu_run(a, s, vmcb):
     m: cython.pointer(uint8_t) = cython.cast(cython.pointer(uint8_t), vmcb)
     reason: cython.int = EXIT_VM
     done: cython.int
+    prepare_thread()  # a system call: once, not at each exit
+    s.stack_ready = 1
     kvm_enter_guest_mode(a, s)
     load_state(s, m)
     while True:
@@ -158,6 +171,7 @@ def svm_vcpu_run(a, s, vmcb):
         _inject_pending_event(a, m)
     save_state(s, m)
     kvm_leave_guest_mode(a)
+    s.stack_ready = 0
     return reason
 
 

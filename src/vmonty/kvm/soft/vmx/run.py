@@ -7,11 +7,13 @@ event or a window the VMCS is written, and entered again. Python sees the last e
 from __future__ import annotations
 
 import cython
+from cython.cimports.vmonty.cpu.hosttraps import prepare_thread
 from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM, FLAG_TF, RAX
 from cython.cimports.vmonty.cpu.vmcs import (
     CPU_BASED_VM_EXEC_CONTROL,
     EXIT_QUALIFICATION,
     GUEST_INTERRUPTIBILITY_INFO,
+    GUEST_PHYSICAL_ADDRESS,
     GUEST_RFLAGS,
     GUEST_RIP,
     HEADER_LAUNCHED,
@@ -28,6 +30,7 @@ from cython.cimports.vmonty.cpu.vmx_entry import ENTRY_FAILED, ENTRY_NO_VMCS, en
 from cython.cimports.vmonty.cpu.vmx_exit import (
     PROC_INTERRUPT_WINDOW,
     REASON_CPUID,
+    REASON_EPT_VIOLATION,
     REASON_EXTERNAL_INTERRUPT,
     REASON_HLT,
     REASON_INTERRUPT_WINDOW,
@@ -36,6 +39,7 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     REASON_WRMSR,
     vmx_of,
 )
+from cython.cimports.vmonty.kvm.soft.doorbells import fastpath_doorbell
 from cython.cimports.vmonty.kvm.soft.fastpath import (
     COUNT_EXITS,
     COUNT_IRQ_INJECTIONS,
@@ -53,6 +57,7 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_out,
     fastpath_rdmsr,
     fastpath_wrmsr,
+    skip_emulated_instruction,
 )
 from cython.cimports.vmonty.kvm.soft.kvm_host import REQUEST_EVENT
 from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt, kvm_get_apic_interrupt
@@ -91,6 +96,12 @@ def vmx_exit_handlers_fastpath(a, s, v):
             done = fastpath_window(a, s, port, size, (qualification & 8) != 0)
             if done == FAST_NONE:
                 return fastpath_in(a, s, port, size) if qualification & 8 else fastpath_out(a, s, port, size)
+    elif reason == REASON_EPT_VIOLATION:
+        # SDM, "Exit Qualification for EPT Violations": a write, of the guest's and not of the page walk.
+        if get(v.vmcs, EXIT_QUALIFICATION) & 0x102 == 0x102:
+            done = fastpath_doorbell(a, s, get(v.vmcs, GUEST_PHYSICAL_ADDRESS))
+            if done == FAST_RESUME:
+                skip_emulated_instruction(s)
     elif reason == REASON_INTERRUPT_WINDOW:
         a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
         a.counters[COUNT_EXITS] += 1
@@ -134,6 +145,8 @@ def vmx_vcpu_run(a, s):
     reason: cython.int
     done: cython.int = FAST_REENTER
     launched: cython.pointer(uint32_t)
+    prepare_thread()  # a system call: once, not at each exit
+    s.stack_ready = 1
     kvm_enter_guest_mode(a, s)
     while True:
         if v.vmcs != cython.NULL:
@@ -154,6 +167,7 @@ def vmx_vcpu_run(a, s):
             break
         _inject_pending_event(a, v.vmcs)
     kvm_leave_guest_mode(a)
+    s.stack_ready = 0
     if error == ENTRY_FAILED:
         return cython.cast(int64_t, get(v.vmcs, VM_EXIT_REASON))
     if error:
