@@ -11,7 +11,7 @@ from vmonty import kvm
 from vmonty.base.ram import Ram
 from vmonty.kvm.soft import modules, stats
 from vmonty.kvm.uapi import Exit
-from vmonty.testing.guests import RAM_SIZE, Mode, TinyGuest
+from vmonty.testing.guests import DATA, RAM_SIZE, Mode, TinyGuest
 
 DOOR = 0x10_0000
 VALUE = 0x1122_3344
@@ -158,3 +158,20 @@ def test_a_counter_at_its_limit(guest: TinyGuest) -> None:
         assert os.eventfd_read(event) == (1 << 64) - 2
     finally:
         os.close(event)
+
+
+def test_one_that_is_answered_at_once(guest: TinyGuest, event: int) -> None:
+    """On the vCPU's thread, behind the store and without the emulator; the eventfd when that is not possible."""
+    answers, called = iter([True, False, True, True]), []
+
+    def at_once() -> bool:
+        called.append(guest.ram.read_u32(DATA))
+        return next(answers)
+
+    guest.vm.ioeventfd(event, DOOR, 4, at_once=at_once)
+    guest.load(Mode.LONG, f"{SETUP} again: inc dword [abs {DATA}]\n mov [rbx], eax\n out 0x10, al\n jmp again")
+    guest.outs(4)
+    assert called == [1, 2, 3, 4]
+    assert (rung(event), emulated()) == (1, 0)
+    guest.vm.ioeventfd(event, DOOR, 4, deassign=True)
+    assert guest.run() is Exit.MMIO

@@ -24,6 +24,6 @@ cdef enum:
 # A write to gpa, where the second dimension has nothing: FAST_NONE unless an eventfd waits there for just that.
 cdef int fastpath_doorbell(KvmVcpuArch *a, CpuState *s, uint64_t gpa) noexcept nogil
 cdef bint _is_hung(KvmArch *k, uint64_t gpa) noexcept nogil
-cdef bint _ring(KvmArch *k, uint64_t gpa, uint32_t size, uint64_t value) noexcept nogil
+cdef bint _ring(KvmVcpuArch *a, uint64_t gpa, uint32_t size, uint64_t value) noexcept nogil
 cdef bint _store_of(CpuState *s, Insn *i) noexcept nogil
 cdef uint64_t _stored(CpuState *s, Insn *i, uint32_t size) noexcept nogil

@@ -2,7 +2,8 @@
 
 The kernel finds them by the address alone (handle_ept_misconfig(), KVM_FAST_MMIO_BUS), and therefore only those without
 a size. Here the instruction is decoded, if it is a MOV to memory in 64-bit mode, so that size and data count too.
-What is not plain is left to the emulator and the bus, in Python.
+What is not plain is left to the emulator and the bus, in Python; for one that Python answers, the run ends behind the
+store.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from cython.cimports.posix.unistd import write
 from cython.cimports.vmonty.cpu.decode import decode
 from cython.cimports.vmonty.cpu.segmentation import effective_address
 from cython.cimports.vmonty.cpu.state import FETCH_ENTRIES, FS, MODE_LONG64
-from cython.cimports.vmonty.kvm.soft.fastpath import FAST_NONE, FAST_RESUME
+from cython.cimports.vmonty.kvm.soft.fastpath import FAST_NONE, FAST_RESUME, FAST_USER, skip_emulated_instruction
 from cython.cimports.vmonty.kvm.soft.kvm_host import pthread_mutex_lock, pthread_mutex_unlock
 from cython.cimports.vmonty.kvm.soft.lapic_regs import apic_enabled
 
@@ -26,8 +27,9 @@ def _is_hung(k, gpa):
     return False
 
 
-def _ring(k, gpa, size, value):
+def _ring(a, gpa, size, value):
     """ioeventfd_write() of the first that takes it. With the lock held."""
+    k: cython.pointer(KvmArch) = a.kvm
     n: uint32_t
     one: uint64_t = 1
     ready: pollfd
@@ -36,6 +38,9 @@ def _ring(k, gpa, size, value):
         bell = cython.address(k.doorbells[n])
         if bell.gpa != gpa or (bell.size and bell.size != size) or (bell.matches and bell.datamatch != value):
             continue
+        if bell.calls:
+            a.rung = bell.fd
+            return True
         ready.fd = bell.fd
         ready.events = POLLOUT
         if poll(cython.address(ready), 1, 0) == 1:  # else its counter is at the limit: it is loud enough
@@ -88,9 +93,10 @@ def fastpath_doorbell(a, s, gpa):
         linear = effective_address(s, cython.address(i)) + (s.segs[i.segment].base if i.segment >= FS else 0)
         # All of the operand lies there: it is no part of one that crosses into the page.
         if (linear ^ gpa) & 0xFFF == 0 and (gpa & 0xFFF) + size <= 4096:
-            rung = _ring(k, gpa, size, _stored(s, cython.address(i), size))
+            rung = _ring(a, gpa, size, _stored(s, cython.address(i), size))
     pthread_mutex_unlock(cython.address(k.doorbell_lock))
     if not rung:
         return FAST_NONE
     s.exit.instruction_length = i.length
-    return FAST_RESUME
+    skip_emulated_instruction(s)
+    return FAST_RESUME if a.rung < 0 else FAST_USER

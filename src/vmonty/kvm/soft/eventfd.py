@@ -287,9 +287,13 @@ class _IoEventfd:
             return False
         if self.datamatch is not None and value != self.datamatch:
             return False
+        self.ring()
+        return True
+
+    def ring(self) -> None:
+        """Somebody has written to it."""
         if self.signal is not None and not (self.at_once is not None and self.at_once()):
             self.signal.signal()
-        return True
 
 
 class Doorbell(NamedTuple):
@@ -299,6 +303,7 @@ class Doorbell(NamedTuple):
     size: int
     datamatch: int | None
     fd: int
+    answered: bool  # by at_once()
 
 
 class IoEventfds:
@@ -365,7 +370,7 @@ class IoEventfds:
         """All that only ioeventfds answer for, in memory."""
         self._publish(
             [
-                Doorbell(device.address, device.size, device.datamatch, device.signal.fd)
+                Doorbell(device.address, device.size, device.datamatch, device.signal.fd, device.at_once is not None)
                 for device in self._all
                 if not device.space and device.signal is not None
                 and all(isinstance(other, _IoEventfd)
@@ -379,6 +384,14 @@ class IoEventfds:
             for device in self._all:
                 if device.number == number:
                     device.at_once = at_once
+            self._tell()
+
+    def answer(self, fd: int) -> None:
+        """A store has rung the one whose eventfd is *fd* here."""
+        with self._lock:
+            found = next((device for device in self._all if device.signal is not None and device.signal.fd == fd), None)
+        if found is not None:  # else it was deassigned meanwhile
+            found.ring()
 
     def _deassign(self, wanted: _IoEventfd) -> None:
         with self._lock:

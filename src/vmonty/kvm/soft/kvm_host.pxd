@@ -90,6 +90,7 @@ cdef struct KvmVcpuArch:
     uint32_t reenter         # ... and nobody has touched the vCPU since. vCPU
     uint32_t input           # bytes of a port read that user space answers; the instruction is not done. vCPU
     uint32_t user_injects    # the PIC is user space's: KVM_INTERRUPT, interrupt windows
+    int rung                 # the fd of a doorbell that Python answers; the store is done. -1: none. vCPU
     uint32_t pv_eoi          # the guest ends interrupts in memory, if Python tells it so
     uint32_t in_guest        # GIL
     uint32_t flush_requested    # of the TLB. GIL
@@ -129,6 +130,7 @@ cdef struct KvmDoorbell:
     uint64_t datamatch
     uint32_t size
     uint32_t matches         # only writes of ``datamatch``
+    uint32_t calls           # Python answers it, and may signal instead
     int fd
 
 

@@ -146,9 +146,9 @@ class VmArch:
             self.k.port_map[port >> 3] |= 1 << (port & 7)
 
     def set_doorbells(self, bells: list) -> None:
-        """All ioeventfds in memory: (address, size, datamatch or None, fd) each. Any thread. Raises MemoryError.
+        """All ioeventfds in memory: (address, size, datamatch or None, fd, whether Python answers) each. Any thread.
 
-        None of those before is used any more when this returns.
+        None of those before is used any more when this returns. Raises MemoryError.
         """
         n: cython.int
         count: cython.int = len(bells)
@@ -159,7 +159,7 @@ class VmArch:
         if made == cython.NULL:
             raise MemoryError("no memory for ioeventfds")
         for n in range(count):
-            made[n].gpa, made[n].size, match, made[n].fd = bells[n]
+            made[n].gpa, made[n].size, match, made[n].fd, made[n].calls = bells[n]
             made[n].matches = match is not None
             made[n].datamatch = match or 0
         pthread_mutex_lock(cython.address(self.k.doorbell_lock))
@@ -199,6 +199,7 @@ class VcpuArch:
         memset(cython.address(self.a), 0, cython.sizeof(KvmVcpuArch))
         pthread_mutex_init(cython.address(self.a.lock), cython.NULL)
         pthread_cond_init(cython.address(self.a.wait_queue), cython.NULL)
+        self.a.rung = -1
         self.vm = vm
         self.a.kvm = cython.address(vm.k)
 
@@ -270,6 +271,12 @@ class VcpuArch:
         found: cython.bint = self.a.user_exit != 0
         self.a.user_exit = 0
         self.a.reenter = found and self.a.may_reenter
+        return found
+
+    def take_rung(self) -> int:
+        """The fd of the ioeventfd that the last run's store has rung, for Python to answer; -1: none."""
+        found: cython.int = self.a.rung
+        self.a.rung = -1
         return found
 
     def take_input(self) -> int:

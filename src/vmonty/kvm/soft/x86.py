@@ -696,13 +696,19 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         if self.pv.active:
             self.pv.eoi_from_guest()
         self.stats.values[EXITS] += 1
-        return not self.arch.take_user_exit() and self.vendor.handle_exit()
+        return not self.arch.take_user_exit() and self._handle_exit()
+
+    def _handle_exit(self) -> bool:
+        if (rung := self.arch.take_rung()) < 0:
+            return self.vendor.handle_exit()
+        self.kvm.ioeventfds.answer(rung)
+        return True
 
     def _after_reentry(self) -> bool:
         """The end of _enter_guest()."""
         self.vendor.after_reentry()
         self.stats.values[EXITS] += 1
-        return self.vendor.handle_exit() and not self._window_exit()
+        return self._handle_exit() and not self._window_exit()
 
     def _window_exit(self) -> bool:
         """Whether user space wants to know that it can inject an interrupt now."""

@@ -44,6 +44,7 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     FAST_NONE,
     FAST_REENTER,
     FAST_RESUME,
+    FAST_USER,
     fastpath_cpuid,
     fastpath_events,
     fastpath_external_interrupt,
@@ -53,7 +54,6 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_out,
     fastpath_rdmsr,
     fastpath_wrmsr,
-    skip_emulated_instruction,
 )
 from cython.cimports.vmonty.kvm.soft.kvm_host import REQUEST_EVENT
 from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt, kvm_get_apic_interrupt
@@ -97,8 +97,8 @@ def svm_exit_handlers_fastpath(a, s, v):
         # APM, "Nested versus Guest Page Faults, Fault Ordering": a write, of the guest's and not of the page walk.
         if get64(v.vmcb, VMCB_EXITINFO1) & NPF_FINAL_WRITE == NPF_FINAL_WRITE:
             done = fastpath_doorbell(a, s, get64(v.vmcb, VMCB_EXITINFO2))
-            if done == FAST_RESUME:
-                skip_emulated_instruction(s)
+            if done == FAST_USER:
+                return FAST_USER
     elif code == SVM_VINTR:
         a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
         a.counters[COUNT_EXITS] += 1

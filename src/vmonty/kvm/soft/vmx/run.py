@@ -47,6 +47,7 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     FAST_NONE,
     FAST_REENTER,
     FAST_RESUME,
+    FAST_USER,
     SHADOWS,
     fastpath_cpuid,
     fastpath_events,
@@ -57,7 +58,6 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_out,
     fastpath_rdmsr,
     fastpath_wrmsr,
-    skip_emulated_instruction,
 )
 from cython.cimports.vmonty.kvm.soft.kvm_host import REQUEST_EVENT
 from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt, kvm_get_apic_interrupt
@@ -100,8 +100,8 @@ def vmx_exit_handlers_fastpath(a, s, v):
         # SDM, "Exit Qualification for EPT Violations": a write, of the guest's and not of the page walk.
         if get(v.vmcs, EXIT_QUALIFICATION) & 0x102 == 0x102:
             done = fastpath_doorbell(a, s, get(v.vmcs, GUEST_PHYSICAL_ADDRESS))
-            if done == FAST_RESUME:
-                skip_emulated_instruction(s)
+            if done == FAST_USER:
+                return FAST_USER
     elif reason == REASON_INTERRUPT_WINDOW:
         a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
         a.counters[COUNT_EXITS] += 1
