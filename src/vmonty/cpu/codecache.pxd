@@ -10,6 +10,8 @@ cdef enum:
     MAX_BLOCKS = 49152
     MAX_LINKS = 131072
     MAX_OFFSETS = 1048576
+    CROSS_UNLINKED = 1       # Link.cross_page, 0 for a link within a page
+    CROSS_CHAINED = 2        # in the chain of those that an unlinking goes through
     MAX_SIDE = 32768
     BLOCK_BUCKETS = 16384
     PAGE_BUCKETS = 4096
@@ -57,7 +59,8 @@ cdef struct Link:
     uint32_t block           # index of the block that it leaves
     uint32_t destination     # index + 1 of the block that it goes to now, 0 none
     uint32_t next_incoming
-    uint32_t cross_page
+    uint32_t cross_page      # one of CROSS_...
+    uint32_t next_cross      # chain of links between pages, index + 1
 
 
 cdef struct CodePage:
@@ -75,6 +78,7 @@ cdef struct CodeCache:
     uint32_t first           # offset after the stubs
     uint32_t blocks_used
     uint32_t links_used
+    uint32_t cross           # first link of the chain
     uint32_t offsets_used
     uint32_t side_used
     uint32_t pages_used
@@ -174,11 +178,13 @@ cdef void block_register(CodeCache *c, Block *b) noexcept nogil
 cdef void block_invalidate(CpuState *s, Block *b) noexcept nogil
 cdef int is_code_page(CpuState *s, uint64_t host_page) noexcept nogil
 cdef int code_written(CpuState *s, uint64_t host_page) noexcept nogil
-cdef void link_to(CodeCache *c, uint32_t link, Block *b) noexcept nogil
+cdef uint32_t link_filter_index(uint64_t va) noexcept nogil
+cdef void link_to(CpuState *s, uint32_t link, Block *b) noexcept nogil
 cdef CodePage *page_find(CodeCache *c, uint64_t host_page) noexcept nogil
 cdef int drop_page(CpuState *s, uint64_t host_page) noexcept nogil
 cdef void unlink_cross_page(CpuState *s) noexcept nogil
 cdef void unlink_spans(CpuState *s) noexcept nogil
+cdef void forget_jumps_to(CpuState *s, uint64_t va) noexcept nogil
 cdef Block *block_at_host(CodeCache *c, uint64_t host_rip) noexcept nogil
 cdef void shadow_reset(CpuState *s) noexcept nogil
 cdef void jump_cache_clear(CpuState *s) noexcept nogil

@@ -651,6 +651,7 @@ def cache_flush(s):
     c.a.at = c.writable + c.first
     c.blocks_used = 0
     c.links_used = 0
+    c.cross = 0
     c.offsets_used = 0
     c.side_used = 0
     c.pages_used = 0
@@ -880,8 +881,14 @@ def _patch(c: cython.pointer(CodeCache), at: uint32_t, target: uint32_t) -> cyth
     cython.cast(cython.pointer(uint32_t), c.writable + at)[0] = target - (at + 4)
 
 
-def link_to(c, link, b):
+def link_filter_index(va):
+    """Where in the state's link_filter a linear page is. Pages of processes do not collide with the kernel's."""
+    return ((va >> 12) & 4095) | (va >> 63) << 12
+
+
+def link_to(s, link, b):
     """Send a direct exit straight to a block; to one in two pages only while there is room to remember that."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     e: cython.pointer(Link) = cython.address(c.links[link])
     if b.host_page2:
         if c.span_links >= 64:
@@ -889,6 +896,13 @@ def link_to(c, link, b):
         c.span_link[c.span_links] = link
         c.span_links += 1
     _patch(c, e.patch, b.entry)
+    if e.cross_page:
+        s.link_filter[link_filter_index(b.linear)] = 1
+        s.link_filter[link_filter_index(b.linear + b.length - 1)] = 1
+    if e.cross_page == CROSS_UNLINKED:
+        e.cross_page = CROSS_CHAINED
+        e.next_cross = c.cross
+        c.cross = link + 1
     e.destination = (b - c.blocks) + 1
     e.next_incoming = b.incoming
     b.incoming = link + 1
@@ -982,18 +996,45 @@ def unlink_cross_page(s):
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     e: cython.pointer(Link)
     k: uint32_t
-    for k in range(c.blocks_used):
-        c.blocks[k].incoming = 0
-    for k in range(c.links_used):
-        e = cython.address(c.links[k])
-        if e.destination == 0:
-            continue
-        if e.cross_page:
-            _patch(c, e.patch, e.stub)
-            e.destination = 0
-        else:
-            e.next_incoming = c.blocks[e.destination - 1].incoming
-            c.blocks[e.destination - 1].incoming = k + 1
+    for k in range(8192):
+        s.link_filter[k] = 0
+    while c.cross:
+        e = cython.address(c.links[c.cross - 1])
+        c.cross = e.next_cross
+        e.cross_page = CROSS_UNLINKED
+        if e.destination:
+            _unlink_cross_of(c, cython.address(c.blocks[e.destination - 1]))
+    shadow_reset(s)
+    jump_cache_clear(s)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _unlink_cross_of(c: cython.pointer(CodeCache), b: cython.pointer(Block)) -> cython.void:
+    """Undo the links from other pages to a block; the others stay."""
+    e: cython.pointer(Link)
+    n: uint32_t = b.incoming
+    b.incoming = 0
+    number: uint32_t = (b - c.blocks) + 1
+    following: uint32_t
+    while n:
+        e = cython.address(c.links[n - 1])
+        following = e.next_incoming
+        if e.destination == number:
+            if e.cross_page:
+                _patch(c, e.patch, e.stub)
+                e.destination = 0
+            else:
+                e.next_incoming = b.incoming
+                b.incoming = n
+        n = following
+
+
+def forget_jumps_to(s, va):
+    """Undo the direct links to a linear page from others, if there are any, and forget every other way to it."""
+    if s.link_filter[link_filter_index(va)]:
+        unlink_cross_page(s)
     shadow_reset(s)
     jump_cache_clear(s)
 

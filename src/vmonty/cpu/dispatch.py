@@ -283,7 +283,7 @@ def _translation(s: cython.pointer(CpuState), single: uint32_t, plain: uint32_t,
     if not single and not plain:
         if link >= 0:
             if not c.links[link].cross_page or page.is_global:
-                link_to(c, link, b)
+                link_to(s, link, b)
         elif s.mode == MODE_LONG64:
             _remember(s, page.is_global and not b.host_page2, s.rip, code)
     return code

@@ -18,7 +18,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     put8,
     put32,
 )
-from cython.cimports.vmonty.cpu.codecache import Link, displacement
+from cython.cimports.vmonty.cpu.codecache import CROSS_UNLINKED, Link, displacement
 from cython.cimports.vmonty.cpu.operands import (
     RBP_HOST,
     S0,
@@ -60,7 +60,8 @@ def exit_to(w, target, patch):
     e.block = w.block - c.blocks
     e.destination = 0
     e.next_incoming = 0
-    e.cross_page = cross
+    e.cross_page = CROSS_UNLINKED if cross else 0
+    e.next_cross = 0
 
 
 def jump_to(w, target):

@@ -472,7 +472,8 @@ cdef struct CpuState:
     uint64_t features[8]     # instruction features offered (numbers of opcodes.FEATURES); 0 bits make #UD
     uint64_t slots[8]        # host addresses of grouped operands
     uint64_t statistics[16]
-    uint8_t code_filter[4096]    # linear pages that something links to, hashed
+    uint8_t code_filter[4096]    # linear pages that were fetched from, hashed
+    uint8_t link_filter[8192]    # those that a direct link from another page leads to, by the address's half
     uint8_t bounce[4][576]       # page-crossing accesses
     uint8_t host_xsave[64]
     uint64_t jump_negated[3][4096]   # by tlb_set: minus the guest rip, and the code for it

@@ -12,6 +12,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     CodeCache,
     block_at_host,
     code_written,
+    forget_jumps_to,
     is_code_page,
     jump_cache_clear_local,
     shadow_reset,
@@ -758,7 +759,7 @@ def flush_page(s, va):
         s.fetch[n][k].tag = 0
     if s.code_filter[(va >> 12) & 4095]:
         unlink_spans(s)
-        unlink_cross_page(s)
+        forget_jumps_to(s, va)
 
 
 @cython.cfunc
