@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -157,14 +158,29 @@ def test_a_cd(bios: Firmware, screen: Screen, tmp_path: Path, board: str) -> Non
         screen.wait_for(b"a file on the CD", LIMIT_S)
 
 
-def test_a_cd_that_is_none(bios: Firmware, screen: Screen, tmp_path: Path) -> None:
+def broken_volume(kind: str) -> bytes:
+    """A CD that says it boots, and does not."""
+    if kind == "noise":
+        return random.Random(6).randbytes(64 * 2048 + 700)
+    volume = bytearray(64 * 2048)
+    record, catalogue = 17 * 2048, 20 * 2048
+    volume[record : record + 32] = b"\0CD001\1EL TORITO SPECIFICATION".ljust(32, b"\0")
+    lies_at = 0x7FFF_FFFF if kind == "no catalogue" else 20
+    volume[record + 0x47 : record + 0x4B] = lies_at.to_bytes(4, "little")
+    validation = bytearray(b"\1".ljust(30, b"\0") + b"\x55\xaa")
+    words = sum(int.from_bytes(validation[n : n + 2], "little") for n in range(0, 32, 2))
+    validation[28:30] = (-words & 0xFFFF).to_bytes(2, "little")
+    # A boot image without emulation, 65535 sectors of it, beyond the end.
+    entry = b"\x88\0\0\0\0\0\xff\xff" + (0x0FFF_FFFF).to_bytes(4, "little")
+    volume[catalogue : catalogue + 64] = bytes(validation) + entry.ljust(32, b"\0")
+    return bytes(volume[: record + 100] if kind == "cut" else volume)
+
+
+@pytest.mark.parametrize("kind", ["no catalogue", "no image", "cut", "noise"])
+def test_a_cd_that_is_none(bios: Firmware, screen: Screen, tmp_path: Path, kind: str) -> None:
     """The BIOS says what is wrong with it and goes on."""
     iso = tmp_path / "iso"
-    volume = bytearray(64 * 2048)
-    volume[17 * 2048 : 17 * 2048 + 32] = b"\0CD001\1EL TORITO SPECIFICATION".ljust(32, b"\0")
-    struct_at = 17 * 2048 + 0x47
-    volume[struct_at : struct_at + 4] = (0x7FFF_FFFF).to_bytes(4, "little")  # the catalogue lies nowhere
-    iso.write_bytes(volume)
+    iso.write_bytes(broken_volume(kind))
     config = Config(memory=32 << 20, firmware=bios)
     with (
         open_cdrom(iso) as medium,

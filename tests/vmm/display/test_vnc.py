@@ -10,7 +10,7 @@ import ssl
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,67 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.vmm.display.card import MODE_13, TEXT_80X25, Driver
 from tests.vmm.display.client import Client
+from tests.vmm.display.conftest import Recorder, Serve
 
 from vmonty.base.errors import UsageError
 from vmonty.vmm.display.screen import Screen
 from vmonty.vmm.display.vnc.encodings import Encoding
 from vmonty.vmm.display.vnc.server import MOST_VIEWERS, VncOptions, VncServer
-
-Serve = Callable[..., VncServer]
-
-
-class Recorder:
-    """A keyboard and a mouse that note what they are told."""
-
-    def __init__(self) -> None:
-        self.keys: list[tuple[int, bool]] = []
-        self.moves: list[tuple[int, int, int, int]] = []
-
-    def key(self, code: int, pressed: bool) -> None:
-        self.keys.append((code, pressed))
-
-    def move(self, dx: int, dy: int, dz: int = 0, buttons: int = 0) -> None:
-        self.moves.append((dx, dy, dz, buttons))
-
-
-@pytest.fixture
-def driver() -> Driver:
-    driver = Driver()
-    driver.set_mode(TEXT_80X25)
-    driver.load_font({code: bytes((code * 7 + line * 13) & 0xFF for line in range(16)) for code in range(1, 128)})
-    return driver
-
-
-@pytest.fixture
-def recorder() -> Recorder:
-    return Recorder()
-
-
-@pytest.fixture
-def serve(driver: Driver, recorder: Recorder) -> Iterator[Serve]:
-    with contextlib.ExitStack() as stack:
-
-        def start(**options: object) -> VncServer:
-            screen = Screen(driver.card.mode, driver.card.memory)
-            made = VncOptions(port=0, **options)  # type: ignore[arg-type]
-            server = VncServer(made, "a machine", screen, recorder, recorder)
-            server.start()
-            stack.callback(server.stop)
-            return server
-
-        yield start
-
-
-@pytest.fixture
-def connect(serve: Serve) -> Iterator[Callable[..., Client]]:
-    with contextlib.ExitStack() as stack:
-
-        def make(*arguments: object, **options: object) -> Client:
-            client = Client(serve().ports[0], *arguments, **options)  # type: ignore[arg-type]
-            stack.callback(client.close)
-            return client
-
-        yield make
 
 
 def eventually(condition: Callable[[], bool]) -> None:
