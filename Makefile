@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 MATRIX := soft-svm soft-vmx-shadow soft-svm-shadow
 SOURCES := $(shell find src -name '*.py' -o -name '*.pxd') setup.py pyproject.toml
 
-.PHONY: run test test-debian check rig stress packages clean
+.PHONY: run test test-debian test-install check rig stress packages clean
 
 run: $(VENV)/built
 	@$(PY) -m vmonty run
@@ -35,6 +35,12 @@ packages:
 
 test-debian: packages $(VENV)/built
 	@VMONTY_DEBIAN=1 $(PY) -m pytest -q tests/guests/test_debian_guest.py
+
+# Half an hour and more; the log stays.
+INSTALL_LOG ?= build/install
+test-install: packages $(VENV)/built
+	@mkdir -p $(INSTALL_LOG)
+	@VMONTY_INSTALL=1 VMONTY_INSTALL_LOG=$(INSTALL_LOG) $(PY) -m pytest -q tests/guests/test_installation.py
 
 stress: packages $(VENV)/built
 	@VMONTY_STRESS_S=120 $(PY) -m pytest -q tests/kvm_soft/test_stress.py tests/kvm_soft/test_ioctl_fuzz.py \
