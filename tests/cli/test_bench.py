@@ -94,6 +94,17 @@ def test_debian_boots_from_a_disk_that_stays_as_it_is(monkeypatch: pytest.Monkey
     assert rootdisk.COMMAND_LINE in theirs
 
 
+@pytest.mark.skipif(not Path("/usr/share/seabios/bios-256k.bin").exists(), reason="no SeaBIOS: apt-get install seabios")
+def test_firmware(vmonty: Run, tmp_path: Path) -> None:
+    file = tmp_path / "firmware.json"
+    found = rows(vmonty("bench", "firmware", "seabios", "--quick", "--json", file), file)
+    assert list(found) == ["SeaBIOS to its boot menu"]
+    row = found["SeaBIOS to its boot menu"]
+    assert row["vmonty"] > 0
+    assert row["target"] == "≤ 0.7 × TCG"
+    assert vmonty("bench", "firmware", "award").status == 2
+
+
 def test_a_guest_that_does_not_say_it(tmp_path: Path) -> None:
     with Process(["sh", "-c", "echo ready; echo it broke >&2; exit 3"]) as process:
         assert process.wait_for(b"ready", 30) == b""

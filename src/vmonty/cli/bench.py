@@ -103,6 +103,23 @@ def boot(machines: tuple[str, ...], json_file: Path | None, quick: bool) -> None
     finish(report, json_file)
 
 
+@bench.command(epilog="Example:  vmonty bench firmware seabios --quick")
+@click.argument("subjects", nargs=-1)
+@json_option
+@quick_option
+def firmware(subjects: tuple[str, ...], json_file: Path | None, quick: bool) -> None:
+    """Boot SUBJECTS (seabios, memtest, ovmf, grub; default: all) to their first screen, on soft and under QEMU's TCG.
+
+    Those that this host lacks are left out. Without qemu-system-x86_64 its column stays empty.
+    """
+    from vmonty.bench.firmware import SUBJECTS, measure
+
+    check_names("subject", subjects, tuple(SUBJECTS))
+    with terminal_progress() as progress:
+        report = measure(subjects, quick, progress)
+    finish(report, json_file)
+
+
 @bench.command(epilog="Example:  vmonty bench block --quick --json block.json")
 @json_option
 @quick_option

@@ -1,0 +1,143 @@
+"""``vmonty bench firmware``: Debian's firmware and what it boots from CD, on soft and under QEMU's TCG, in turns.
+
+Each subject is a command line for both, with its console on the standard streams, and the text by which it has arrived.
+Counted is the process's CPU time from its start to that text.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vmonty.base.errors import VmontyError
+from vmonty.bench.payload import PayloadError
+from vmonty.bench.process import Process
+from vmonty.bench.qemu import COMMAND
+from vmonty.bench.report import Report, Row, qemu_version
+from vmonty.guests import busybox
+from vmonty.guests.progress import Progress, silent
+from vmonty.vmm.firmware import read as read_firmware
+
+MEMTEST = Path("/boot/memtest86+x64.bin")
+LIMIT_S = 300.0
+TARGET = "≤ 0.7 × TCG"
+MENU = """\
+serial --unit=0 --speed=115200
+terminal_input serial
+terminal_output serial
+set timeout=0
+menuentry "it" {{
+    {line}
+}}
+"""
+
+
+class Subject(NamedTuple):
+    """What is booted by whom, until *arrived* is said."""
+
+    name: str
+    arrived: bytes
+    vmonty: list[str]
+    qemu: list[str]
+
+
+def _make_cd(folder: Path, name: str, kernel: Path, line: str) -> Path:
+    """A CD with GRUB, which boots *kernel* at once. Raises PayloadError."""
+    tree, cd = folder / name, folder / f"{name}.iso"
+    (tree / "boot/grub").mkdir(parents=True)
+    shutil.copy(kernel, tree / "kernel")
+    (tree / "boot/grub/grub.cfg").write_text(MENU.format(line=line))
+    try:
+        subprocess.run(["grub-mkrescue", "-o", cd, tree], check=True, capture_output=True, timeout=120)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise PayloadError(
+            "grub-mkrescue made no CD: apt-get install grub-common grub-pc-bin xorriso mtools"
+        ) from error
+    return cd
+
+
+def _seabios(folder: Path) -> Subject:
+    read_firmware("bios")
+    return Subject(
+        "SeaBIOS to its boot menu", b"Press ESC for boot menu.",
+        ["--firmware", "bios", "--boot", "menu=on,wait=60000"],
+        ["-M", "pc,graphics=off", "-boot", "menu=on,splash-time=60000"],
+    )  # fmt: skip
+
+
+def _grub(folder: Path) -> Subject:
+    guest = busybox.build()
+    line = "linux /kernel console=ttyS0 earlyprintk=serial"
+    cd = str(_make_cd(folder, "grub", guest.kernel, line))
+    return Subject("GRUB from CD to a kernel", b"Linux version", ["--cdrom", cd], ["-M", "pc", "-cdrom", cd])
+
+
+def _memtest(folder: Path) -> Subject:
+    if not MEMTEST.exists():
+        raise PayloadError(f"{MEMTEST} is not there: apt-get install memtest86+")
+    cd = str(_make_cd(folder, "memtest", MEMTEST, "linux /kernel console=ttyS0,115200"))
+    return Subject("memtest86+ from CD to its screen", b"Memory", ["--cdrom", cd], ["-M", "pc", "-cdrom", cd])
+
+
+def _ovmf(folder: Path) -> Subject:
+    store = folder / "variables"
+    code, variables = Path("/usr/share/OVMF/OVMF_CODE.fd"), Path("/usr/share/OVMF/OVMF_VARS.fd")
+    if not code.exists():
+        raise PayloadError(f"{code} is not there: apt-get install ovmf")
+    shutil.copy(variables, store)
+    return Subject(
+        "OVMF to its shell", b"UEFI Interactive Shell",
+        ["--firmware", "uefi", "--machine", "q35"],
+        ["-M", "q35", "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={code}",
+         "-drive", f"if=pflash,format=raw,unit=1,file={store}"],
+    )  # fmt: skip
+
+
+SUBJECTS: dict[str, Callable[[Path], Subject]] = {
+    "seabios": _seabios, "memtest": _memtest, "ovmf": _ovmf, "grub": _grub,
+}  # fmt: skip
+
+
+def measure(names: Sequence[str] = (), quick: bool = False, say: Progress = silent) -> Report:
+    """Boot the subjects *names* (default: all): medians of three rounds, *quick* of one.
+
+    What a host lacks is told, and left out. Raises PayloadError when vmonty does not arrive.
+    """
+    report = Report("Firmware: CPU time from the start of the process")
+    rounds = 1 if quick else 3
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in enumerate(names or SUBJECTS):
+            say("firmware", number, len(names or SUBJECTS))
+            try:
+                subject = SUBJECTS[name](Path(folder))
+            except VmontyError as error:
+                say(f"left out: {error}", 0, 0)
+                continue
+            report.rows.append(_row(subject, rounds, say))
+    return report
+
+
+def _row(subject: Subject, rounds: int, say: Progress) -> Row:
+    ours = [sys.executable, "-m", "vmonty", "run", "--accel", "soft", "--no-reboot", "--net", "none"]
+    commands = {"vmonty": [*ours, "--memory", "256M", *subject.vmonty]}
+    if qemu_version():
+        commands["qemu_tcg"] = [*COMMAND, "-m", "256", "-serial", "stdio", *subject.qemu]
+    taken: dict[str, list[float]] = {who: [] for who in commands}
+    for _ in range(rounds):
+        for who, command in commands.items():
+            try:
+                with Process(command) as process:
+                    process.wait_for(subject.arrived, LIMIT_S)
+                    taken[who].append(process.cpu_seconds())
+            except PayloadError as error:
+                if who == "vmonty":
+                    raise
+                say(f"left out: {error}", 0, 0)
+    known = {who: statistics.median(seconds) for who, seconds in taken.items() if seconds}
+    return Row(subject.name, "s", "less", known["vmonty"], None, known.get("qemu_tcg"), TARGET)
