@@ -4,7 +4,7 @@
 
 A case is made from its seed alone. Its guest is executed instruction by instruction, translated with exact flags (a
 fault in other translations pushes any value for the arithmetic flags that its instruction overwrites), and translated
-as usual in memory at two host addresses. All that the guest can see has to be the same: a difference is host state
+as usual in memory at two host addresses, at one with room for 16 return predictions. All that the guest can see has to be the same: a difference is host state
 that leaked, or a translation that does not do what its instructions do. RAM stands between pages that nobody may
 touch, and cases run in a child process whose watchdog clears the run flag; a crash, or a guest that does not come
 out then, is a failure as well. The failing seed is printed; ``--case N`` runs one, and tells more.
@@ -75,6 +75,8 @@ SEEDS = [
         "60",
         "61",
         "e800000000",
+        "e8fbffffff",
+        "e8f0ffffff",
         "c3",
         "cb",
         "cf",
@@ -269,6 +271,17 @@ def _code(rng: random.Random, size: int) -> bytes:
     return bytes(out[:size])
 
 
+def _calls(rng: random.Random, wide: bool) -> bytes:
+    """Calls that go deeper than the processor predicts returns, with random code on the way down and up."""
+    down, up = (_code(rng, rng.choice((0, 0, 0, 3, 8, 20))) for _ in range(2))
+    count = rng.choice((b"\xff\xc9", b"\xfe\xc9"))  # dec ecx, dec cl
+    call = 5 if wide else 3
+    body = down + count + b"\x74" + bytes([call])
+    body += b"\xe8" + (-(len(body) + call) & (1 << 8 * call - 8) - 1).to_bytes(call - 1, "little")
+    start = b"\xb9" + rng.choice((20, 60, 200)).to_bytes(call - 1, "little")
+    return start + b"\xe8" + (1).to_bytes(call - 1, "little") + b"\xf4" + body + up + b"\xc3"
+
+
 def _number(rng: random.Random) -> int:
     return rng.choice(
         (rng.getrandbits(64), rng.randrange(SIZE), rng.randrange(SIZE), rng.randrange(SIZE), rng.randrange(256),
@@ -322,6 +335,9 @@ def make(seed: int) -> Case:
     if rng.randrange(2):
         memory[:] = rng.randbytes(SIZE)
     memory[CODE : CODE + 512] = _code(rng, 512)
+    if rng.randrange(4) == 0:
+        calls = _calls(rng, mode in ("prot32", "pae", "compat32", "long", "vmx"))
+        memory[CODE : CODE + len(calls)] = calls
     for at in range(0x4000, 0x5000, 16):  # handlers
         memory[at : at + 16] = _code(rng, 15) + b"\xf4" if rng.randrange(2) else b"\xf4" * 16
     wide = mode in ("compat16", "compat32", "long", "vmx")
@@ -623,6 +639,8 @@ def run_case(seed: int, tell: bool = False) -> str:
     for exact, skew in ((True, 1), (False, 2), (False, 7)):
         machine = Machine(case, skew)
         machine.cpu.keep_flags(exact)
+        if skew == 7:
+            machine.cpu.predict_returns(16)
         seen = _follow(machine, len(reasons))
         states.append((seen, machine.visible()))
         if exact and seen != reasons:

@@ -56,3 +56,20 @@ def test_calls_that_never_return_leave_their_callers_a_way_back() -> None:
         ret"""
     assert machine.run(assemble(source, 64, CODE)) == "halt"
     assert (machine["rax"], machine["rbx"], machine["rsp"]) == (2, DEPTH << 32, stack)
+
+
+@pytest.mark.parametrize("room", [8, 9, 16, 7680])
+def test_any_room_for_predictions_will_do(room: int) -> None:
+    """Returns that were predicted and returns whose predictions were pushed out go back alike."""
+    machine = Machine().long_mode()
+    machine.cpu.predict_returns(room)
+    stack = machine["rsp"]
+    source = "mov ecx, 500\n xor eax, eax\n call f\n hlt\n f: dec ecx\n jz out\n call f\n out: inc eax\n ret"
+    assert machine.run(assemble(source, 64, CODE)) == "halt"
+    assert (machine["rax"], machine["rsp"]) == (500, stack)
+
+
+@pytest.mark.parametrize("room", [7, 7681])
+def test_rooms_that_there_are_not(room: int) -> None:
+    with pytest.raises(ValueError, match="from 8 to 7680"):
+        Machine().cpu.predict_returns(room)

@@ -1,4 +1,4 @@
-"""x87 stores with an unmasked exception: nothing is stored, and the operand is not even looked at."""
+"""An x87 store with an unmasked exception stores nothing and does not look at its operand; what follows reports it."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ def run(machine: Machine, control: int, store: str, at: int, then: str = "nop") 
     machine.put64(WORD + 8, int.from_bytes(struct.pack("<d", 1e30), "little"))
     source = f"fninit\n fldcw [{WORD:#x}]\n fld qword [{WORD + 8:#x}]\n mov rbx, {at:#x}\n {store}\n {then}\n hlt"
     machine.load(assemble(source, 64, CODE))
+    machine.cpu.flush_code()
+    machine.cpu.clear_event()
+    machine.cpu["rip"] = CODE
     machine.cpu.run()
     return machine.cpu.event["vector"] if machine.cpu.event["pending"] else -1
 
@@ -60,6 +63,16 @@ def test_what_is_stored_faults_with_the_stack_as_it_was(machine: Machine, at: in
 def test_what_is_stored_over_two_pages_is_all_there(machine: Machine) -> None:
     assert run(machine, MASKED, "fistp dword [rbx]", EDGE) == -1
     assert machine.memory[EDGE : EDGE + 4] == struct.pack("<i", -(1 << 31))
+
+
+@pytest.mark.parametrize(
+    "instruction", ["paddb mm1, [rbx]", "movq [rbx], mm1", "cvttpd2pi mm1, [rbx]", "fld dword [rbx]", "fstp dword [rbx]"]
+)
+@pytest.mark.parametrize("at", [ABSENT, FAR])
+def test_a_pending_exception_comes_before_those_of_an_operand(machine: Machine, instruction: str, at: int) -> None:
+    """Also of MMX. SDM, "Exception Handling in x87 FPU and MMX Code"."""
+    assert run(machine, UNMASKED, "fistp dword [rbx]", at, instruction) == MF
+    assert run(machine, MASKED, "fistp dword [rsp]", at, instruction) == (PF if at == ABSENT else GP)
 
 
 @pytest.mark.parametrize(("control", "vector"), [(UNMASKED, -1), (MASKED, GP)])

@@ -556,6 +556,7 @@ def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper,
     s.code_high = s.code_low + size
     s.trap_exit = c.trap
     s.shadow_base = cython.cast(uint64_t, shadow)
+    s.shadow_size = SHADOW_STACK
     shadow_reset(s)
     jump_cache_clear(s)
     return c
@@ -583,7 +584,7 @@ def cache_free(s):
 def shadow_reset(s):
     """Forget all return predictions: the next return looks its target up."""
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
-    s.shadow_top = s.shadow_base + SHADOW_STACK
+    s.shadow_top = s.shadow_base + s.shadow_size
     cython.cast(cython.pointer(uint64_t), s.shadow_top)[0] = c.return_miss
 
 

@@ -181,6 +181,13 @@ class Cpu:
         self.s.exact_flags = keep
         cache_flush(self.s)
 
+    def predict_returns(self, count: cython.ulonglong) -> None:
+        """Have room for so many return predictions only, from 8 to 7680 (tests); more push out all but the newest."""
+        if not 8 <= count <= 7680:
+            raise ValueError("from 8 to 7680 return predictions")
+        self.s.shadow_size = 4096 + 8 * count
+        cache_flush(self.s)
+
     def clear_event(self) -> None:
         """Drop the pending event (tests)."""
         self.s.event.pending = 0

@@ -16,7 +16,7 @@ from __future__ import annotations
 import cython
 from cython.cimports.posix.mman import MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap
 from cython.cimports.vmonty.cpu.codecache import CodeCache
-from cython.cimports.vmonty.cpu.state import CS, SHADOW_STACK, state_free, state_new
+from cython.cimports.vmonty.cpu.state import CS, state_free, state_new
 
 
 @cython.cfunc
@@ -27,7 +27,7 @@ def _wrap(s: cython.pointer(CpuState), rsp: uint64_t, miss: uint64_t) -> uint64_
 
     The newest need not be a prediction: before it calls, translated code pushes what it asks of a stub.
     """
-    top: uint64_t = s.shadow_base + SHADOW_STACK - 8 * KEPT_WORDS
+    top: uint64_t = s.shadow_base + s.shadow_size - 8 * KEPT_WORDS
     k: cython.int
     for k in range(KEPT_WORDS):
         cython.cast(cython.pointer(uint64_t), top)[k] = cython.cast(cython.pointer(uint64_t), rsp)[k]

@@ -694,7 +694,7 @@ def emit_copy(w, i):
             ea.special = EA_BIT
             ea.bit_register = i.reg
             ea.operand_size = i.operand_size
-        if _waits(i):
+        if _waits(i) or r.letter[0] == ord("P") or r.letter[1] == ord("P"):  # x87, or with an MMX register
             put8(a, 0x9B)  # fwait: an exception that is pending comes before those of the operand
         emit_access(w, i, cython.address(ea), i.memory_size, i.memory_access, 0)
         if r.attributes & (A_CL | A_WCX):

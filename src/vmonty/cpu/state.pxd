@@ -460,6 +460,7 @@ cdef struct CpuState:
     uint32_t careful_late    # 1: the x87 store's operand faults, if it is stored at all
     uint32_t code_page_written
     uint64_t shadow_base
+    uint64_t shadow_size     # bytes, the guard page included: SHADOW_STACK, or less in tests
     uint64_t lookup_now      # the lookup stub of the current tlb_set
     uint32_t last_key        # block_key at the last dispatch
     uint32_t careful_next    # the next instruction goes through a careful block
