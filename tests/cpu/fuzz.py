@@ -3,11 +3,12 @@
     python -m tests.cpu.fuzz --seconds 60 --seed 1
 
 A case is made from its seed alone. Its guest is executed instruction by instruction, translated with exact flags (a
-fault in other translations pushes any value for the arithmetic flags that its instruction overwrites), and translated
-as usual in memory at two host addresses, at one with room for 16 return predictions. All that the guest can see has to be the same: a difference is host state
-that leaked, or a translation that does not do what its instructions do. RAM stands between pages that nobody may
-touch, and cases run in a child process whose watchdog clears the run flag; a crash, or a guest that does not come
-out then, is a failure as well. The failing seed is printed; ``--case N`` runs one, and tells more.
+fault in other translations pushes any value for the arithmetic flags that its instruction overwrites), and
+translated as usual in memory at two host addresses, at one with room for 16 return predictions. All that the guest
+can see has to be the same: a difference is host state that leaked, or a translation that does not do what its
+instructions do. RAM stands between pages that nobody may touch, and cases run in a child process whose watchdog
+clears the run flag; a crash, or a guest that does not come out then, is a failure as well. The failing seed is
+printed; ``--case N`` runs one, and tells more.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class MsrIoctls(VcpuState):
         if index == MSR_IA32_TSC:
             self.set_guest_tsc(value)
         elif index == MSR_IA32_APICBASE:
-            self.set_apic_base(value)
+            self.set_apic_base(value, host)
         elif index in SYSTEM_TIME_MSRS:
             self.pvclock.set_system_time(value)
         elif index in WALL_CLOCK_MSRS:

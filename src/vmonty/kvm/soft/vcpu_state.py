@@ -199,8 +199,8 @@ class VcpuState(KvmFile):
         """IA32_APIC_BASE."""
         raise AssertionError("VcpuX86 has it")
 
-    def set_apic_base(self, value: int) -> None:
-        """Set IA32_APIC_BASE. Raises OSError with EINVAL for what WRMSR would refuse."""
+    def set_apic_base(self, value: int, host: bool = True) -> None:
+        """Set IA32_APIC_BASE. Raises OSError with EINVAL for what user space, or else WRMSR, may not write."""
         raise AssertionError("VcpuX86 has it")
 
     def get_cr8(self) -> int:

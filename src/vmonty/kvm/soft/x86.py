@@ -204,9 +204,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         """IA32_APIC_BASE."""
         return self.apic.apic_base if self.apic is not None else self._apic_base
 
-    def set_apic_base(self, value: int) -> None:
+    def set_apic_base(self, value: int, host: bool = True) -> None:
         """Set IA32_APIC_BASE."""
-        if self.apic is not None and not self.apic.set_base(value, host_initiated=True):
+        if self.apic is not None and not self.apic.set_base(value, host_initiated=host):
             raise OSError(errno.EINVAL, "not a value that the APIC base takes")
         self._apic_base = value
 
