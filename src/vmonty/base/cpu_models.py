@@ -84,7 +84,6 @@ NEVER = frozenset(
         "ssbd",
         "md-clear",
         "ibpb",
-        "arch-capabilities",
         "vaes",
         "vpclmulqdq",
         "gfni",
