@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -35,6 +36,11 @@ class Log:
         self._file = path.open("w", buffering=1)
         self._began = time.monotonic()
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Complete it."""
+        with self._lock:
+            self._file.close()
 
     def __call__(self, line: str) -> None:
         with self._lock:
@@ -99,7 +105,12 @@ def codename() -> str:
 @pytest.mark.parametrize("interface", ["virtio", "ide"])
 def test_debian_is_installed(apt: AptRoot, tmp_path: Path, interface: str) -> None:
     folder = Path(os.environ.get("VMONTY_INSTALL_LOG", tmp_path))
-    log = Log(folder / f"install-{interface}.log")
+    with contextlib.closing(Log(folder / f"install-{interface}.log")) as log:
+        install(apt, folder, tmp_path, interface, log)
+
+
+def install(apt: AptRoot, folder: Path, tmp_path: Path, interface: str, log: Log) -> None:
+    """The whole way, from the mirror to the installed system's login."""
     mirror = Mirror(log)
     try:
         media.fill(mirror, apt, tmp_path, codename(), "12")
