@@ -21,7 +21,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     unlink_spans,
 )
 from cython.cimports.vmonty.cpu.coherence import page_verify
-from cython.cimports.vmonty.cpu.decode import A_ALIGN, C_COPY, ROW, Insn, decode
+from cython.cimports.vmonty.cpu.decode import A_ALIGN, A_X87, C_COPY, ROW, Insn, decode
 from cython.cimports.vmonty.cpu.mmio import mmio_read, mmio_write
 from cython.cimports.vmonty.cpu.paging import WALK_OK, Translation, translate, walk
 from cython.cimports.vmonty.cpu.segmentation import linear_address
@@ -257,6 +257,8 @@ def _leader_faults(s: cython.pointer(CpuState), what: uint32_t, host_rip: uint64
         return 0
     if ROW[i.row].cls != C_COPY or not i.has_memory or i.base < 0 or ROW[i.row].attributes & A_ALIGN:
         return 0  # of the stack; or it may be misaligned, which comes first
+    if ROW[i.row].attributes & A_X87 and i.memory_access & 2:
+        return 0  # faults only if it stores, which a careful block finds out
     linear = s.gpr[i.base] + i.displacement
     if i.index >= 0:
         linear += s.gpr[i.index] << i.scale
