@@ -499,6 +499,10 @@ def decode(code, available, rip, code_size, i):
         entry = ROOT[0][0][0x91][0]  # xchg r8, rax
     if not long_mode and i.map == 0 and not i.vex and byte == 0x63:
         entry = _ARPL
+    if long_mode and i.map == 0 and not i.vex and byte == 0x63 and i.prefix66 and not i.rex & 8:
+        # MOVSXD of 16 bits extends nothing, and Intel's read two bytes for it: a MOV of them, on any host.
+        i.opcode = 0x8B
+        entry = ROOT[0][0][0x8B][0]
     if not long_mode and i.map == 0 and not i.vex and (byte & 0xF0) == 0x40:  # INC, DEC: as FF /0, FF /1
         entry = GROUP[ROOT[0][0][0xFF][0] & 0x7FFF][8 + (byte & 8) + (byte & 7)]
         i.opcode = 0xFF

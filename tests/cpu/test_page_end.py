@@ -1,4 +1,4 @@
-"""MASKMOVQ and MASKMOVDQU touch the bytes that their mask chooses, and no others."""
+"""Operands at the end of a page: what an instruction does not touch does not fault."""
 
 from __future__ import annotations
 
@@ -51,6 +51,15 @@ def test_only_chosen_bytes_fault(long: Machine, name: str, chosen: int, inside: 
     else:
         assert long["rax"] == 1
         assert long.ram.read(at, inside) == bytes(n + 1 if chosen >> n & 1 else 0xEE for n in range(inside))
+
+
+@pytest.mark.parametrize("opcode", ["0x66, 0x63, 0x03", "0x66, 0x41, 0x63, 0x03"])
+def test_movsxd_of_16_bits_reads_two_bytes(long: Machine, opcode: str) -> None:
+    """SDM, "MOVSX/MOVSXD—Move With Sign-Extension": it extends nothing then, but takes r/m16 (seed 771004)."""
+    long.ram.write(PAGE - 2, b"\x01\x80")
+    source = f"mov rax, 0x1111111111111111\n mov ebx, {PAGE - 2}\n mov r11, rbx\n db {opcode}\n mov ecx, 1\n hlt"
+    assert long.run(assemble(source, 64, CODE)) == "halt"
+    assert (long["rcx"], long["rax"]) == (1, 0x1111_1111_1111_8001)
 
 
 def test_mmx_registers_wherever_the_top_of_the_stack_is(long: Machine) -> None:
