@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 MATRIX := soft-svm soft-vmx-shadow soft-svm-shadow
 SOURCES := $(shell find src -name '*.py' -o -name '*.pxd') setup.py pyproject.toml
 
-.PHONY: run test test-debian test-install check rig stress packages clean
+.PHONY: run test test-debian test-install check rig screenshots stress packages clean
 
 run: $(VENV)/built
 	@$(PY) -m vmonty run
@@ -41,6 +41,9 @@ INSTALL_LOG ?= build/install
 test-install: packages $(VENV)/built
 	@mkdir -p $(INSTALL_LOG)
 	@VMONTY_INSTALL=1 VMONTY_INSTALL_LOG=$(INSTALL_LOG) $(PY) -m pytest -q tests/guests/test_installation.py
+
+screenshots: packages $(VENV)/built
+	@$(PY) tools/screenshots.py
 
 stress: packages $(VENV)/built
 	@VMONTY_STRESS_S=120 $(PY) -m pytest -q tests/kvm_soft/test_stress.py tests/kvm_soft/test_ioctl_fuzz.py \
