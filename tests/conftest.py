@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 
-# A loaded host may take long for an example; that is no failure.
-hypothesis.settings.register_profile("vmonty", deadline=None)
+# A loaded host may take long for an example; that is no failure. The examples are the same each time, so that a red run
+# says something of the change; with VMONTY_RANDOM others are looked for.
+hypothesis.settings.register_profile("vmonty", deadline=None, derandomize="VMONTY_RANDOM" not in os.environ)
 hypothesis.settings.load_profile("vmonty")
 
 
