@@ -7,11 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from vmonty import kvm
 from vmonty.base.ram import Ram
 from vmonty.kvm.soft import modules, stats
 from vmonty.kvm.uapi import Exit
-from vmonty.testing.guests import DATA, RAM_SIZE, Mode, TinyGuest
+from vmonty.testing.guests import DATA, Mode, TinyGuest
 
 DOOR = 0x10_0000
 VALUE = 0x1122_3344
@@ -31,15 +30,6 @@ STORES = {
     "mov qword [rbx], -2": (8, (1 << 64) - 2),
 }
 SETUP = f"mov eax, {VALUE:#x}\n mov ebx, {DOOR:#x}\n mov r8d, 0x5678\n mov ecx, 4\n mov esi, 0x99\n"
-
-
-@pytest.fixture(params=["kvm_intel", "kvm_amd"])
-def guest(request: pytest.FixtureRequest) -> Iterator[TinyGuest]:
-    with modules.only(request.param), kvm.open("soft") as system, system.create_vm() as vm:
-        ram = Ram(RAM_SIZE)
-        vm.set_user_memory_region(0, 0, ram)
-        with vm.create_vcpu() as vcpu:
-            yield TinyGuest(vm, vcpu, ram)
 
 
 @pytest.fixture

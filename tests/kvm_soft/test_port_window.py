@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 
 import pytest
 
-from vmonty import kvm
-from vmonty.base.ram import Ram
 from vmonty.kvm.api import PortWindow
-from vmonty.kvm.soft import modules
 from vmonty.kvm.soft.insight import ExitRecord
 from vmonty.kvm.uapi import Exit
-from vmonty.testing.guests import DATA, RAM_SIZE, Mode, TinyGuest
+from vmonty.testing.guests import DATA, Mode, TinyGuest
 
 BASE, END = 0x3F8, 0x10
 ROOM = 4096
 WAIT_S = 30
-
-
-@pytest.fixture(params=["kvm_intel", "kvm_amd"])
-def guest(request: pytest.FixtureRequest) -> Iterator[TinyGuest]:
-    with modules.only(request.param), kvm.open("soft") as system, system.create_vm() as vm:
-        ram = Ram(RAM_SIZE)
-        vm.set_user_memory_region(0, 0, ram)
-        with vm.create_vcpu() as vcpu:
-            yield TinyGuest(vm, vcpu, ram)
 
 
 @pytest.fixture

@@ -41,6 +41,32 @@ class Timer:
         return callback
 
 
+class Call:
+    """A call of *function* that one thread makes and another waits for, who gets what it raises."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self._failure: BaseException | None = None
+        self._done = threading.Event()
+
+    def __call__(self) -> None:
+        try:
+            self._function()
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._done.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is made within *seconds*."""
+        return self._done.wait(seconds)
+
+    def result(self) -> None:
+        """After wait(): raise what the function raised."""
+        if self._failure is not None:
+            raise self._failure
+
+
 class EventLoop:
     """One thread, called *name*, that waits by epoll. All callbacks run on it, but what ``borrow`` makes; all methods
     work from any thread.
@@ -159,23 +185,12 @@ class EventLoop:
         if self.on_thread() or self._thread.ident is None or not self._thread.is_alive():
             function()
             return
-        done = threading.Event()
-        failures: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                function()
-            except BaseException as error:
-                failures.append(error)
-            finally:
-                done.set()
-
+        call = Call(function)
         self.call_soon(call)
-        while not done.wait(0.1):
-            if not self._thread.is_alive() and not done.is_set():
+        while not call.wait(0.1):
+            if not self._thread.is_alive() and not call.wait(0):
                 call()
-        if failures:
-            raise failures[0]
+        call.result()
 
     # ---- the thread -------------------------------------------------------------------------------------
 

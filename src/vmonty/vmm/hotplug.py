@@ -86,7 +86,8 @@ class HotPlug:
 
     def devices(self) -> dict[int, str]:
         """Slot → the name of what may be removed."""
-        return {slot: plugged.name for slot, plugged in sorted(self._plugged.items())}
+        with self._lock:
+            return {slot: plugged.name for slot, plugged in sorted(self._plugged.items())}
 
     def chips(self) -> set[int]:
         """The slots of what stays."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.server
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
 from urllib.parse import unquote
+
+from tests.serving import serving
 
 from ..apt_root import DEBS, Stanza
 
@@ -69,11 +70,5 @@ class Mirror:
             def log_message(self, *words: object) -> None:
                 """Say nothing: the mirror's log has a line for each request."""
 
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-            thread = threading.Thread(target=server.serve_forever)
-            thread.start()
-            try:
-                yield server.server_address[1]
-            finally:
-                server.shutdown()
-                thread.join()
+        with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as port:
+            yield port

@@ -9,12 +9,12 @@ import http.server
 import json
 import re
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.serving import serving
 from websockets.sync.client import ClientConnection, connect
 
 NOVNC = Path("/usr/share/novnc")
@@ -31,14 +31,8 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 def files(folder: Path) -> Iterator[int]:
     """An HTTP server of *folder*; gives its port."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(server) as port:
+        yield port
 
 
 class Page:

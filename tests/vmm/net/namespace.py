@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.serving import serving
+
 from vmonty.base.errors import UsageError
 from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.net.backend import Accepts, NetBackend
@@ -117,14 +119,8 @@ def web_server(root: Path, host: str = "127.0.0.1") -> Iterator[int]:
     class Server(http.server.ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
-    with Server((host, 0), Quiet) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server.server_address[1]
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Server((host, 0), Quiet)) as port:
+        yield port
 
 
 @contextlib.contextmanager

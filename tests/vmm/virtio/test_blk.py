@@ -247,6 +247,19 @@ def test_a_disk_that_grows_tells_the_driver(bench: Bench, disk: MemoryDisk) -> N
     assert driver.access.config(0, 8) == 2 * SIZE // 512
 
 
+def readers(disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the threads that read from *disk*, from now on."""
+    threads: list[str] = []
+    read = disk.preadv
+
+    def preadv(offset: int, buffers: Sequence[memoryview]) -> None:
+        threads.append(threading.current_thread().name)
+        read(offset, buffers)
+
+    monkeypatch.setattr(disk, "preadv", preadv)
+    return threads
+
+
 def test_a_vcpu_does_a_few_requests_itself(bench: Bench, disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the disk answers at once; after some it goes on, and the loop's thread does the rest."""
     monkeypatch.setattr(blk, "SLOW_NS", 10**12)
@@ -257,14 +270,7 @@ def test_a_vcpu_does_a_few_requests_itself(bench: Bench, disk: MemoryDisk, monke
         assert done(driver, ask(driver, blk.T_IN, room=[512]))[0] == 0
     bench.settle()
     monkeypatch.setattr(driver.access, "notify", lambda index: None)
-    threads: list[str] = []
-    read = disk.preadv
-
-    def preadv(offset: int, buffers: Sequence[memoryview]) -> None:
-        threads.append(threading.current_thread().name)
-        read(offset, buffers)
-
-    monkeypatch.setattr(disk, "preadv", preadv)
+    threads = readers(disk, monkeypatch)
     for sector in range(20):
         ask(driver, blk.T_IN, sector, room=[512])
     while not bench.loop.borrow(lambda: device.notified(0)):
@@ -278,14 +284,7 @@ def test_a_disk_that_was_slow_is_tried_again(bench: Bench, disk: MemoryDisk, mon
     """Threads do its requests, but for one in some; when that is quick, and the next, there is no need for them."""
     device = Blk(bench.memory, bench.loop, disk)
     driver = bench.driver(device).start()
-    threads: list[str] = []
-    read = disk.preadv
-
-    def preadv(offset: int, buffers: Sequence[memoryview]) -> None:
-        threads.append(threading.current_thread().name)
-        read(offset, buffers)
-
-    monkeypatch.setattr(disk, "preadv", preadv)
+    threads = readers(disk, monkeypatch)
 
     def at_once(count: int) -> int:
         threads.clear()

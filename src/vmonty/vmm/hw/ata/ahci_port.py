@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from vmonty.base.errors import BlockError, GuestMemoryError
+from vmonty.vmm.eventloop import Call
 from vmonty.vmm.hw.ata import fis
 from vmonty.vmm.hw.ata.cdrom import PACKET, PACKET_SIZE, CdRom
 from vmonty.vmm.hw.ata.disk import QUEUED, AtaDisk
@@ -266,21 +267,11 @@ class Port:
 
     def run_idle(self, function: Callable[[], None]) -> None:
         """As ``when_idle``, and wait for it; what *function* raises is raised here. BlockError after a minute."""
-        done = threading.Event()
-        failures: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                function()
-            except BaseException as error:
-                failures.append(error)
-            done.set()
-
+        call = Call(function)
         self.when_idle(call)
-        if not done.wait(MOST_WAIT_S):
+        if not call.wait(MOST_WAIT_S):
             raise BlockError(errno.EBUSY, "the drive does not end its command")
-        if failures:
-            raise failures[0]
+        call.result()
 
     def _issue(self, value: int) -> None:
         if not self._command & START or self.drive is None or self._link_down:
