@@ -17,7 +17,6 @@ from cython.cimports.vmonty.cpu.assembler import (
     put8,
     put32,
 )
-from cython.cimports.vmonty.cpu.codecache import displacement
 from cython.cimports.vmonty.cpu.exits import (
     cut,
     emit_poll,
@@ -40,6 +39,7 @@ from cython.cimports.vmonty.cpu.operands import (
     emit_commit,
 )
 from cython.cimports.vmonty.cpu.stack import adjust_rsp, keep, load_target, push_constant, settle_rsp
+from cython.cimports.vmonty.cpu.stubs import displacement
 from cython.cimports.vmonty.cpu.translate import Ea, Work
 
 

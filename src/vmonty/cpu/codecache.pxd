@@ -166,7 +166,6 @@ cdef void announce_write(CpuState *s, uint64_t host_page) noexcept nogil
 # Drop what others announced; the dispatcher calls it when the run flag went 0.
 cdef void drain_writes(CpuState *s) noexcept nogil
 
-cdef int32_t displacement(CpuState *s, void *field) noexcept nogil
 cdef CodeCache *cache_new(CpuState *s, uint64_t size, void *memory_slow, void *careful_access, void *careful_commit,
                           void *call_helper, void *to_linear, void *execute_system) noexcept nogil
 cdef void cache_free(CpuState *s) noexcept nogil

@@ -18,7 +18,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     put8,
     put32,
 )
-from cython.cimports.vmonty.cpu.codecache import CROSS_UNLINKED, Link, displacement
+from cython.cimports.vmonty.cpu.codecache import CROSS_UNLINKED, Link
 from cython.cimports.vmonty.cpu.operands import (
     RBP_HOST,
     S0,
@@ -28,6 +28,7 @@ from cython.cimports.vmonty.cpu.operands import (
     slot_field,
 )
 from cython.cimports.vmonty.cpu.state import TLB_SETS
+from cython.cimports.vmonty.cpu.stubs import displacement
 from cython.cimports.vmonty.cpu.translate import (
     STUB_LINK,
     STUB_LOOKUP,

@@ -20,7 +20,6 @@ from cython.cimports.vmonty.cpu.branches import (
     loop,
     ret,
 )
-from cython.cimports.vmonty.cpu.codecache import displacement
 from cython.cimports.vmonty.cpu.decode import (
     A_SSE,
     A_VECTOR,
@@ -86,6 +85,7 @@ from cython.cimports.vmonty.cpu.stack import (
     settle_rsp,
 )
 from cython.cimports.vmonty.cpu.state import GS, MODE_LONG64
+from cython.cimports.vmonty.cpu.stubs import displacement
 from cython.cimports.vmonty.cpu.translate import EA_XLAT, Ea, Work
 from cython.cimports.vmonty.cpu.vmx_exit import INTERCEPT_PAUSE, INTERCEPT_RDRAND, INTERCEPT_RDSEED
 

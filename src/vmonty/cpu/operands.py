@@ -37,7 +37,6 @@ from cython.cimports.vmonty.cpu.assembler import (
     store_imm32,
     vex3,
 )
-from cython.cimports.vmonty.cpu.codecache import displacement
 from cython.cimports.vmonty.cpu.decode import (
     A_ALIGN,
     A_CL,
@@ -54,6 +53,7 @@ from cython.cimports.vmonty.cpu.decode import (
     operand_bytes,
 )
 from cython.cimports.vmonty.cpu.state import FS, PAGE_SLOTS, SS, TLB_ENTRIES
+from cython.cimports.vmonty.cpu.stubs import displacement
 from cython.cimports.vmonty.cpu.tlb import (
     SLOW_ALIGNED,
     SLOW_GROUP,

@@ -13,7 +13,6 @@ from cython.cimports.vmonty.cpu.assembler import (
     put32,
     store,
 )
-from cython.cimports.vmonty.cpu.codecache import displacement
 from cython.cimports.vmonty.cpu.decode import C_CALL, C_POP, C_PUSH, C_PUSHI, C_RET, ROW
 from cython.cimports.vmonty.cpu.operands import (
     GUEST_RSP,
@@ -28,6 +27,7 @@ from cython.cimports.vmonty.cpu.operands import (
     home,
     host,
 )
+from cython.cimports.vmonty.cpu.stubs import displacement
 from cython.cimports.vmonty.cpu.translate import Ea
 
 

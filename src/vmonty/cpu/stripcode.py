@@ -26,7 +26,6 @@ from cython.cimports.vmonty.cpu.assembler import (
     store,
 )
 from cython.cimports.vmonty.cpu.branches import next_round
-from cython.cimports.vmonty.cpu.codecache import displacement
 from cython.cimports.vmonty.cpu.exits import emit_poll, jump_to, poll_end
 from cython.cimports.vmonty.cpu.operands import (
     RBP_HOST,
@@ -40,6 +39,7 @@ from cython.cimports.vmonty.cpu.operands import (
     slot_field,
 )
 from cython.cimports.vmonty.cpu.strips import BY_REGISTER, NARROW
+from cython.cimports.vmonty.cpu.stubs import displacement
 from cython.cimports.vmonty.cpu.translate import Driver, Ea, Stream
 
 STRIP = cython.declare(cython.int, 256)  # iterations between two polls
