@@ -199,3 +199,27 @@ def test_syscall_steps_only_when_the_kernel_keeps_tf(long: Machine) -> None:
     long.ram.write(CODE + 0x40, b"\x90\xf4")
     run(long, "syscall")
     assert long["rip"] == CODE + 0x42
+
+
+@pytest.mark.parametrize(
+    ("source", "vectors"),
+    [("int1", [1]), ("int3", [3, 1]), ("int 0x20", [0x20, 1]), ("ud2", [6]), ("mov eax, [0x40000000]", [14])],
+)
+def test_what_mov_ss_held_back_at_an_event(long: Machine, source: str, vectors: list[int]) -> None:
+    """SDM, "Delivery of Pending Debug Exceptions after VM Entry": software interrupts let it through, faults do not."""
+    long.ram.write(AT, bytes([DATA, 0]))
+    long["dr0"], long["dr7"] = AT, armed(0, ALL, 2)
+    for vector in vectors:
+        long.ram.write(HANDLERS + 16 * vector, b"\x90\xf4")
+    run(long, f"mov ss, [{AT}]\n {source}\n nop")
+    assert (long["rip"] - 2 - HANDLERS) // 16 == vectors[-1]
+    assert long["dr6"] & 0xF == (1 if len(vectors) > 1 else 0)
+    if len(vectors) > 1:  # before the handler's first instruction
+        assert long.stack(1) == [HANDLERS + 16 * vectors[0]]
+
+
+def test_general_detect_behind_mov_ss_loses_the_step(long: Machine) -> None:
+    """SDM, "General-Detect Exception Condition": MOV SS does not hold back the fault, which has BD and no more."""
+    long["rax"], long["dr7"], long["rflags"] = DATA, 0x2400, 2 | TF
+    run(long, "mov ss, eax\n mov dr6, rbx\n nop")
+    assert trapped(long) == (2, 0x2000)

@@ -152,6 +152,8 @@ def _exception_exit(s):
         )
     if s.event.vector == 14 or s.event.vector == 1:
         qualification = s.event.payload
+    if s.event.vector == 1:
+        s.pending_debug = 0  # SDM, "Saving Non-Register State": MOV SS holds back what other exits report
     return vm_exit_event(s, information, s.event.error_code, qualification, s.event.instruction_length)
 
 
@@ -260,6 +262,10 @@ def _through_idt(s, external):
         s.dr[7] &= ~cython.cast(uint64_t, 0x2000)
     elif kind == EVENT_NMI:
         s.interruptibility |= BLOCKED_NMI
+    if kind != EVENT_SOFT_INTERRUPT and kind != EVENT_SOFT_EXCEPTION:
+        # What MOV SS held back: delivered behind INT n, INT3 and INTO, lost to all other events. SDM, "Delivery of
+        # Pending Debug Exceptions after VM Entry", has the rule.
+        s.pending_debug = 0
     s.interruptibility &= ~cython.cast(uint32_t, SHADOW_STI | SHADOW_MOV_SS)
     s.activity = 0
     return GO_ON
