@@ -319,3 +319,12 @@ def test_task_gate(protected: Machine) -> None:
     assert (protected["rip"], protected["rax"]) == (CODE, 0x77)
     assert protected.segment("tr").selector == TASK
     assert not protected["rflags"] & NT
+
+
+def test_gate_beyond_the_code_segment(protected: Machine) -> None:
+    """SDM, "INT n/INTO/INT3/INT1—Call to Interrupt Procedure": #GP before anything is pushed."""
+    protected.ram.write(GDT + 0x40, struct.pack("<Q", descriptor(limit=0xFFF, access=0x9B, flags=0x4)))
+    protected.ram.write(IDT + 8 * 0x30, gate32(0x1000, 0x40))
+    assert protected.run(b"\xcd\x30") == "halt"
+    assert protected.handler == 13
+    assert protected.stack(4, 4) == [0, CODE, CODE32, 2 | RF]

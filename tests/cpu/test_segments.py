@@ -225,3 +225,84 @@ def test_control_registers_refuse(long: Machine, code: str, rax: int) -> None:
     assert run(long, code) == "halt"
     assert long.handler == 13
     assert long.stack(2) == [0, CODE]
+
+
+@pytest.mark.parametrize("high", [0x8000, 0x00FFFFFF, 0xAAAAAAAA])
+@pytest.mark.parametrize(("code", "kind"), [("0f00d3", 0x82), ("0f00db", 0x89)], ids=["lldt", "ltr"])
+def test_bases_that_are_not_canonical(long: Machine, code: str, kind: int, high: int) -> None:
+    """SDM, "LTR—Load Task Register", 64-bit mode exceptions; the register and the descriptor stay as they are."""
+    put(long, SLOT, descriptor(TSS, 0x67, kind, 0))
+    long.ram.write_u64(GDT + SLOT + 8, high)
+    before = (long.segment("ldtr"), long.segment("tr"))
+    long["rbx"] = SLOT
+    assert run(long, f"{code} f4") == "halt"
+    assert (long.handler, long.stack(2)) == (13, [SLOT, CODE])
+    assert (long.segment("ldtr"), long.segment("tr"), long.ram.read_u8(GDT + SLOT + 5)) == (*before, kind)
+
+
+@pytest.mark.parametrize("code", ["0f01142500500000", "0f011c2500500000"], ids=["lgdt", "lidt"])
+def test_tables_at_addresses_that_are_not_canonical(long: Machine, code: str) -> None:
+    """SDM, "LGDT/LIDT—Load Global/Interrupt Descriptor Table Register", 64-bit mode exceptions."""
+    long.ram.write(0x5000, struct.pack("<HQ", 0x123, 0x8000_0000_0000))
+    assert run(long, f"{code} f4") == "halt"
+    assert (long.handler, long.stack(2)) == (13, [0, CODE])
+
+
+@pytest.mark.parametrize("far", [True, False], ids=["retf", "iret"])
+def test_return_to_an_outer_level_nulls_segments(long: Machine, far: bool) -> None:
+    """SDM, "RET—Return From Procedure", RETURN-TO-OUTER-PRIVILEGE-LEVEL: selectors, not the bases of FS and GS."""
+    long.set_segment("es", 3, 0, 0, 0x10000)
+    long.set_segment("ds", USER_DATA, 0, 0xFFFFFFFF, 0xC0F3)
+    long.set_segment("fs", 1, 0x5000, 0, 0x10000)
+    long.set_segment("gs", DATA, 0x6000, 0xFFFFFFFF, 0xC093)
+    long.ram.write_u64(0x6000, 0x1234)
+    long.ram.write(0x9000, bytes.fromhex("65488b042500000000 90".replace(" ", "")))  # mov rax, gs:[0]
+    frame = [0x9000, USER_CODE64, *([] if far else [2]), 0xD000, USER_DATA]
+    long["rsp"] = STACK0 - 0x200
+    for number, value in enumerate(frame):
+        long.ram.write_u64(long["rsp"] + 8 * number, value)
+    long.ram.write(CODE, bytes.fromhex("48cb" if far else "48cf"))
+    long["rip"] = CODE
+    long.cpu.step(2)
+    assert (long["cpl"], long["rip"], long["rax"]) == (3, 0x9009, 0x1234)
+    assert [long.segment(name).selector for name in ("es", "ds", "fs", "gs")] == [0, USER_DATA, 0, 0]
+    assert [long.segment(name).base for name in ("fs", "gs")] == [0x5000, 0x6000]
+
+
+@pytest.mark.parametrize("far", [True, False], ids=["retf", "iret"])
+def test_nulled_segments_fault_outside_64_bit_mode(protected: Machine, far: bool) -> None:
+    """SDM, "Segment Selectors": a null selector in DS raises #GP when it is used."""
+    put(protected, SLOT, descriptor(access=0xFB, flags=0xC))
+    frame = [0x9000, SLOT | 3, *([] if far else [2]), 0xD000, USER_DATA]
+    protected["rsp"] = STACK0 - 0x200
+    protected.ram.write(protected["rsp"], struct.pack(f"<{len(frame)}I", *frame))
+    protected.ram.write(0x9000, bytes.fromhex("a100000000 f4".replace(" ", "")))  # mov eax, [0]
+    protected.ram.write(CODE, b"\xcb" if far else b"\xcf")
+    protected["rip"] = CODE
+    protected.cpu.stop_at_events()
+    protected.cpu.run()
+    assert (protected["rip"], protected.cpu.event["vector"]) == (0x9000, 13)
+
+
+@pytest.mark.parametrize(("esp", "faults"), [(0x2004, True), (0x2005, False), (0x2003, True), (0xD000, False)])
+@pytest.mark.parametrize("code", ["cb", "cf"], ids=["retf", "iret"])
+def test_expand_down_stack(protected: Machine, code: str, esp: int, faults: bool) -> None:
+    """SDM, "Limit Checking": of an expand-down segment all offsets up to the limit are outside."""
+    protected.set_segment("ss", DATA, 0, 0x2004, 0xC097)
+    protected.ram.write(esp, struct.pack("<III", 0x9000, CODE32, 2))
+    protected.ram.write(0x9000, b"\xf4")
+    protected.cpu.stop_at_events()
+    protected["rsp"] = esp
+    ended = run(protected, code)
+    assert (ended != "halt") is faults
+    assert not faults or protected.cpu.event["vector"] == 12
+
+
+@pytest.mark.parametrize(("esp", "vector"), [(0x200D, -1), (0x200C, 12)])
+def test_far_call_on_an_expand_down_stack(protected: Machine, esp: int, vector: int) -> None:
+    protected.set_segment("ss", DATA, 0, 0x2004, 0xC097)
+    protected.ram.write(0x9000, b"\xf4")
+    protected.cpu.stop_at_events()
+    protected["rsp"] = esp
+    run(protected, f"9a00900000{CODE32:02x}00")
+    assert (protected.cpu.event["vector"] if protected.cpu.event["pending"] else -1) == vector

@@ -15,9 +15,12 @@ from cython.cimports.vmonty.cpu.segments import (
     implicit_read,
     long_mode,
     read_descriptor,
+    set_accessed,
     set_null,
     set_real,
+    stack_holds,
     stack_segment,
+    unpack,
 )
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_IMPLICIT,
@@ -384,6 +387,9 @@ def _long(s, external, flags, rip):
     frame[at + 4] = s.segs[SS].selector
     at += 5
     rsp -= 8 * at
+    r = set_accessed(s, selector, cython.address(descriptor))
+    if r != GO_ON:
+        return r
     if cpl < 3:
         r = write_linear(s, rsp, cython.address(frame[0]), 8 * at, ACCESS_IMPLICIT | ACCESS_WRITE)
     else:
@@ -431,15 +437,11 @@ def _push(s, stack, esp, values, count, size, cpl, error):
     mask: uint64_t = cython.cast(uint64_t, 0xFFFFFFFF) if stack.access_rights & AR_DB else 0xFFFF
     total: uint64_t = count * size
     low: uint64_t = (esp[0] - total) & mask
-    limit: uint64_t = stack.limit
     i: uint32_t
     r: cython.int
     buffer: uint8_t[64]
     cell: cython.pointer(uint8_t)
-    if s.mode != MODE_REAL and (stack.access_rights & 0xC) == 4:  # expand-down
-        if low <= limit or low + total - 1 > mask:
-            return raise_error(s, 12, error)
-    elif low + total - 1 > limit:
+    if not stack_holds(stack, low, total):
         return raise_error(s, 12, error)
     for i in range(count):
         cell = cython.address(buffer[0]) + i * size
@@ -472,6 +474,7 @@ def _protected(s, external, flags, rip):
     esp: uint64_t = s.gpr[RSP]
     frame: uint64_t[10]
     stack: Segment
+    code: Segment
     at: uint32_t = 0
     selector: uint32_t
     kind: uint32_t
@@ -502,6 +505,7 @@ def _protected(s, external, flags, rip):
     offset = (gate & 0xFFFF) | ((gate >> 32) & cython.cast(uint64_t, 0xFFFF0000))
     if size == 2:
         offset &= 0xFFFF
+    unpack(cython.address(code), selector, descriptor)
     if has_error:
         frame[0] = error_code
         at = 1
@@ -523,6 +527,11 @@ def _protected(s, external, flags, rip):
             frame[at + 2] = s.segs[FS].selector
             frame[at + 3] = s.segs[GS].selector
             at += 4
+    if offset > code.limit:
+        return raise_error(s, 13, external)
+    r = set_accessed(s, selector, cython.address(descriptor))
+    if r != GO_ON:
+        return r
     r = _push(
         s, cython.address(stack), cython.address(esp), cython.address(frame[0]), at, size, cpl,
         ((stack.selector & 0xFFFC) + external) if cpl != s.cpl else external,

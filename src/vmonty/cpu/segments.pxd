@@ -33,6 +33,7 @@ cdef int lsl(CpuState *s, uint32_t selector, uint64_t *value) noexcept nogil
 # A descriptor of GDT or LDT (low 8 bytes); beyond the table's limit: the vector with the error code given.
 cdef int read_descriptor(CpuState *s, uint32_t selector, uint32_t vector, uint32_t error,
                          uint64_t *descriptor) noexcept nogil
+cdef bint stack_holds(const Segment *segment, uint64_t low, uint64_t size) noexcept nogil
 cdef void unpack(Segment *segment, uint32_t selector, uint64_t descriptor) noexcept nogil
 # Set the accessed bit in the table if it is clear.
 cdef int set_accessed(CpuState *s, uint32_t selector, uint64_t *descriptor) noexcept nogil

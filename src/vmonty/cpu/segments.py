@@ -10,6 +10,7 @@ import cython
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_IMPLICIT,
     ACCESS_WRITE,
+    AR_DB,
     AR_UNUSABLE,
     CR4_UMIP,
     CS,
@@ -55,6 +56,14 @@ def stack_mask(s):
     if s.segs[SS].access_rights & 0x4000:
         return cython.cast(uint64_t, 0xFFFFFFFF)
     return 0xFFFF
+
+
+def stack_holds(segment, low, size):
+    """Do these bytes lie within a stack segment? SDM, "Limit Checking"; expand-down ones end where B says."""
+    top: uint64_t = cython.cast(uint64_t, 0xFFFFFFFF) if segment.access_rights & AR_DB else 0xFFFF
+    if (segment.access_rights & 0xC) == 4:
+        return low > segment.limit and low + size - 1 <= top
+    return low + size - 1 <= segment.limit
 
 
 def read_descriptor(s, selector, vector, error, descriptor):
@@ -212,6 +221,7 @@ def lldt(s, selector, length, info, displacement):
     """LLDT. SDM, "LLDT—Load Local Descriptor Table Register"."""
     descriptor: uint64_t
     high: uint64_t
+    table: Segment
     selector &= 0xFFFF
     if not protected_mode(s):
         return raise_exception(s, 6)
@@ -233,8 +243,11 @@ def lldt(s, selector, length, info, displacement):
         return raise_error(s, 13, selector & 0xFFFC)
     if (descriptor >> 47) & 1 == 0:
         return raise_error(s, 11, selector & 0xFFFC)
-    unpack(cython.address(s.ldtr), selector, descriptor)
-    s.ldtr.base |= high << 32
+    unpack(cython.address(table), selector, descriptor)
+    table.base |= high << 32
+    if long_mode(s) and not canonical(table.base):
+        return raise_error(s, 13, selector & 0xFFFC)
+    s.ldtr = table
     return GO_ON
 
 
@@ -243,6 +256,7 @@ def ltr(s, selector, length, info, displacement):
     descriptor: uint64_t
     high: uint64_t
     kind: uint64_t
+    task: Segment
     r: cython.int
     selector &= 0xFFFF
     if not protected_mode(s):
@@ -263,13 +277,16 @@ def ltr(s, selector, length, info, displacement):
     if (descriptor >> 47) & 1 == 0:
         return raise_error(s, 11, selector & 0xFFFC)
     descriptor |= cython.cast(uint64_t, 2) << 40
+    unpack(cython.address(task), selector, descriptor)
+    task.base |= high << 32
+    if long_mode(s) and not canonical(task.base):
+        return raise_error(s, 13, selector & 0xFFFC)
     r = write_value(
         s, s.gdtr.base + (selector & 0xFFF8) + 5, 1, ACCESS_IMPLICIT | ACCESS_WRITE, (descriptor >> 40) & 0xFF
     )
     if r != GO_ON:
         return r
-    unpack(cython.address(s.tr), selector, descriptor)
-    s.tr.base |= high << 32
+    s.tr = task
     return GO_ON
 
 

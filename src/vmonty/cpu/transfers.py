@@ -1,6 +1,7 @@
 """Far JMP, CALL, RET and IRET. SDM, "Transferring Control" in "Protection", and the instructions' pages."""
 
 import cython
+from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.segments import (
     canonical,
     enter_code,
@@ -11,6 +12,7 @@ from cython.cimports.vmonty.cpu.segments import (
     set_accessed,
     set_null,
     set_real,
+    stack_holds,
     stack_mask,
     stack_segment,
     unpack,
@@ -52,16 +54,10 @@ from cython.cimports.vmonty.cpu.vmx_exit import GUEST_VMX, PIN_NMI, PIN_VIRTUAL_
 def _pop(s, rsp, size, value):
     """Read one stack slot and move *rsp; #SS(0) outside the segment."""
     mask: uint64_t = stack_mask(s)
-    offset: uint64_t = rsp[0] & mask
-    r: cython.int
-    if s.mode == MODE_LONG64:
-        if not canonical(offset):
-            return raise_error(s, 12, 0)
-        r = read_value(s, offset, size, 0, value)
-    else:
-        if (s.segs[SS].access_rights & 0xC) != 4 and offset + size - 1 > s.segs[SS].limit:
-            return raise_error(s, 12, 0)
-        r = read_value(s, (s.segs[SS].base + offset) & cython.cast(uint64_t, 0xFFFFFFFF), size, 0, value)
+    linear: uint64_t = 0
+    r: cython.int = linear_address(s, SS, rsp[0] & mask, size, 0, cython.address(linear))
+    if r == GO_ON:
+        r = read_value(s, linear, size, 0, value)
     if r == GO_ON:
         rsp[0] = (rsp[0] & ~mask) | ((rsp[0] + size) & mask)
     return r
@@ -71,24 +67,17 @@ def _push2(s, first, second, size, rsp):
     """Push two slots (``first`` first); *rsp gets the new pointer, RSP keeps the old one."""
     mask: uint64_t = stack_mask(s)
     frame: uint64_t[2]
-    base: uint64_t = 0
-    offset: uint64_t = (s.gpr[RSP] - 2 * size) & mask
-    r: cython.int
-    if s.mode != MODE_LONG64:
-        base = s.segs[SS].base
-        if (s.segs[SS].access_rights & 0xC) != 4 and offset + 2 * size - 1 > s.segs[SS].limit:
-            return raise_error(s, 12, 0)
-    elif not canonical(offset):
-        return raise_error(s, 12, 0)
+    linear: uint64_t = 0
+    r: cython.int = linear_address(s, SS, (s.gpr[RSP] - 2 * size) & mask, 2 * size, 1, cython.address(linear))
+    if r != GO_ON:
+        return r
     frame[0] = second
     frame[1] = first
     if size == 4:
         frame[0] = (second & cython.cast(uint64_t, 0xFFFFFFFF)) | (first << 32)
     elif size == 2:
         frame[0] = (second & 0xFFFF) | ((first & 0xFFFF) << 16)
-    if s.mode != MODE_LONG64:
-        offset = (base + offset) & cython.cast(uint64_t, 0xFFFFFFFF)
-    r = write_linear(s, offset, cython.address(frame[0]), 2 * size, ACCESS_WRITE)
+    r = write_linear(s, linear, cython.address(frame[0]), 2 * size, ACCESS_WRITE)
     rsp[0] = (s.gpr[RSP] & ~mask) | ((s.gpr[RSP] - 2 * size) & mask)
     return r
 
@@ -305,6 +294,8 @@ def _gate_inner(s, selector, descriptor, offset, cpl, size, parameters, length):
         if not canonical(rsp):
             return raise_error(s, 12, 0)
         r = write_linear(s, rsp, cython.address(frame[0]), 32, ACCESS_IMPLICIT | ACCESS_WRITE)
+        if r == GO_ON:
+            r = set_accessed(s, selector, cython.address(descriptor))
         if r != GO_ON:
             return r
         set_null(s, SS, cpl)
@@ -332,13 +323,9 @@ def _gate_inner(s, selector, descriptor, offset, cpl, size, parameters, length):
             elif i == 3 + parameters:
                 value = s.segs[SS].selector
             else:
-                r = read_value(
-                    s,
-                    (s.segs[SS].base + old + (i - 2) * size) & cython.cast(uint64_t, 0xFFFFFFFF),
-                    size,
-                    0,
-                    cython.address(value),
-                )
+                r = linear_address(s, SS, (old + (i - 2) * size) & stack_mask(s), size, 0, cython.address(value))
+                if r == GO_ON:
+                    r = read_value(s, value, size, 0, cython.address(value))
                 if r != GO_ON:
                     return r
             if size == 4:
@@ -347,7 +334,7 @@ def _gate_inner(s, selector, descriptor, offset, cpl, size, parameters, length):
                 narrow[2 * i] = cython.cast(uint8_t, value)
                 narrow[2 * i + 1] = cython.cast(uint8_t, value >> 8)
         rsp = (rsp - total) & mask
-        if (stack.access_rights & 0xC) != 4 and rsp + total - 1 > stack.limit:
+        if not stack_holds(cython.address(stack), rsp, total):
             return raise_error(s, 12, stack.selector & 0xFFFC)
         r = write_linear(
             s,
@@ -356,6 +343,8 @@ def _gate_inner(s, selector, descriptor, offset, cpl, size, parameters, length):
             total,
             ACCESS_IMPLICIT | ACCESS_WRITE,
         )
+        if r == GO_ON:
+            r = set_accessed(s, selector, cython.address(descriptor))
         if r != GO_ON:
             return r
         s.segs[SS] = stack
@@ -407,15 +396,20 @@ def _return_stack(s, selector, cpl, to_64, segment):
 
 
 def _leave_level(s):
-    """Null the data segments that the outer level may not use."""
+    """Null the data segments that the outer level may not use, and null selectors' RPLs. SDM, "RET—Return From
+    Procedure", RETURN-TO-OUTER-PRIVILEGE-LEVEL; the bases stay, which 64-bit code sees of FS and GS.
+    """
     i: uint32_t
     rights: uint32_t
     for i in range(6):
         if i in (CS, SS):
             continue
         rights = s.segs[i].access_rights
-        if (rights & AR_UNUSABLE) == 0 and ((rights >> 5) & 3) < s.cpl and (rights & 0xC) != 0xC:
-            set_null(s, i, 0)
+        if (s.segs[i].selector & 0xFFFC) == 0:
+            s.segs[i].selector = 0
+        elif (rights & AR_UNUSABLE) == 0 and ((rights >> 5) & 3) < s.cpl and (rights & 0xC) != 0xC:
+            s.segs[i].selector = 0
+            s.segs[i].access_rights = rights | AR_UNUSABLE
 
 
 def far_return(s, size, pop_bytes):
@@ -639,6 +633,7 @@ def iret(s, size, length):
                 s.gpr[RSP] = rsp
             if cpl > old:
                 _leave_level(s)
+                mode_changed(s)
     if r != GO_ON:
         return r
     if s.guest_mode != GUEST_VMX or (vmx_of(s).pin & PIN_NMI) == 0 or (vmx_of(s).pin & PIN_VIRTUAL_NMIS):
