@@ -89,4 +89,4 @@ def test_the_processor_answers_from_its_table() -> None:
     assert inspection.cpuid(cpu, 1)[2] >> 27 & 1  # OSXSAVE follows CR4
     assert inspection.cpuid(cpu, 0x20) == inspection.cpuid(cpu, 0xD)  # beyond the highest: the highest basic leaf
     with pytest.raises(ValueError, match="at most"):
-        set_table(cpu.state_address, [(0, None, 0, 0, 0, 0)] * 65, 0, 0, 0)
+        set_table(cpu.state_address, [(0, None, 0, 0, 0, 0)] * 65, 0, 0, 0, 0)

@@ -35,6 +35,8 @@ GAPS: dict[str, dict[str, str]] = {
         "sw-breakpoint": "INT3 is never Exit.DEBUG: emulated code cannot execute it, in CPL3 it is the guest's #BP",
         "memory-fault": "host memory of a slot that is gone reads as something else: KVM_RUN never fails with EFAULT",
         "legacy-paging": "a guest that is entered with 32-bit or PAE paging on ends in a triple fault at once",
+        "cpuid-umip": "a guest without UMIP in its CPUID sets CR4.UMIP",
+        "speculation-msrs": "IA32_SPEC_CTRL and IA32_PRED_CMD answer guests whose CPUID lacks them",
         "hypercall": "CPL0 code is emulated, and VMCALL and VMMCALL are patched and executed again for ever",
     },
     "kvm_amd": {"string-io-fault": _STRING_IO},

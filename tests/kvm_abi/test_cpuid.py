@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 
@@ -82,3 +83,84 @@ def test_change_after_a_run(guest: TinyGuest) -> None:
     with refused(errno.EINVAL):
         guest.vcpu.set_cpuid2(other)
     assert guest.vcpu.get_cpuid2() == OURS
+
+
+# Feature → leaf, register, bit; and what a guest without it must not do.
+FEATURES = {
+    "xsave": (1, "ecx", 26, "mov rax, cr4\n bts rax, 18\n mov cr4, rax"),
+    "pcid": (1, "ecx", 17, "mov rax, cr4\n bts rax, 17\n mov cr4, rax"),
+    "fsgsbase": (7, "ebx", 0, "mov rax, cr4\n bts rax, 16\n mov cr4, rax"),
+    "smep": (7, "ebx", 7, "mov rax, cr4\n bts rax, 20\n mov cr4, rax"),
+    "smap": (7, "ebx", 20, "mov rax, cr4\n bts rax, 21\n mov cr4, rax"),
+    "umip": (7, "ecx", 2, "mov rax, cr4\n bts rax, 11\n mov cr4, rax"),
+    "nx": (0x80000001, "edx", 20, "mov ecx, 0xC0000080\n rdmsr\n bts eax, 11\n wrmsr"),
+    "avx": (
+        1, "ecx", 28,
+        "mov rax, cr4\n bts rax, 18\n mov cr4, rax\n xor ecx, ecx\n xor edx, edx\n mov eax, 7\n xsetbv",
+    ),
+}  # fmt: skip
+RESULTS = {13: "out 0x11, al"}
+
+
+def without(cpuid: list[CpuidEntry], *features: tuple[int, str, int]) -> list[CpuidEntry]:
+    """CPUID without some features."""
+    left = cpuid
+    for leaf, register, bit in features:
+        left = [
+            replace(entry, **{register: getattr(entry, register) & ~(1 << bit)}) if entry.function == leaf else entry
+            for entry in left
+        ]
+    return left
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [pytest.param(name, marks=pytest.mark.known_gap("cpuid-umip")) if name == "umip" else name for name in FEATURES],
+)
+def test_control_bits_follow_their_features(guest: TinyGuest, cpuid: list[CpuidEntry], feature: str) -> None:
+    """kvm_set_cr4(), set_efer(), __kvm_set_xcr(): #GP for what CPUID does not show."""
+    leaf, register, bit, source = FEATURES[feature]
+    if not any(entry.function == leaf and getattr(entry, register) >> bit & 1 for entry in cpuid):
+        pytest.skip(f"this KVM offers guests no {feature}")
+    if feature == "avx":  # the components of XCR0 are what leaf 0xD says
+        cpuid = [replace(e, eax=e.eax & 3) if (e.function, e.index) == (0xD, 0) else e for e in cpuid]
+    guest.load(Mode.LONG, f"{source}\n out 0x10, al", RESULTS, without(cpuid, (leaf, register, bit)))
+    assert guest.out()[0] == 0x11
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_control_bits_of_features_that_are_there(guest: TinyGuest, cpuid: list[CpuidEntry], feature: str) -> None:
+    leaf, register, bit, source = FEATURES[feature]
+    if feature == "smep" or not any(e.function == leaf and getattr(e, register) >> bit & 1 for e in cpuid):
+        pytest.skip(f"this KVM offers guests no {feature}, or the guest's code is a user's")
+    guest.load(Mode.LONG, f"{source}\n out 0x10, al", RESULTS, cpuid)
+    assert guest.out()[0] == 0x10
+
+
+@pytest.mark.known_gap("speculation-msrs")
+@pytest.mark.parametrize(("index", "access"), [(0x48, "rdmsr"), (0x48, "wrmsr"), (0x49, "wrmsr")])
+def test_msrs_of_features_that_are_off(guest: TinyGuest, cpuid: list[CpuidEntry], index: int, access: str) -> None:
+    """IA32_SPEC_CTRL and IA32_PRED_CMD: guest_has_spec_ctrl_msr(), guest_has_pred_cmd_msr()."""
+    off = without(
+        cpuid, (7, "edx", 26), (7, "edx", 27), (7, "edx", 31),
+        *((0x80000008, "ebx", bit) for bit in (12, 14, 15, 24, 28)), *((0x80000021, "eax", bit) for bit in (27, 28)),
+    )  # fmt: skip
+    source = f"mov ecx, {index}\n xor eax, eax\n xor edx, edx\n {access}\n out 0x10, al"
+    guest.load(Mode.LONG, source, RESULTS, off)
+    assert guest.out()[0] == 0x11
+
+
+def test_apic_bit_follows_the_apic_base(chipped: TinyGuest, cpuid: list[CpuidEntry]) -> None:
+    """SDM, "Local APIC Status and Location": IA32_APIC_BASE.EN clear clears CPUID's bit."""
+    toggle = "mov ecx, 0x1B\n rdmsr\n xor eax, 0x800\n wrmsr"
+    look = "mov eax, 1\n cpuid\n shr edx, 9\n and edx, 1\n mov eax, edx\n out 0x10, eax"
+    chipped.load(Mode.LONG, f"{look}\n {toggle}\n {look}\n {toggle}\n {look}", RESULTS, cpuid)
+    assert chipped.outs(3) == [1, 0, 1]
+
+
+def test_efer_lme_is_fixed_under_paging(guest: TinyGuest, cpuid: list[CpuidEntry]) -> None:
+    """SDM, "Initializing IA-32e Mode": EFER.LME may not change while CR0.PG is set."""
+    guest.load(
+        Mode.LONG, "mov ecx, 0xC0000080\n rdmsr\n btr eax, 8\n wrmsr\n rdmsr\n bt eax, 8\n out 0x10, al", RESULTS, cpuid
+    )
+    assert guest.out()[0] == 0x11

@@ -144,6 +144,17 @@ def test_nmis_wait_for_iret(guest: TinyGuest) -> None:
     assert guest.out()[0] == 0x10
 
 
+def test_one_nmi_waits_behind_the_one_in_progress(guest: TinyGuest) -> None:
+    """process_nmi(): however many come while the handler runs."""
+    guest.load(Mode.LONG, f"nop\n {LOOP}", handlers={2: "out 0x21, al\n iretq"})
+    guest.vcpu.nmi()
+    assert guest.out()[0] == 0x21
+    for _ in range(3):
+        guest.vcpu.nmi()
+    out_of(guest, 0x21)
+    assert [guest.out()[0] for _ in range(3)] == [0x10] * 3
+
+
 def test_nmi_wakes_from_hlt(guest: TinyGuest) -> None:
     guest.load(Mode.LONG, "hlt\n out 0x10, al", handlers={2: handler(Mode.LONG, 2)})
     assert guest.run() is Exit.HLT

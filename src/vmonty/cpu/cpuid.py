@@ -87,7 +87,13 @@ def xcr0_allowed(s):
     return 7
 
 
-def set_table(state_address: int, rows: list, cr4: int, efer: int, xcr0: int) -> None:
+def msrs_allowed(s, group):
+    """Do the features bring a group of model-specific registers? A processor without a table has them all."""
+    m: cython.pointer(CpuModel) = cython.cast(cython.pointer(CpuModel), s.models)
+    return m == cython.NULL or (m.msrs_allowed >> group) & 1 != 0
+
+
+def set_table(state_address: int, rows: list, cr4: int, efer: int, xcr0: int, msrs: int) -> None:
     """Give a processor its table: rows (leaf, subleaf or None, eax, ebx, ecx, edx). MemoryError, ValueError."""
     s: cython.pointer(CpuState) = cython.cast(cython.pointer(CpuState), cython.cast(uint64_t, state_address))
     m: cython.pointer(CpuModel) = cython.cast(cython.pointer(CpuModel), s.models)
@@ -111,6 +117,7 @@ def set_table(state_address: int, rows: list, cr4: int, efer: int, xcr0: int) ->
     m.cr4_allowed = cr4
     m.efer_allowed = efer
     m.xcr0_allowed = xcr0
+    m.msrs_allowed = msrs
     m.count = len(rows)
 
 

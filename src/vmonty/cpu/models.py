@@ -85,9 +85,27 @@ _CR4 = {
 }  # fmt: skip
 
 
-def cr4_bits(configuration: Configuration) -> int:
+# Model-specific registers that come with one of several features, in the order of cpuid.pxd's MSRS_*. SDM,
+# "Model-Specific Registers (MSRs)", column "Comment"; APM, "MSR Cross-Reference".
+MSR_GROUPS: tuple[tuple[str, ...], ...] = (
+    ("tsc",), ("tsc-adjust",), ("apic",), ("spec-ctrl",), ("arch-capabilities",), ("sep",), ("mce",), ("pat",),
+    ("mtrr",), ("tsc-deadline",), ("nx", "lm", "syscall", "svm"), ("syscall",), ("lm",), ("rdtscp", "rdpid"), ("osvw",),
+)  # fmt: skip
+
+
+def cr4_bits(features: Collection[str]) -> int:
     """The CR4 bits that the features allow (PCE always)."""
-    return 0x100 | sum(bit for feature, bit in _CR4.items() if feature in configuration.features)
+    return 0x100 | cr4_only(features)
+
+
+def cr4_only(features: Collection[str]) -> int:
+    """The CR4 bits that these features bring."""
+    return sum(bit for feature, bit in _CR4.items() if feature in features)
+
+
+def msr_bits(features: Collection[str]) -> int:
+    """The groups of model-specific registers that the features bring."""
+    return sum(1 << group for group, names in enumerate(MSR_GROUPS) if not frozenset(names).isdisjoint(features))
 
 
 def efer_bits(configuration: Configuration) -> int:
@@ -122,8 +140,7 @@ def feature_words(features: Collection[str]) -> list[int]:
 def install(cpu: Cpu, configuration: Configuration, apic_id: int = 0, threads: int = 1) -> None:
     """Give a processor the CPUID answers, instructions and register bits of a configuration."""
     set_table(
-        cpu.state_address, cpuid_rows(configuration, apic_id, threads), cr4_bits(configuration),
-        efer_bits(configuration),
-        xcr0_bits(configuration),
+        cpu.state_address, cpuid_rows(configuration, apic_id, threads), cr4_bits(configuration.features),
+        efer_bits(configuration), xcr0_bits(configuration), msr_bits(configuration.features),
     )  # fmt: skip
     set_features(cpu.state_address, feature_words(configuration.features))

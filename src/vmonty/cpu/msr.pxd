@@ -14,3 +14,7 @@ cdef bint _canonical(uint64_t value) noexcept nogil
 cdef bint _write_vm_cr(CpuState *s, uint64_t value) noexcept nogil
 cdef bint _pat_valid(uint64_t value) noexcept nogil
 cdef int _mtrr_fixed(uint32_t index) noexcept nogil
+cdef int _group(uint32_t index) noexcept nogil
+cdef bint _absent(CpuState *s, uint32_t index) noexcept nogil
+cdef bint _mtrr_type(uint64_t value) noexcept nogil
+cdef bint _mtrr_valid(CpuState *s, uint32_t index, uint64_t value) noexcept nogil

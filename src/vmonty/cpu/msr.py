@@ -5,7 +5,25 @@ What an interrupt controller or hypervisor owns (x2APIC, kvmclock, …) isn't he
 
 import cython
 from cython.cimports.vmonty.cpu.control import tsc
-from cython.cimports.vmonty.cpu.cpuid import efer_allowed
+from cython.cimports.vmonty.cpu.cpuid import (
+    MSRS_APIC,
+    MSRS_ARCH_CAPABILITIES,
+    MSRS_EFER,
+    MSRS_LONG_MODE,
+    MSRS_MACHINE_CHECK,
+    MSRS_MTRR,
+    MSRS_OSVW,
+    MSRS_PAT,
+    MSRS_SPEC_CTRL,
+    MSRS_SYSCALL,
+    MSRS_SYSENTER,
+    MSRS_TSC,
+    MSRS_TSC_ADJUST,
+    MSRS_TSC_AUX,
+    MSRS_TSC_DEADLINE,
+    efer_allowed,
+    msrs_allowed,
+)
 from cython.cimports.vmonty.cpu.state import (
     EFER_LMA,
     EFER_LME,
@@ -39,6 +57,68 @@ def _pat_valid(value):
         if kind > 7 or kind == 2 or kind == 3:
             return False
     return True
+
+
+def _group(index):
+    """The group of registers (MSRS_*) that one belongs to; -1 for those that no CPUID bit tells of."""
+    if index >= cython.cast(uint64_t, 0xC0000000):
+        index -= cython.cast(uint64_t, 0xC0000000)
+        if 0x100 <= index <= 0x102 or index == 0x82 or index == 0x83:
+            return MSRS_LONG_MODE
+        if index == 0x80:
+            return MSRS_EFER
+        if index == 0x81 or index == 0x84:
+            return MSRS_SYSCALL
+        if index == 0x103:
+            return MSRS_TSC_AUX
+        return MSRS_OSVW if index == 0x10140 or index == 0x10141 else -1
+    if index == 0x10:
+        return MSRS_TSC
+    if index == 0x3B:
+        return MSRS_TSC_ADJUST
+    if index == 0x1B:
+        return MSRS_APIC
+    if index == 0x48 or index == 0x49:
+        return MSRS_SPEC_CTRL
+    if index == 0x10A:
+        return MSRS_ARCH_CAPABILITIES
+    if 0x174 <= index <= 0x176:
+        return MSRS_SYSENTER
+    if index == 0x179 or index == 0x17A:
+        return MSRS_MACHINE_CHECK
+    if index == 0x277:
+        return MSRS_PAT
+    if index == 0x6E0:
+        return MSRS_TSC_DEADLINE
+    if index == 0xFE or index == 0x2FF or 0x200 <= index < 0x200 + 2 * MTRR_VARIABLE or _mtrr_fixed(index) >= 0:
+        return MSRS_MTRR
+    return -1
+
+
+def _absent(s, index):
+    """Is it a register of a feature that CPUID does not show? SDM, "RDMSR—Read From Model Specific Register"."""
+    group: cython.int = _group(index)
+    return group >= 0 and not msrs_allowed(s, cython.cast(uint32_t, group))
+
+
+def _mtrr_type(value):
+    """SDM, "Memory Types That Can Be Encoded in MTRRs"."""
+    return value < 8 and (0x73 >> value) & 1 != 0
+
+
+def _mtrr_valid(s, index, value):
+    """SDM, "MTRRs": reserved bits and memory types raise #GP."""
+    k: uint32_t
+    bad: cython.bint = False
+    if index == 0x2FF:
+        return (value & ~cython.cast(uint64_t, 0xCFF)) == 0 and _mtrr_type(value & 0xFF)
+    if index < 0x200 + 2 * MTRR_VARIABLE:
+        if value >> s.physical_bits:
+            return False
+        return (value & 0x7FF) == 0 if index & 1 else (value & 0xF00) == 0 and _mtrr_type(value & 0xFF)
+    for k in range(8):
+        bad = bad or not _mtrr_type((value >> (8 * k)) & 0xFF)
+    return not bad
 
 
 def _mtrr_fixed(index):
@@ -85,11 +165,13 @@ def read_msr(s, index, value):
     """Read one register."""
     fixed: cython.int
     value[0] = 0
+    if _absent(s, index):
+        return False
     if index == 0x10:
         value[0] = tsc(s)
     elif index == 0x1B:
         value[0] = s.apic_base
-    elif index == 0x3A:
+    elif index == 0x3A and s.vmx != cython.NULL:
         value[0] = 5  # locked, VMX outside SMX
     elif index == 0x3B:
         value[0] = s.tsc_adjust
@@ -170,6 +252,8 @@ def write_msr(s, index, value):
     """Write one register."""
     fixed: cython.int
     now: uint64_t
+    if _absent(s, index):
+        return False
     if index == 0x10:
         now = tsc(s)
         s.tsc_adjust += value - now
@@ -208,10 +292,12 @@ def write_msr(s, index, value):
             return False
         s.pat = value
     elif index == 0x2FF:
-        if value & ~cython.cast(uint64_t, 0xCFF):
+        if not _mtrr_valid(s, index, value):
             return False
         s.mtrr_def_type = value
     elif 0x200 <= index < 0x200 + 2 * MTRR_VARIABLE:
+        if not _mtrr_valid(s, index, value):
+            return False
         if index & 1:
             s.mtrr_mask[(index - 0x200) >> 1] = value
         else:
@@ -258,7 +344,7 @@ def write_msr(s, index, value):
         s.tsc_aux = value
     else:
         fixed = _mtrr_fixed(index)
-        if fixed < 0:
+        if fixed < 0 or not _mtrr_valid(s, index, value):
             return False
         s.mtrr_fixed[fixed] = value
     return True

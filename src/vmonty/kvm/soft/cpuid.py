@@ -34,8 +34,9 @@ OFFERED = "max,-vmx,-svm,-monitor,-xsaves"
 
 # What the control registers of a guest may hold, which follows.
 CR0_VALID = 0xE005_003F
-CR4_VALID = models.cr4_bits(models.parse(OFFERED))
+CR4_VALID = models.cr4_bits(models.parse(OFFERED).features)
 EFER_VALID = 0xD01
+XCR0_VALID = models.xcr0_bits(models.parse(OFFERED))
 PHYSICAL_BITS = models.PHYSICAL_BITS
 PAT_RESET = 0x0007_0406_0007_0406
 
@@ -67,6 +68,19 @@ def instructions(entries: Sequence[kvm_cpuid_entry2]) -> frozenset[str]:
     decided = {leaf >> 31 for leaf in (BASIC_FEATURES, EXTENDED_FEATURES) if (leaf, None) in table}
     undecided = {name for name in own if models.FEATURES[name][0] >> 31 not in decided}
     return own & said | undecided | _KVM_DECIDES
+
+
+# What __cr4_reserved_bits(), __kvm_valid_efer() look at; other bits a guest may set whatever its CPUID says.
+_CR4_FEATURES = ("xsave", "smep", "smap", "fsgsbase", "umip", "pcid")
+_EFER_FEATURES = {"nx": 0x800, "lm": 0x500}
+
+
+def control_bits(entries: Sequence[kvm_cpuid_entry2]) -> tuple[int, int, int]:
+    """The bits of CR4, EFER and XCR0 that a guest with these CPUID answers may set."""
+    features = instructions(entries)
+    off = [name for name in _CR4_FEATURES if name not in features]
+    efer = sum(bits for name, bits in _EFER_FEATURES.items() if name not in features)
+    return CR4_VALID & ~models.cr4_only(off), EFER_VALID & ~efer, XCR0_VALID & (7 if "avx" in features else 3)
 
 
 def _registers(

@@ -42,6 +42,8 @@ cdef enum:
 cdef enum:
     CR4_OSXSAVE = 0x40000
     CPUID_OSXSAVE = 0x8000000
+    CPUID_APIC = 0x200
+    APIC_BASE_ENABLE = 0x800
     SHADOWS = 3              # STI, MOV SS
 
 # struct kvm_run, and KVM_EXIT_IO; a test compares them with the declaration.

@@ -49,11 +49,15 @@ def fastpath_cpuid(a, s):
     """kvm_emulate_cpuid()."""
     out: uint32_t[4]
     function: uint32_t = cython.cast(uint32_t, s.gpr[RAX])
+    if function == 1 and a.apic == cython.NULL:
+        return FAST_NONE  # Python has the APIC base
     kvm_cpuid(a, function, cython.cast(uint32_t, s.gpr[RCX]), cython.address(out[0]))
     if function == 1:
         out[2] &= ~cython.cast(uint32_t, CPUID_OSXSAVE)
         if s.cr4 & CR4_OSXSAVE:
             out[2] |= CPUID_OSXSAVE
+        if a.apic.apic_base & APIC_BASE_ENABLE == 0:
+            out[3] &= ~cython.cast(uint32_t, CPUID_APIC)
     s.gpr[RAX] = out[0]
     s.gpr[RBX] = out[1]
     s.gpr[RCX] = out[2]

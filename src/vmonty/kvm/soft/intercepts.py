@@ -28,6 +28,7 @@ UD_VECTOR, GP_VECTOR = 6, 13
 MASK32 = 0xFFFF_FFFF
 MAX_INSTRUCTION = 15
 CR4_OSXSAVE, FEATURE_OSXSAVE = 1 << 18, 1 << 27
+APIC_BASE_ENABLE, FEATURE_APIC = 1 << 11, 1 << 9
 CR0_PE, CR0_ET, CR0_NW, CR0_CD, CR0_PG = 1, 1 << 4, 1 << 29, 1 << 30, 1 << 31
 CR4_PAE, CR4_PCIDE, EFER_LME, EFER_LMA = 1 << 5, 1 << 17, 1 << 8, 1 << 10
 CR3_NO_FLUSH, CR3_LONG_RESERVED = 1 << 63, ~((1 << 46) - 1)
@@ -113,6 +114,8 @@ class Intercepts:
         if function == 1:
             os_xsave = self.vcpu.vendor.get_control("cr4") & CR4_OSXSAVE
             ecx = ecx & ~FEATURE_OSXSAVE | (FEATURE_OSXSAVE if os_xsave else 0)
+            if not self.vcpu.get_apic_base() & APIC_BASE_ENABLE:
+                edx &= ~FEATURE_APIC
         return eax, ebx, ecx, edx
 
     def handle_halt(self) -> bool:
@@ -247,7 +250,7 @@ class Intercepts:
 
     def handle_xsetbv(self) -> bool:
         value = self.vcpu.vendor.get_gpr(RAX) & MASK32 | (self.vcpu.vendor.get_gpr(RDX) & MASK32) << 32
-        if self.vcpu.vendor.get_gpr(RCX) & MASK32 or value & ~7 or not value & 1 or value & 6 == 4:
+        if self.vcpu.vendor.get_gpr(RCX) & MASK32 or value & ~self.vcpu.xcr0_valid or not value & 1 or value & 6 == 4:
             return self._gp()
         self.vcpu.vendor.set_control("xcr0", value)
         self._skip()

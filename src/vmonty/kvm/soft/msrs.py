@@ -24,6 +24,7 @@ MSR_FS_BASE, MSR_GS_BASE, MSR_KERNEL_GS_BASE, MSR_TSC_AUX = (0xC000_0100 + index
 MSR_MCG_CAP, MSR_MCG_STATUS = 0x179, 0x17A
 MSR_UCODE_REV, MSR_ARCH_CAPABILITIES = 0x8B, 0x10A
 UCODE_REV = 1 << 32
+CR0_PG, EFER_LME = 1 << 31, 1 << 8
 X2APIC_FIRST, X2APIC_LAST = 0x800, 0x8FF
 
 # KVM_GET_MSRS takes at most this many at a time: MAX_IO_MSRS of arch/x86/kvm/x86.c.
@@ -37,7 +38,7 @@ MSRS_TO_SAVE: tuple[int, ...] = (
 
 # Registers that are only kept: what they start with.
 STORED: dict[int, int] = {
-    MSR_MISC_ENABLE: 1, MSR_MCG_STATUS: 0, MSR_IA32_TSC_ADJUST: 0, 0x48: 0, MSR_UCODE_REV: UCODE_REV,
+    MSR_MISC_ENABLE: 1, MSR_MCG_STATUS: 0, MSR_IA32_TSC_ADJUST: 0, MSR_UCODE_REV: UCODE_REV,
     0x2FF: 0, 0x140: 0,
     **{0x200 + index: 0 for index in range(16)},  # variable MTRRs
     **dict.fromkeys((592, 600, 601, *range(616, 624)), 0),  # fixed MTRRs
@@ -105,6 +106,8 @@ class MsrIoctls(VcpuState):
             self.set_guest_tsc(value)
         elif index == MSR_IA32_APICBASE:
             self.set_apic_base(value, host)
+        elif index == MSR_EFER and not host and not self._efer_valid(value):
+            raise OSError(errno.EPERM, "bits that CPUID does not show, or EFER.LME under paging")
         elif index in SYSTEM_TIME_MSRS:
             self.pvclock.set_system_time(value)
         elif index in WALL_CLOCK_MSRS:
@@ -133,6 +136,11 @@ class MsrIoctls(VcpuState):
             if index in READ_ONLY or self.vendor.get_msr(index) is not None:
                 raise OSError(errno.EPERM, "a read-only MSR, or not a value that it takes")
             raise UnknownMsrError(index)
+
+    def _efer_valid(self, value: int) -> bool:
+        """set_efer(): what a guest may write."""
+        paging = self.vendor.get_control("cr0") & CR0_PG
+        return not value & ~self.efer_valid and not (paging and (value ^ self.vendor.get_control("efer")) & EFER_LME)
 
     def _entries(self, argument: Argument) -> list[kvm_msr_entry]:
         count = argument.get(kvm_msrs).nmsrs

@@ -194,8 +194,7 @@ class RegisterIoctls(VcpuState):
             raise OSError(errno.EINVAL, "too many registers, or flags")
         for entry in table.xcrs[: table.nr_xcrs]:
             if entry.xcr == 0:
-                allowed = XSTATE_X87 | XSTATE_SSE | XSTATE_AVX
-                if entry.value & ~allowed or not entry.value & XSTATE_X87 or entry.value & 6 == XSTATE_AVX:
+                if entry.value & ~self.xcr0_valid or not entry.value & XSTATE_X87 or entry.value & 6 == XSTATE_AVX:
                     raise OSError(errno.EINVAL, "not a value that XCR0 takes")
                 self.vendor.set_control("xcr0", entry.value)
 

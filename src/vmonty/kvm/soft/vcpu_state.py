@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from vmonty.kvm.soft.cpuid import CR4_VALID, EFER_VALID, XCR0_VALID
 from vmonty.kvm.soft.files import KvmFile
 from vmonty.kvm.soft.msr_table import StoredMsrs
 from vmonty.kvm.soft.pv import Paravirt
@@ -131,6 +132,8 @@ class VcpuState(KvmFile):
         self.arch.set_counters(self.stats.values)
         self.stored_msrs = StoredMsrs({})
         self.cpuid: list[kvm_cpuid_entry2] = []
+        # What its CPUID lets the guest set: bits of CR4, EFER, XCR0.
+        self.cr4_valid, self.efer_valid, self.xcr0_valid = CR4_VALID, EFER_VALID, XCR0_VALID
         self.exception: QueuedException | None = None
         self.interrupt_injected: int | None = None
         # Split irqchip: what user space's PIC has acknowledged.

@@ -250,6 +250,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         self.arch.set_cpuid(
             [(leaf.function, leaf.index, leaf.flags, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) for leaf in entries]
         )
+        self.cr4_valid, self.efer_valid, self.xcr0_valid = cpuid.control_bits(entries)
         self.vendor.set_cpuid(self.cpuid)
         if self.apic is not None:
             features = next((entry.ecx for entry in self.cpuid if entry.function == 1), 0)
@@ -784,6 +785,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         else:
             injected = False
         if self.nmi_pending:
+            if vendor.get_nmi_mask():  # process_nmi(): one in progress, one behind it
+                self.nmi_pending = 1
             if not injected and vendor.nmi_allowed():
                 self.nmi_pending -= 1
                 self.stats.values[NMI_INJECTIONS] += 1

@@ -27,7 +27,7 @@ XSAVE_SIZE = 832
 MSR_TSC_RATIO = 0xC000_0104
 # MSRs that the guest may read and write without an exit: they are the processor's own.
 PASSED_THROUGH = (
-    0x174, 0x175, 0x176, 0x48,
+    0x174, 0x175, 0x176,
     *range(0xC000_0081, 0xC000_0085), *range(0xC000_0100, 0xC000_0104),
 )  # fmt: skip
 

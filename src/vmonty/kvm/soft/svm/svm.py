@@ -282,7 +282,7 @@ class Svm(SvmExits):
         self.mmu_load()
 
     def valid_controls(self, cr0: int, cr4: int, efer: int) -> bool:
-        return not (cr0 & ~CR0_VALID or cr4 & ~CR4_VALID or efer & ~EFER_VALID)
+        return not (cr0 & ~CR0_VALID or cr4 & ~self.vcpu.cr4_valid or efer & ~EFER_VALID)
 
     def valid_cr3(self, cr3: int) -> bool:
         return not cr3 >> PHYSICAL_BITS
@@ -371,6 +371,8 @@ class Svm(SvmExits):
 
     def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
         self.cpu.set_cpuid(entries)
+        # What the guest may not set becomes #GP.
+        self.vmcb.intercept(X.WRITE_CR0 + 4, self.shadow is not None or self.vcpu.cr4_valid != CR4_VALID)
 
     # ---- events ----------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ MSR_BITMAP_SIZE = 4096
 
 # MSRs that the guest may read and write without an exit: they are the processor's own.
 PASSED_THROUGH = (
-    0x174, 0x175, 0x176, 0x48,
+    0x174, 0x175, 0x176,
     *range(0xC000_0081, 0xC000_0085), *range(0xC000_0100, 0xC000_0104),
 )  # fmt: skip
 

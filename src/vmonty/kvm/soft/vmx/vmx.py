@@ -323,7 +323,7 @@ class Vmx(VmxExits):
         self.mmu_load()
 
     def valid_controls(self, cr0: int, cr4: int, efer: int) -> bool:
-        return not (cr0 & ~CR0_VALID or cr4 & ~CR4_VALID or efer & ~EFER_VALID)
+        return not (cr0 & ~CR0_VALID or cr4 & ~self.vcpu.cr4_valid or efer & ~EFER_VALID)
 
     def valid_cr3(self, cr3: int) -> bool:
         return not cr3 >> PHYSICAL_BITS
@@ -423,6 +423,8 @@ class Vmx(VmxExits):
 
     def set_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
         self.cpu.set_cpuid(entries)
+        if self.shadow is None:  # what the guest may not set exits, and becomes #GP
+            self.cpu.vmwrite(Field.CR4_GUEST_HOST_MASK, c.CR4_VMXE | CR4_VALID & ~self.vcpu.cr4_valid)
 
     # ---- events ----------------------------------------------------------------------------------------
 
