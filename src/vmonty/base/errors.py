@@ -3,7 +3,8 @@
 VmontyError                    one line that says what is wrong and what to do
 ├── UsageError                 a bad argument or configuration: the CLI ends with status 2
 │   ├── BootImageError         a kernel or initrd that cannot be booted
-│   └── DiskImageError         a disk image that cannot be opened or made
+│   ├── DiskImageError         a disk image that cannot be opened or made
+│   └── HostMemoryError        more memory than the host maps; carries errno (also an OSError)
 ├── GuestError                 a guest image cannot be fetched, built or trusted
 ├── GuestMemoryError           an address outside guest RAM (also an IndexError)
 ├── BlockError                 a disk operation failed; carries errno (also an OSError)
@@ -32,6 +33,16 @@ class BootImageError(UsageError):
 
 class DiskImageError(UsageError):
     """A disk image is malformed, of an unknown kind, in use by another program, or cannot be made."""
+
+
+class HostMemoryError(UsageError, OSError):
+    """The host does not map that much: *errno* is what an ioctl that needed it fails with."""
+
+    def __init__(self, errno: int, message: str) -> None:
+        super().__init__(errno, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class GuestError(VmontyError):

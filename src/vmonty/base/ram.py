@@ -6,12 +6,13 @@ of the mapping first, and the mapping cannot go away while an object that uses i
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 
 import cython
 
-from vmonty.base.errors import GuestMemoryError, UsageError
+from vmonty.base.errors import GuestMemoryError, HostMemoryError, UsageError
 from vmonty.base.hostcall import address_of, map_over
 
 PAGE_SIZE: int = 4096
@@ -23,8 +24,8 @@ class Ram:
     """*size* bytes of guest RAM, a multiple of 4096, in a memfd called *name*.
 
     Pages are allocated by the host when they are first touched. ``address`` is where it is mapped in this
-    process; ``fileno()`` is the memfd. Raises UsageError when *size* is no positive multiple of the page size
-    or more than the host can map.
+    process; ``fileno()`` is the memfd. Raises UsageError when *size* is no positive multiple of the page size,
+    HostMemoryError when it is more than the host can map.
     """
 
     def __init__(self, size: int, name: str = "vmonty-ram") -> None:
@@ -45,7 +46,8 @@ class Ram:
                 self._mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError, OverflowError) as error:
             os.close(fd)
-            raise UsageError(f"RAM of {size} bytes cannot be mapped: {error}") from error
+            code: int = getattr(error, "errno", None) or errno.ENOMEM
+            raise HostMemoryError(code, f"RAM of {size} bytes cannot be mapped: {error}") from error
         self._fd = fd
         self.size = size
         self._view = memoryview(self._mapping)[self._at : self._at + size]

@@ -44,9 +44,28 @@ class KvmFile:
     def make_fd(self, name: str, size: int = 0) -> int:
         """A real descriptor to stand for this file: a memfd of *size* bytes."""
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        if size:
-            os.ftruncate(fd, size)
+        try:
+            if size:
+                os.ftruncate(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
     def release(self) -> None:
         """The last descriptor was closed."""
+
+
+def anon_inode_getfd(file: KvmFile, name: str, install: Install) -> int:
+    """A descriptor for *file*, which is released if there is none to be had."""
+    try:
+        fd = file.make_fd(name)
+    except BaseException:
+        file.release()
+        raise
+    install(file, fd)
+    return fd
+
+
+# fd_install(): from here on the descriptor leads to the file. It cannot fail.
+Install = Callable[[KvmFile, int], None]

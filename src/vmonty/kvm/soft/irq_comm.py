@@ -140,6 +140,7 @@ class IrqComm:
     def add_apic(self, apic: Lapic) -> None:
         """A vCPU is complete: messages reach it from now on."""
         with self.lock:
+            apic.regs.publish()
             self.apics = [*self.apics, apic]
             self.apics_changed()
 

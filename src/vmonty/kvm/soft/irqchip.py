@@ -45,7 +45,11 @@ class IrqchipIoctls(KvmFile):
         self.irqfds = Irqfds(self.irqs)
         self.ioeventfds = IoEventfds(self.buses, self._hang_doorbells)
         self.ring_fd = self.make_fd("kvm-coalesced", mmap.PAGESIZE)
-        self.coalesced = CoalescedMmio(memoryview(mmap.mmap(self.ring_fd, mmap.PAGESIZE)), self.buses)
+        try:
+            self.coalesced = CoalescedMmio(memoryview(mmap.mmap(self.ring_fd, mmap.PAGESIZE)), self.buses)
+        except BaseException:
+            os.close(self.ring_fd)
+            raise
 
     def _hang_doorbells(self, bells: list[Doorbell]) -> None:
         """Memory hides what lies below it."""

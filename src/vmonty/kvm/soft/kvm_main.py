@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from threading import get_ident
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from vmonty.kvm.soft.clock import ClockIoctls
 from vmonty.kvm.soft.dirty_log import DirtyLogIoctls
 from vmonty.kvm.soft.dirty_ring import DirtyRing
 from vmonty.kvm.soft.enable_cap import CapIoctls
-from vmonty.kvm.soft.files import KvmFile, answers
+from vmonty.kvm.soft.files import Install, KvmFile, anon_inode_getfd, answers
 from vmonty.kvm.soft.insight import Tracer
 from vmonty.kvm.soft.irqchip import IrqchipIoctls
 from vmonty.kvm.soft.mce import MCE_CAP_SUPPORTED
@@ -55,9 +55,6 @@ VCPU_MMAP_SIZE = 3 * mmap.PAGESIZE
 FLUSH_POLL_S = 20e-6
 KVM_RUN = int(Requests.KVM_RUN)
 MAIN_THREAD = threading.main_thread().ident
-
-# Gives a file its descriptor: (file, name, bytes of its mapping).
-Install = Callable[[KvmFile, str, int], int]
 
 
 def check_extension(module: Module, number: int) -> int:
@@ -92,7 +89,7 @@ class KvmDevice(KvmFile):
     def create_vm(self, argument: Argument) -> int:
         if argument.number:
             raise OSError(errno.EINVAL, "unknown VM type")
-        return self._install(Kvm(self._install, self._module), "kvm-vm", 0)
+        return anon_inode_getfd(Kvm(self._install, self._module), "kvm-vm", self._install)
 
     @answers(Requests.KVM_CHECK_EXTENSION)
     def check_extension(self, argument: Argument) -> int:
@@ -168,7 +165,6 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
         self.lock = threading.RLock()
         self.stats = Statistics(VM_STATISTICS, f"kvm-{os.getpid()}")
         self.memslots = Memslots()
-        self.mmu = module.ops.mmu_create(self)
         self.vcpus: dict[int, KvmVcpuFile] = {}
         self.created_vcpus = 0
         self.boot_vcpu_id = 0
@@ -178,7 +174,12 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
         self.msr_filter: MsrFilter | None = None
         self.pmu_filter: PmuFilter | None = None
         self.users_count = 1
-        module.get()
+        try:
+            self.mmu = module.ops.mmu_create(self)
+            module.get()
+        except BaseException:
+            self.destroy_irqchip()
+            raise
         module.vm_list.append(self)
 
     def clock_changed(self) -> None:
@@ -229,20 +230,23 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
                 raise OSError(errno.EINVAL, "the vCPU id is beyond the VM's limit")
             if vcpu_id in self.vcpus:
                 raise OSError(errno.EEXIST, "there is a vCPU with this id")
-            self.created_vcpus += 1
-            try:
+            with ExitStack() as undo:
                 vcpu = KvmVcpuFile(self, vcpu_id)
+                undo.callback(vcpu.destroy)
                 ring_size = self.dirty_ring_size
                 size = dirty_ring.OFFSET + ring_size if ring_size else VCPU_MMAP_SIZE
-                fd = self._install(vcpu, f"kvm-vcpu:{vcpu_id}", size)
+                fd = vcpu.make_fd(f"kvm-vcpu:{vcpu_id}", size)
+                undo.callback(os.close, fd)
                 vcpu.map_run_page(fd)
                 if ring_size:
                     vcpu.map_dirty_ring(fd, ring_size)
-            except BaseException:
-                self.created_vcpus -= 1
-                raise
+                undo.pop_all()
+            self.created_vcpus += 1
             self.vcpus[vcpu_id] = vcpu
+            if vcpu.apic is not None:
+                self.irqs.add_apic(vcpu.apic)
             self.users_count += 1
+            self._install(vcpu, fd)
             return fd
 
     @answers(Requests.KVM_SET_USER_MEMORY_REGION)

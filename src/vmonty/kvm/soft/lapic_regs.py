@@ -110,7 +110,11 @@ class LapicRegs:
             self.l.vcpu = cython.address(vcpu.a)
             vcpu.a.apic = cython.address(self.l)
             vcpu._apic = self
-            vm.add_apic(cython.address(self.l), self)
+
+    def publish(self) -> None:
+        """The vCPU is complete: fast IPIs find this APIC from now on."""
+        if self._vcpu is not None:
+            self._vm.add_apic(cython.address(self.l), self)
 
     def __getitem__(self, offset: cython.uint) -> int:
         if offset >= 0x400:

@@ -236,6 +236,12 @@ def _startup(module: Module, pcpu: PhysicalCpu) -> None:
     module.ops.hardware_enable(pcpu)
 
 
+def _teardown(module: Module, pcpu: PhysicalCpu) -> None:
+    """kvm_offline_cpu(): a reboot, or a wake-up that failed, may have turned it off already."""
+    if pcpu.virtualization is not None:
+        module.ops.hardware_disable(pcpu)
+
+
 @contextmanager
 def hardware_enable(module: Module) -> Iterator[None]:
     """hardware_enable_all(): on each processor; if one refuses, off again on those before it."""
@@ -255,17 +261,15 @@ def hardware_enable(module: Module) -> Iterator[None]:
 def _disable(module: Module, number: int) -> None:
     """hardware_disable_nolock(): if it is still there, and on."""
     for pcpu in pcpus.POOL:
-        if pcpu.number == number and pcpu.virtualization is not None:
+        if pcpu.number == number:
             pcpu.evict()
-            module.ops.hardware_disable(pcpu)
+            _teardown(module, pcpu)
 
 
 @contextmanager
 def cpu_hotplug(module: Module) -> Iterator[None]:
     """CPUHP_AP_KVM_ONLINE: on where a processor comes up, off where one goes down."""
-    state = HotplugState(
-        "kvm/cpu:online", lambda pcpu: _startup(module, pcpu), lambda pcpu: module.ops.hardware_disable(pcpu)
-    )
+    state = HotplugState("kvm/cpu:online", lambda pcpu: _startup(module, pcpu), lambda pcpu: _teardown(module, pcpu))
     with pcpus.POOL.cpuhp_state(state):
         yield
 

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from vmonty.cpu import models
@@ -212,13 +213,24 @@ class PhysicalCpus(Seats):
                 ops.suspend()
 
     def resume(self) -> None:
-        """The way back: syscore_resume() on the first processor, then the others, then the vCPUs."""
+        """The way back: syscore_resume() on the first processor, then the others, then the vCPUs.
+
+        What does not wake up keeps nothing else asleep. Raises its OSError when all the rest is done: a processor on
+        which virtualization stayed off runs no guest (KVM_RUN: EIO), one that could not be started is offline.
+        """
+        failed: OSError | None = None
         with self._lock:
-            for ops in self.syscore_ops:
-                ops.resume()
-            for number in self._slept:
-                self.online(number)
+            wake: list[Callable[[], object]] = [ops.resume for ops in self.syscore_ops]
+            wake += [partial(self.online, number) for number in self._slept]
+            for step in wake:
+                try:
+                    step()
+                except OSError as error:
+                    failed = failed or error
+            self._slept = []
             self.thaw()
+        if failed is not None:
+            raise failed
 
     def thaw(self) -> None:
         """Let vCPUs run again."""
@@ -298,11 +310,18 @@ class PhysicalCpus(Seats):
         for pcpu in idle:
             if pcpu.holder is None and pcpu.claim():
                 return pcpu
-        if len(self._cpus) < self.limit:
-            idle.append(self.online(next(number for number in range(self.limit) if number not in self._cpus)))
-            idle[-1].claim()
-            return idle[-1]
+        if len(self._cpus) < self.limit and (new := self._one_more()) is not None and new.claim():
+            return new
         return next((pcpu for pcpu in sorted(idle, key=lambda pcpu: pcpu.since_ns) if pcpu.claim()), None)
+
+    def _one_more(self) -> PhysicalCpu | None:
+        """The next processor comes up; None if it cannot, and there are others."""
+        try:
+            return self.online(next(number for number in range(self.limit) if number not in self._cpus))
+        except OSError:
+            if not self._cpus:
+                raise
+            return None
 
     def _tick(self, share_ns: int) -> None:
         """The vCPU that runs longest makes room, if it has had its share."""

@@ -13,7 +13,7 @@ from vmonty.base import hostcall
 from vmonty.base.errors import KvmUnavailable
 from vmonty.cpu import core
 from vmonty.kvm.soft import modules
-from vmonty.kvm.soft.files import KvmFile
+from vmonty.kvm.soft.files import KvmFile, anon_inode_getfd
 from vmonty.kvm.soft.insight import Tracer, Translation, translate
 from vmonty.kvm.soft.kvm_main import Kvm, KvmDevice, KvmVcpuFile
 from vmonty.kvm.soft.port_window import PortWindow
@@ -37,17 +37,20 @@ class SoftKvm:
         """A new system file. Loads kvm_intel when no vendor module is; see modules.load()."""
         try:
             device = KvmDevice(self.install, modules.request(self.module))
+            fd = anon_inode_getfd(device, "kvm", self.install)
         except RuntimeError as error:
             raise KvmUnavailable(errno.ENODEV, "open the software KVM", str(error)) from error
+        except KvmUnavailable:
+            raise
+        except OSError as error:
+            raise KvmUnavailable(error.errno or errno.EIO, "open the software KVM", error.strerror or "") from error
         hostcall.install_kick()
-        return self.install(device, "kvm", 0)
+        return fd
 
-    def install(self, file: KvmFile, name: str, size: int) -> int:
-        """Give *file* a descriptor, as the kernel's anon_inode_getfd does."""
-        fd = file.make_fd(name, size)
+    def install(self, file: KvmFile, fd: int) -> None:
+        """fd_install(): *fd*, which nobody has yet, leads to *file*."""
         with self._lock:
             self._files[fd] = file
-        return fd
 
     def ioctl(self, fd: int, request: int, argument: int | Buffer | None) -> int:
         """One request; see Provider.ioctl."""
@@ -58,6 +61,8 @@ class SoftKvm:
             return file.ioctl(request & 0xFFFF_FFFF, argument)
         except OSError as error:
             return -(error.errno or errno.EIO)
+        except MemoryError:
+            return -errno.ENOMEM
 
     def mmap(self, fd: int, size: int, offset: int = 0) -> memoryview:
         """Map the memfd that the descriptor is: for a vCPU its kvm_run and rings."""

@@ -105,20 +105,28 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         self.msr_filter_requested = kvm.msr_filter is not None
         is_bsp = vcpu_id == kvm.boot_vcpu_id
         self._apic_base = APIC_BASE_DEFAULT | (APIC_BASE_BSP if is_bsp else 0)
-        if kvm.irqchip_in_kernel:
-            self.apic = Lapic(self, kvm.irqs, kvm.timers, bsp=is_bsp)
-            self.apic.timer.bus_cycle_ns = kvm.apic_bus_cycle_ns
-            if kvm.disabled_quirks:
-                kvm.configure_quirks(self.apic)
-                self.apic.reset(init_event=False)
-            kvm.irqs.add_apic(self.apic)
-            self.mp_state = flags.KVM_MP_STATE_RUNNABLE if is_bsp else flags.KVM_MP_STATE_UNINITIALIZED
-        self.vcpu_load(brief=True)
         try:
-            self.set_tsc_frequency(kvm.default_tsc_khz)
-            self.set_guest_tsc(0)
-        finally:
-            self.vcpu_put()
+            if kvm.irqchip_in_kernel:
+                self._create_apic(is_bsp)
+            self.vcpu_load(brief=True)
+            try:
+                self.set_tsc_frequency(kvm.default_tsc_khz)
+                self.set_guest_tsc(0)
+            finally:
+                self.vcpu_put()
+        except BaseException:
+            self.destroy()
+            raise
+
+    def _create_apic(self, is_bsp: bool) -> None:
+        """kvm_create_lapic(). Nobody else finds it before the vCPU is complete."""
+        kvm = self.kvm
+        self.apic = Lapic(self, kvm.irqs, kvm.timers, bsp=is_bsp)
+        self.apic.timer.bus_cycle_ns = kvm.apic_bus_cycle_ns
+        if kvm.disabled_quirks:
+            kvm.configure_quirks(self.apic)
+            self.apic.reset(init_event=False)
+        self.mp_state = flags.KVM_MP_STATE_RUNNABLE if is_bsp else flags.KVM_MP_STATE_UNINITIALIZED
 
     # ---- scheduling ------------------------------------------------------------------------------------------
 

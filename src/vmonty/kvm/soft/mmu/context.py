@@ -30,6 +30,10 @@ class MmuContext:
         self._pae_root = mmu.tables.allocate()
         self.registers = Registers(0, 0, 0, 0)
 
+    def destroy(self) -> None:
+        """kvm_mmu_destroy(): the vCPU is gone."""
+        self._mmu.tables.free(self._pae_root)
+
     def set(self, cr0: int, cr3: int, cr4: int, efer: int) -> None:
         """The guest has other control registers: the roots are looked up anew."""
         self.registers = Registers(cr0, cr3, cr4, efer, self.registers.pdptrs)

@@ -53,6 +53,11 @@ class Tables:
         arena.fill(address - arena.address, 4096)
         return address
 
+    @property
+    def used(self) -> int:
+        """Pages that are allocated."""
+        return ARENA_PAGES * len(self._arenas) - len(self._free)
+
     def free(self, address: int) -> None:
         """Give a page back. No processor may still walk it. An arena that is all free goes back to the host."""
         self._free.append(address)

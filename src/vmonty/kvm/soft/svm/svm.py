@@ -72,12 +72,16 @@ class Svm(SvmExits):
         self.shadow = MmuContext(vcpu, mmu) if isinstance(mmu, ShadowMmu) else None
         # The guest's DR0 to DR3 and DR7, while user space's debugger has the processor's.
         self._guest_debug_registers: dict[int, int] | None = None
-        pcpus.POOL.sched_in(self, brief=True)
         try:
-            self._init_vmcb()
-            self.reset(init=False)
-        finally:
-            pcpus.POOL.sched_out(self)
+            pcpus.POOL.sched_in(self, brief=True)
+            try:
+                self._init_vmcb()
+                self.reset(init=False)
+            finally:
+                pcpus.POOL.sched_out(self)
+        except BaseException:
+            self.destroy()
+            raise
 
     # ---- scheduling ------------------------------------------------------------------------------------
 
@@ -97,6 +101,8 @@ class Svm(SvmExits):
     def destroy(self) -> None:
         """svm_vcpu_free()."""
         pcpus.POOL.forget(self)
+        if self.shadow is not None:
+            self.shadow.destroy()
 
     def _init_vmcb(self) -> None:
         """What makes the guest exit, and where its maps and tables are."""

@@ -60,18 +60,22 @@ class Vmx(VmxExits):
     def __init__(self, vcpu: VcpuX86, module: KvmIntel) -> None:
         super().__init__(vcpu, Processor(vcpu.arch))
         self._module = module
-        self._vpid = module.allocate_vpid()
         self.preempt = vcpu.preempt
         mmu = vcpu.kvm.mmu
         self.shadow = MmuContext(vcpu, mmu) if isinstance(mmu, ShadowMmu) else None
+        self._vpid = module.allocate_vpid()
         # The guest's DR0 to DR3 and DR7, while user space's debugger has the processor's.
         self._guest_debug_registers: dict[int, int] | None = None
-        pcpus.POOL.sched_in(self, brief=True)
         try:
-            self._setup_controls()
-            self.reset(init=False)
-        finally:
-            pcpus.POOL.sched_out(self)
+            pcpus.POOL.sched_in(self, brief=True)
+            try:
+                self._setup_controls()
+                self.reset(init=False)
+            finally:
+                pcpus.POOL.sched_out(self)
+        except BaseException:
+            self.destroy()
+            raise
 
     # ---- scheduling ------------------------------------------------------------------------------------
 
@@ -91,6 +95,8 @@ class Vmx(VmxExits):
     def destroy(self) -> None:
         """vmx_vcpu_free()."""
         pcpus.POOL.forget(self)
+        if self.shadow is not None:
+            self.shadow.destroy()
         self._module.free_vpid(self._vpid)
 
     def _setup_controls(self) -> None:
