@@ -68,6 +68,8 @@ cdef struct CodePage:
     uint64_t generation      # CpuState.host_generation when its bytes were last compared
     uint32_t first           # first block, index + 1
     uint32_t next
+    uint32_t guarded         # counted in code_counters: its writes are noticed
+    uint32_t pad
 
 
 cdef struct CodeCache:
@@ -154,6 +156,15 @@ cdef extern from * nogil:
 cdef enum:
     CODE_COUNTERS = 4194304
 
+cdef extern from "<immintrin.h>" nogil:
+    void cpu_relax "_mm_pause"()
+    void read_again "__sync_synchronize"()
+    uint64_t host_tsc "__builtin_ia32_rdtsc"()
+
+cdef enum:
+    FRESH_PAGES = 8
+    POLL_CYCLES = 100000     # a processor that does not poll within that is not running
+
 cdef CpuState *processors[256]
 cdef int processors_count
 cdef int processors_lock
@@ -173,6 +184,8 @@ cdef void cache_flush(CpuState *s) noexcept nogil
 cdef void cache_prepare(CodeCache *c) noexcept nogil
 cdef Block *block_find(CodeCache *c, uint64_t rip, uint64_t linear, uint64_t limit, uint64_t host_page,
                        uint32_t key) noexcept nogil
+# Notice writes to a page from now on; before its code is read. c.pages must have room.
+cdef CodePage *page_guard(CodeCache *c, uint64_t host_page) noexcept nogil
 cdef void block_register(CodeCache *c, Block *b) noexcept nogil
 cdef void block_invalidate(CpuState *s, Block *b) noexcept nogil
 cdef int is_code_page(CpuState *s, uint64_t host_page) noexcept nogil

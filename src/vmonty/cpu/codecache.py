@@ -33,6 +33,7 @@ from cython.cimports.vmonty.cpu.state import (
     SHADOW_STACK,
     TLB_ENTRIES,
     TLB_SETS,
+    forget_windows,
 )
 from cython.cimports.vmonty.cpu.stubs import make_stubs
 
@@ -191,7 +192,7 @@ def cache_flush(s):
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     k: cython.int
     for k in range(cython.cast(cython.int, c.pages_used)):
-        if c.pages[k].first:
+        if c.pages[k].guarded:
             add_byte(_counter(c.pages[k].host_page), -1)
     c.a.at = c.writable + c.first
     c.blocks_used = 0
@@ -329,6 +330,7 @@ def drain_writes(s):
     n: uint32_t
     k: uint32_t
     everything: uint32_t
+    _drain_fresh(s)
     while lock_take(cython.address(processors_lock), 1):
         pass
     n = s.code_queue_count
@@ -350,34 +352,100 @@ def drain_writes(s):
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _forget_writable(s: cython.pointer(CpuState), host_page: uint64_t) -> cython.void:
-    """Take a page out of a processor's write tables.
-
-    Another processor may have looked its entry up just before and store a moment later: code that is written while it
-    is first translated elsewhere, without synchronisation, may be seen in either state. What it writes after the next
-    poll is seen.
-    """
-    k: cython.int
-    t: cython.int
-    n: cython.int = s.page_slots_used
-    for k in range(n):
-        if host_page - s.page_slots[k].host <= s.page_slots[k].last:
-            s.slot_tags[k] = cython.cast(uint64_t, 1) << 62
-    for t in range(TLB_SETS):
-        for k in range(LARGE_ENTRIES):
-            if host_page - s.large_write[t][k].host <= s.large_write[t][k].last:
-                s.large_write[t][k].negated_tag = cython.cast(uint64_t, 1) << 62
-        for k in range(TLB_ENTRIES):
-            if s.tlb_write[t][k].host == host_page:
-                s.tlb_write[t][k].negated_tag = cython.cast(uint64_t, 1) << 62
+def _drain_fresh(s: cython.pointer(CpuState)) -> cython.void:
+    """Look for the pages in which others found code. Not while anything relies on an entry of the write tables."""
+    fresh: uint64_t[FRESH_PAGES]
+    count: uint32_t
+    asked: uint32_t
+    k: uint32_t
+    while lock_take(cython.address(processors_lock), 1):
+        pass
+    count = s.fresh_count
+    asked = s.fresh_asked
+    for k in range(FRESH_PAGES):
+        fresh[k] = s.fresh_queue[k]
+    s.fresh_count = 0
+    lock_drop(cython.address(processors_lock))
+    if count > FRESH_PAGES:
+        _forget_all_writable(s)
+    else:
+        for k in range(count):
+            if _forget_writable(s, fresh[k]):
+                announce_write(s, fresh[k])
+    s.fresh_seen = asked
 
 
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _page_add(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), host_page: uint64_t) -> cython.pointer(
-    CodePage
-):
+def _await_polls(s: cython.pointer(CpuState)) -> cython.void:
+    """Wait until every processor that runs has looked for the pages queued for it, or its host thread seems to sleep.
+
+    Meanwhile look for those of others, who may be waiting for us.
+    """
+    k: cython.int
+    t: cython.pointer(CpuState)
+    begun: uint64_t = host_tsc()
+    for k in range(processors_count):
+        t = processors[k]
+        if t == cython.NULL or t == s:
+            continue
+        while t.in_run and cython.cast(int32_t, t.fresh_asked - t.fresh_seen) > 0 and host_tsc() - begun < POLL_CYCLES:
+            if s.fresh_count:
+                _drain_fresh(s)
+            cpu_relax()
+            read_again()
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _forget_writable(s: cython.pointer(CpuState), host_page: uint64_t) -> cython.int:
+    """Take a page out of a processor's write tables; tells whether it was there. Slots come last: they are filled from
+    the others.
+
+    Another processor may fill an entry just then, from what it has read before, or be in a strip, which asks no more:
+    so the page is also queued for it, it looks itself at its next poll, and the code is read after that
+    (``page_guard``).
+    """
+    k: cython.int
+    t: cython.int
+    n: cython.int = s.page_slots_used
+    none: uint64_t = cython.cast(uint64_t, 1) << 62
+    found: cython.int = 0
+    for t in range(TLB_SETS):
+        for k in range(LARGE_ENTRIES):
+            if host_page - s.large_write[t][k].host <= s.large_write[t][k].last:
+                found |= s.large_write[t][k].negated_tag != none
+                s.large_write[t][k].negated_tag = none
+        for k in range(TLB_ENTRIES):
+            if s.tlb_write[t][k].host == host_page:
+                found |= s.tlb_write[t][k].negated_tag != none
+                s.tlb_write[t][k].negated_tag = none
+    for k in range(n):
+        if host_page - s.page_slots[k].host <= s.page_slots[k].last:
+            found |= s.slot_tags[k] != none
+            s.slot_tags[k] = none
+    return found
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _forget_all_writable(s: cython.pointer(CpuState)) -> cython.void:
+    """Empty the write tables: more pages than the queue held got code elsewhere."""
+    k: cython.int
+    t: cython.int
+    for t in range(TLB_SETS):
+        for k in range(TLB_ENTRIES):
+            s.tlb_write[t][k].negated_tag = cython.cast(uint64_t, 1) << 62
+    s.large_used = 1
+    forget_windows(s)
+
+
+def page_guard(c, host_page):
+    s: cython.pointer(CpuState) = cython.cast(cython.pointer(CpuState), c.state)
+    t: cython.pointer(CpuState)
     p: cython.pointer(CodePage) = page_find(c, host_page)
     h: uint32_t
     n: cython.int
@@ -387,33 +455,46 @@ def _page_add(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), host_pa
         c.pages_used += 1
         p.host_page = host_page
         p.first = 0
+        p.guarded = 0
         p.generation = s.host_generation
         p.next = c.page_buckets[h]
         c.page_buckets[h] = c.pages_used
-    if p.first == 0:
-        add_byte(_counter(host_page), 1)
-        while lock_take(cython.address(processors_lock), 1):
-            pass
-        for n in range(processors_count):
-            if processors[n] != cython.NULL:
-                _forget_writable(processors[n], host_page)
+    if p.guarded:
+        return p
+    p.guarded = 1
+    while lock_take(cython.address(processors_lock), 1):
+        pass
+    if add_byte(_counter(host_page), 1):  # another processor's code is there: nobody writes unnoticed
         lock_drop(cython.address(processors_lock))
+        return p
+    for n in range(processors_count):
+        t = processors[n]
+        if t == cython.NULL:
+            continue
+        _forget_writable(t, host_page)
+        if t != s:
+            if t.fresh_count < FRESH_PAGES:
+                t.fresh_queue[t.fresh_count] = host_page
+            t.fresh_count += 1
+            t.fresh_asked += 1
+            t.run = 0
+    lock_drop(cython.address(processors_lock))
+    _await_polls(s)
     return p
 
 
 def block_register(c, b):
-    """Make a finished block findable and protect its pages from unnoticed writes."""
-    s: cython.pointer(CpuState) = cython.cast(cython.pointer(CpuState), c.state)
+    """Make a finished block findable."""
     number: uint32_t = (b - c.blocks) + 1
     h: uint32_t = _bucket(b.rip, b.host_page)
     p: cython.pointer(CodePage)
     b.next = c.buckets[h]
     c.buckets[h] = number
-    p = _page_add(c, s, b.host_page)
+    p = page_guard(c, b.host_page)
     b.page_next = p.first
     p.first = number
     if b.host_page2 and b.host_page2 != b.host_page:
-        p = _page_add(c, s, b.host_page2)
+        p = page_guard(c, b.host_page2)
         b.page_next2 = p.first
         p.first = number
     b.valid = 1
@@ -501,10 +582,11 @@ def drop_page(s, host_page):
     b: cython.pointer(Block)
     n: uint32_t
     count: cython.int = 0
-    if p == cython.NULL or p.first == 0:
+    if p == cython.NULL or p.guarded == 0:
         return 0
     n = p.first
     p.first = 0
+    p.guarded = 0
     add_byte(_counter(host_page), -1)
     while n:
         b = cython.address(c.blocks[n - 1])

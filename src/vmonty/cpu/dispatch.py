@@ -332,7 +332,7 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             # A locked operation: what the kicker wrote before it cleared the flag is seen below.
             swap32(cython.address(s.run), 0, 1)
             link = -1
-            if s.code_queue_count:
+            if s.code_queue_count | s.fresh_count:
                 drain_writes(s)
             if s.kick:
                 s.kick = 0
@@ -556,13 +556,13 @@ def run_cpu(s):
     guard: guard_function = cython.cast(guard_function, cython.cast(cython.p_void, c.guard))
     if not s.stack_ready:
         prepare_thread()
-    if s.code_queue_count:
+    if s.code_queue_count | s.fresh_count:
         drain_writes(s)
     s.slow_host_rip = 0
     s.guard_thread = pthread_self()
     guard(s, _begin)
     if not s.host_fault:
-        s.in_run = 1
+        swap32(cython.address(s.in_run), 0, 1)  # seen by who finds code in a page before anything is looked up here
         cython.cast(vector_function, cython.cast(cython.p_void, c.load_vectors))(s)
         guard(s, _run)
         cython.cast(vector_function, cython.cast(cython.p_void, c.save_vectors))(s)

@@ -468,6 +468,11 @@ cdef struct CpuState:
     uint32_t code_queue_count    # pages with code that others wrote; guarded by codecache.processors_lock
     uint32_t code_queue_all      # the queue ran over: every page
     uint64_t code_queue[64]
+    uint64_t fresh_queue[8]      # pages that others began to translate code from; guarded as the other queue is
+    uint32_t fresh_count         # may be more than there is room for
+    uint32_t fresh_asked         # how many were ever queued,
+    uint32_t fresh_seen          # and up to which of them this processor has looked
+    uint32_t fresh_pad
     uint64_t host_generation     # changes when host software may have written guest memory
     uint32_t stop_events     # tests: leave run() with EXIT_DEBUG instead of delivering an event
     uint64_t features[8]     # instruction features offered (numbers of opcodes.FEATURES); 0 bits make #UD

@@ -16,6 +16,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     block_register,
     cache_flush,
     cache_prepare,
+    page_guard,
 )
 from cython.cimports.vmonty.cpu.coherence import block_digest
 from cython.cimports.vmonty.cpu.decode import (
@@ -129,6 +130,10 @@ def _loop_beyond(w: cython.pointer(Work), code: cython.p_uchar, at: cython.int) 
                     return first + cython.cast(cython.int, w.insns[k].rip - b.rip)
             if i.rip + i.length + i.immediate != b.rip:
                 return at
+            page_guard(w.c, second.host)
+            for k in range(160):
+                if buffer[4096 - at + k] != cython.cast(cython.p_uchar, second.host)[k]:
+                    return at  # it was written meanwhile
             b.host_page2 = second.host
             if not second.is_global:
                 w.is_global = 0
@@ -177,6 +182,7 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
                 second = fetch_page(w.s, (b.linear | 0xFFF) + 1, why)
                 if second == cython.NULL or second.host == 0:
                     return 0
+                page_guard(w.c, second.host)
                 for k in range(part):
                     buffer[k] = code[at + k]
                 for k in range(15 - part):
@@ -403,6 +409,7 @@ def translate_block(s, rip, page, single, plain, why):
     b.rip = rip
     b.host_page = page.host
     b.host_page2 = 0
+    page_guard(c, page.host)
     b.key = s.block_key | (KEY_SINGLE if single else (KEY_PLAIN if plain else 0))
     b.entry = start - c.writable
     b.valid = 0
