@@ -66,6 +66,7 @@ cdef enum:
     COUNT_HALT_EXITS = 120
     COUNT_IRQ_EXITS = 122
     COUNT_IRQ_INJECTIONS = 128
+    COUNT_REQ_EVENT = 130
 
 cdef int fastpath_cpuid(KvmVcpuArch *a, CpuState *s) noexcept nogil
 cdef int fastpath_rdmsr(KvmVcpuArch *a, CpuState *s) noexcept nogil

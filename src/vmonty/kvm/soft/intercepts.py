@@ -17,7 +17,7 @@ from vmonty.kvm.soft.mmu.guest_walk import walk
 from vmonty.kvm.soft.mmu.shadow import Outcome
 from vmonty.kvm.soft.msr_filter import reason
 from vmonty.kvm.soft.pv import KVM_EINVAL, KVM_ENOSYS, KVM_EPERM
-from vmonty.kvm.soft.stats import HYPERCALLS, INSN_EMULATION_FAIL, IO_EXITS, IRQ_EXITS
+from vmonty.kvm.soft.stats import HYPERCALLS, INSN_EMULATION_FAIL, INVLPG, IO_EXITS, IRQ_EXITS
 from vmonty.kvm.uapi import Exit, flags
 
 if TYPE_CHECKING:
@@ -401,6 +401,7 @@ class Intercepts:
         return True
 
     def _invlpg(self, gva: int) -> bool:
+        self.vcpu.stats.values[INVLPG] += 1
         if self.shadow is not None:
             self.shadow.invlpg(gva)
         self.hardware_invlpg(gva)

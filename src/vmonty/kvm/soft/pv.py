@@ -153,11 +153,11 @@ class Paravirt:
         write(gpa + STEAL_VERSION, struct.pack("<I", version + 1 & 0xFFFF_FFFF))
 
     def set_preempted(self) -> None:
-        """kvm_steal_time_set_preempted(): another vCPU has the processor now."""
+        """kvm_steal_time_set_preempted(): another vCPU has the processor now. Always between two instructions."""
+        self._vcpu.stats.values[PREEMPTION_REPORTED] += 1
         control = self._msrs[flags.MSR_KVM_STEAL_TIME]
         if control & ENABLED:
             self._preempted = True
-            self._vcpu.stats.values[PREEMPTION_REPORTED] += 1
             self._vcpu.kvm.write_gpa((control & ~0x3F) + STEAL_PREEMPTED, bytes([VCPU_PREEMPTED]))
 
     # ---- PV EOI ----------------------------------------------------------------------------------------------

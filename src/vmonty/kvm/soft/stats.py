@@ -83,11 +83,22 @@ REMOTE_TLB_FLUSH, REMOTE_TLB_FLUSH_REQUESTS, PAGES_4K, PAGES_2M, PAGES_1G = (
     _index(VM_STATISTICS, name)
     for name in ("remote_tlb_flush", "remote_tlb_flush_requests", "pages_4k", "pages_2m", "pages_1g")
 )
+MMU_SHADOW_ZAPPED, MMU_PTE_WRITE, MMU_PDE_ZAPPED, MMU_RECYCLED, MMU_CACHE_MISS, MMU_UNSYNC, MAX_MMU_RMAP_SIZE = (
+    _index(VM_STATISTICS, name)
+    for name in (
+        "mmu_shadow_zapped", "mmu_pte_write", "mmu_pde_zapped", "mmu_recycled", "mmu_cache_miss", "mmu_unsync",
+        "max_mmu_rmap_size",
+    )
+)  # fmt: skip
 HALT_WAKEUP, HALT_WAIT_NS, HALT_WAIT_HIST, BLOCKING = (
     _index(VCPU_STATISTICS, name) for name in ("halt_wakeup", "halt_wait_ns", "halt_wait_hist", "blocking")
 )
-PF_TAKEN, PF_FIXED, PF_EMULATE, PF_GUEST, TLB_FLUSH = (
-    _index(VCPU_STATISTICS, name) for name in ("pf_taken", "pf_fixed", "pf_emulate", "pf_guest", "tlb_flush")
+PF_TAKEN, PF_FIXED, PF_EMULATE, PF_SPURIOUS, PF_GUEST, TLB_FLUSH, INVLPG = (
+    _index(VCPU_STATISTICS, name)
+    for name in ("pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_guest", "tlb_flush", "invlpg")
+)
+HOST_STATE_RELOAD, FPU_RELOAD, REQ_EVENT = (
+    _index(VCPU_STATISTICS, name) for name in ("host_state_reload", "fpu_reload", "req_event")
 )
 EXITS, IO_EXITS, MMIO_EXITS, SIGNAL_EXITS, HALT_EXITS, IRQ_EXITS = (
     _index(VCPU_STATISTICS, f"{name}_exits".lstrip("_")) for name in ("", "io", "mmio", "signal", "halt", "irq")
@@ -95,9 +106,12 @@ EXITS, IO_EXITS, MMIO_EXITS, SIGNAL_EXITS, HALT_EXITS, IRQ_EXITS = (
 IRQ_WINDOW_EXITS, NMI_WINDOW_EXITS, REQUEST_IRQ_EXITS = (
     _index(VCPU_STATISTICS, f"{name}_exits") for name in ("irq_window", "nmi_window", "request_irq")
 )
-HALT_ATTEMPTED_POLL, HALT_SUCCESSFUL_POLL, HALT_POLL_SUCCESS_NS, HALT_POLL_FAIL_NS = (
-    _index(VCPU_STATISTICS, name)
-    for name in ("halt_attempted_poll", "halt_successful_poll", "halt_poll_success_ns", "halt_poll_fail_ns")
+HALT_ATTEMPTED_POLL, HALT_SUCCESSFUL_POLL, HALT_POLL_SUCCESS_NS, HALT_POLL_SUCCESS_HIST = (
+    _index(VCPU_STATISTICS, f"halt_{name}")
+    for name in ("attempted_poll", "successful_poll", "poll_success_ns", "poll_success_hist")
+)
+HALT_POLL_FAIL_NS, HALT_POLL_FAIL_HIST = (
+    _index(VCPU_STATISTICS, name) for name in ("halt_poll_fail_ns", "halt_poll_fail_hist")
 )
 PREEMPTION_REPORTED, DIRECTED_YIELD_ATTEMPTED, DIRECTED_YIELD_SUCCESSFUL = (
     _index(VCPU_STATISTICS, name)
@@ -136,11 +150,24 @@ class Statistics:
             os.close(fd)
 
     def waited(self, nanoseconds: int) -> None:
-        """A halt has ended after *nanoseconds*. Bucket n of its histogram begins at 2 ** (n - 1)."""
+        """A halt has ended after *nanoseconds*."""
+        self.values[HALT_WAKEUP] += 1
+        self._time(HALT_WAIT_NS, HALT_WAIT_HIST, nanoseconds)
+
+    def polled(self, nanoseconds: int, successful: bool) -> None:
+        """A halt has polled for *nanoseconds*, and was *successful* if it needs no sleep."""
         values = self.values
-        values[HALT_WAKEUP] += 1
-        values[HALT_WAIT_NS] += nanoseconds
-        values[HALT_WAIT_HIST + min(nanoseconds.bit_length(), HALT_BUCKETS - 1)] += 1
+        values[HALT_ATTEMPTED_POLL] += 1
+        if successful:
+            values[HALT_SUCCESSFUL_POLL] += 1
+            self._time(HALT_POLL_SUCCESS_NS, HALT_POLL_SUCCESS_HIST, nanoseconds)
+        else:
+            self._time(HALT_POLL_FAIL_NS, HALT_POLL_FAIL_HIST, nanoseconds)
+
+    def _time(self, total: int, histogram: int, nanoseconds: int) -> None:
+        """Bucket n of a histogram begins at 2 ** (n - 1)."""
+        self.values[total] += nanoseconds
+        self.values[histogram + min(nanoseconds.bit_length(), HALT_BUCKETS - 1)] += 1
 
     def _move_to_file(self) -> None:
         head = self._head()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import cython
 from cython.cimports.libc.stdlib import calloc, free, realloc
 from cython.cimports.libc.string import memset
+from cython.cimports.vmonty.kvm.soft.fastpath import COUNT_REQ_EVENT
 from cython.cimports.vmonty.kvm.soft.kvm_host import (
     APIC_LIMIT,
     PORT_MAP_SIZE,
@@ -68,6 +69,8 @@ def kvm_take_requests(a, which):
     pthread_mutex_lock(cython.address(a.lock))
     taken = a.requests & which
     a.requests &= ~which
+    if taken & REQUEST_EVENT:
+        a.counters[COUNT_REQ_EVENT] += 1
     pthread_mutex_unlock(cython.address(a.lock))
     return taken
 

@@ -30,11 +30,7 @@ from vmonty.kvm.soft.signals import MASK_POLL_NS, pending_through
 from vmonty.kvm.soft.stats import (
     BLOCKING,
     EXITS,
-    HALT_ATTEMPTED_POLL,
     HALT_EXITS,
-    HALT_POLL_FAIL_NS,
-    HALT_POLL_SUCCESS_NS,
-    HALT_SUCCESSFUL_POLL,
     IRQ_INJECTIONS,
     NMI_INJECTIONS,
     REQUEST_IRQ_EXITS,
@@ -558,20 +554,16 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         """kvm_vcpu_halt(): look for a wake-up without sleeping, for as long as halt_poll_ns allows."""
         limit = self.kvm.max_halt_poll_ns
         until = since + (self.kvm.module.kvm.halt_poll_ns if limit is None else limit)
-        counters = self.stats.values
         if until == since or not self.pv.may_poll or self.mp_state != flags.KVM_MP_STATE_HALTED:
             return False
-        counters[HALT_ATTEMPTED_POLL] += 1
+        successful = False
         while (now := time.monotonic_ns()) < until:
-            if self._has_wakeup():
-                counters[HALT_SUCCESSFUL_POLL] += 1
-                counters[HALT_POLL_SUCCESS_NS] += now - since
-                return True
-            if self.signal_pending or self.need_resched:
+            successful = self._has_wakeup()
+            if successful or self.signal_pending or self.need_resched:
                 break
             time.sleep(0)  # others may need the interpreter to wake this one
-        counters[HALT_POLL_FAIL_NS] += now - since
-        return False
+        self.stats.polled(now - since, successful)
+        return successful
 
     def _unblocked(self) -> None:
         if self._has_apic_events():

@@ -45,6 +45,16 @@ from vmonty.kvm.soft.mmu.paging_tmpl import (
 )
 from vmonty.kvm.soft.mmu.spte import ADDRESS, WRITE, Format
 from vmonty.kvm.soft.mmu.tdp import Tables, TdpMmu
+from vmonty.kvm.soft.stats import (
+    MAX_MMU_RMAP_SIZE,
+    MMU_CACHE_MISS,
+    MMU_PDE_ZAPPED,
+    MMU_PTE_WRITE,
+    MMU_RECYCLED,
+    MMU_SHADOW_ZAPPED,
+    MMU_UNSYNC,
+    PAGES_4K,
+)
 from vmonty.kvm.uapi.flags import KVM_MEM_READONLY
 
 if TYPE_CHECKING:
@@ -99,6 +109,7 @@ class ShadowMmu:
     def __init__(self, kvm: Kvm, entries: Format) -> None:
         self._kvm = kvm
         self._memslots = kvm.memslots
+        self._stats = kvm.stats
         self.tdp = TdpMmu(kvm.memslots, kvm.stats, entries)
         self.lock = threading.RLock()
         self.walker = GuestWalker(kvm.memslots)
@@ -156,6 +167,7 @@ class ShadowMmu:
                 self._sync(page)
             return page
         self._make_room()
+        self._stats.values[MMU_CACHE_MISS] += 1
         page = self._pages[key] = ShadowPage(gfn, role, self.tables.allocate())
         if role.direct:
             if role.level == 1:
@@ -180,6 +192,7 @@ class ShadowMmu:
             return
         count = max(1, len(self._pages) // 8)
         for page in [page for page in self._pages.values() if page.role.level == 1][:count]:
+            self._stats.values[MMU_RECYCLED] += 1
             self._zap_page(page)
         self._flush_and_free()
 
@@ -197,6 +210,8 @@ class ShadowMmu:
         if page.invalid:
             return
         page.invalid = True
+        counters = self._stats.values
+        counters[MMU_SHADOW_ZAPPED] += 1
         for index in list(page.filled):
             self._drop(page, index)
         for index, child in page.children.items():
@@ -206,9 +221,11 @@ class ShadowMmu:
             parent.children.pop(index, None)
             self.tables.write(parent.table, index, 0)
         page.parents.clear()
+        if page.role.level == 1:
+            counters[PAGES_4K] -= self.tables.count(page.table, 0, ENTRIES)
         self.tables.clear(page.table)
         del self._pages[page.gfn, page.role]
-        self._unsync.discard(page)
+        self._set_sync(page)
         if page.role.direct:
             if page.role.level == 1:
                 self._direct[page.gfn >> 9].discard(page)
@@ -252,7 +269,11 @@ class ShadowMmu:
             self._drop(page, index)
         page.filled[index] = gpte, gfn
         page.snapshot = b""  # the table as a whole has not been compared with this entry
-        self._rmap.setdefault(gfn, set()).add((page, index))
+        entries = self._rmap.setdefault(gfn, set())
+        entries.add((page, index))
+        counters = self._stats.values
+        counters[MAX_MMU_RMAP_SIZE] = max(counters[MAX_MMU_RMAP_SIZE], len(entries))
+        counters[PAGES_4K] += 1
         self.tables.write(page.table, index, spte)
 
     def _drop(self, page: ShadowPage, index: int) -> None:
@@ -261,6 +282,7 @@ class ShadowMmu:
         entries.discard((page, index))
         if not entries:
             del self._rmap[gfn]
+        self._stats.values[PAGES_4K] -= 1
         self.tables.write(page.table, index, 0)
 
     def _protected(self, gfn: int) -> bool:
@@ -279,6 +301,7 @@ class ShadowMmu:
                 writable = not slot.logged and gfn + index not in self._of_gfn
                 values[index] = self._spte(slot, gfn + index, page.role.access, writable)
         self.tables.fill(page.table, 0, values)
+        self._stats.values[PAGES_4K] += sum(map(bool, values))
 
     def _write_protect_gfn(self, gfn: int) -> bool:
         """rmap_write_protect(): no entry lets the guest write there; True when one did."""
@@ -303,11 +326,16 @@ class ShadowMmu:
 
     def _unprotect(self, gfn: int, emulated: bool = False) -> None:
         """The guest writes to one of its tables: the last level goes out of step, what is above is dropped."""
-        for page in list(self._of_gfn.get(gfn, ())):
+        pages = list(self._of_gfn.get(gfn, ()))
+        counters = self._stats.values
+        counters[MMU_PTE_WRITE] += bool(pages)
+        for page in pages:
             if page.role.level == 1 and not emulated:
                 page.unsync = True
                 self._unsync.add(page)
+                counters[MMU_UNSYNC] = len(self._unsync)
             else:
+                counters[MMU_PDE_ZAPPED] += page.role.level > 1
                 self._zap_page(page)
 
     def _guest_table(self, page: ShadowPage) -> memoryview | None:
@@ -342,6 +370,7 @@ class ShadowMmu:
     def _set_sync(self, page: ShadowPage) -> None:
         page.unsync = False
         self._unsync.discard(page)
+        self._stats.values[MMU_UNSYNC] = len(self._unsync)
 
     def sync_all(self) -> None:
         """kvm_mmu_sync_roots(): the guest has flushed its TLB. Tables that have not changed are protected again."""
@@ -479,6 +508,7 @@ class ShadowMmu:
         writable = not protected and (write or not slot.logged)
         spte = self._spte(slot, found.gfn, allowed, writable)
         if page.role.direct:
+            self._stats.values[PAGES_4K] += not self.tables.read(page.table, index)
             self.tables.write(page.table, index, spte)
             return Outcome.FIXED
         self._set(page, index, found.gfn, found.gptes[1], spte)

@@ -24,6 +24,8 @@ PRESENT = 7  # of a present entry one of these bits is set, in either format
 LEVELS = 4
 ENTRIES = 512
 ARENA_PAGES = 64
+# What became of a fault (RET_PF_*). All but the first: the access can be made again.
+NO_SLOT, FIXED, SPURIOUS = 0, 1, 2
 # Levels whose entries can be pages, and where they are counted.
 LARGE_PAGES = {2: PAGES_2M, 3: PAGES_1G}
 
@@ -116,8 +118,8 @@ class TdpMmu:
     def _index(gpa: int, level: int) -> int:
         return gpa >> PAGE_SHIFT + 9 * (level - 1) & ENTRIES - 1
 
-    def page_fault(self, gpa: int, write: bool, walk: bool = False) -> bool:
-        """kvm_tdp_page_fault(): map what lies around *gpa*; False where no slot allows the access (MMIO).
+    def page_fault(self, gpa: int, write: bool, walk: bool = False) -> int:
+        """kvm_tdp_page_fault(): map what lies around *gpa*; NO_SLOT where none allows the access (MMIO).
 
         *walk*: for the processor's walk of the guest's tables.
         The largest page that slot and host memory have there; where it is 4 KiB a whole level-1 table is filled, as far
@@ -128,12 +130,21 @@ class TdpMmu:
             # mapped behind the zap. The kernel has mmu_invalidate_retry() for it.
             slot = self._memslots.find(gpa)
             if slot is None or (write and slot.flags & KVM_MEM_READONLY):
-                return False
+                return NO_SLOT
+            if self._allows(gpa, write):
+                return SPURIOUS
             if slot.logged:
                 self._map_logged(self._descend(gpa, 1), gpa, slot, write)
             elif slot.flags & KVM_MEM_READONLY or not self._map_large(gpa, slot):
                 self._map_around(self._descend(gpa, 1), gpa, slot)
-        return True
+        return FIXED
+
+    def _allows(self, gpa: int, write: bool) -> bool:
+        """is_access_allowed(): the fault is settled already, by another vCPU's."""
+        for level, _, entry in self.walk(gpa):
+            if level == 1 or entry & LARGE:
+                return bool(entry & PRESENT) and (not write or bool(entry & WRITE))
+        return False
 
     def _map_large(self, gpa: int, slot: Memslot) -> bool:
         """kvm_mmu_max_mapping_level(): a page of 1 GiB or 2 MiB, where slot and host memory have a whole one there.

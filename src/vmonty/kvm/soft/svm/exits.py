@@ -11,8 +11,17 @@ from typing import TYPE_CHECKING, ClassVar
 from vmonty.cpu.vmcb import INVALID, ExitCode, Field
 from vmonty.kvm.soft.emulate import Emulator
 from vmonty.kvm.soft.intercepts import MASK32, RAX, RCX, RDI, RDX, RSI, UD_VECTOR, Intercepts
+from vmonty.kvm.soft.mmu.tdp import SPURIOUS
 from vmonty.kvm.soft.mmu.two_dimensional import NestedFault, TwoDimensional
-from vmonty.kvm.soft.stats import IO_EXITS, IRQ_WINDOW_EXITS, NMI_WINDOW_EXITS, PF_EMULATE, PF_FIXED, PF_TAKEN
+from vmonty.kvm.soft.stats import (
+    IO_EXITS,
+    IRQ_WINDOW_EXITS,
+    NMI_WINDOW_EXITS,
+    PF_EMULATE,
+    PF_FIXED,
+    PF_SPURIOUS,
+    PF_TAKEN,
+)
 from vmonty.kvm.soft.svm.processor import Processor
 from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.uapi import Exit, flags
@@ -224,8 +233,8 @@ class SvmExits(Intercepts):
         counters = self.vcpu.stats.values
         counters[PF_TAKEN] += 1
         mmu, write = self.vcpu.kvm.mmu, bool(access & NPF_WRITE)
-        if mmu.page_fault(gpa, write, walk=not access & NPF_FINAL):
-            counters[PF_FIXED] += 1
+        if came_to := mmu.page_fault(gpa, write, walk=not access & NPF_FINAL):
+            counters[PF_SPURIOUS if came_to == SPURIOUS else PF_FIXED] += 1
             return True
         counters[PF_EMULATE] += 1
         if access & NPF_FETCH or not access & NPF_FINAL:

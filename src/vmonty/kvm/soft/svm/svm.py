@@ -15,6 +15,7 @@ from vmonty.kvm.soft.intercepts import UD_VECTOR
 from vmonty.kvm.soft.mmu.context import CR0_PE, CR0_PG, MmuContext
 from vmonty.kvm.soft.mmu.shadow import ShadowMmu
 from vmonty.kvm.soft.msr_filter import READ, WRITE
+from vmonty.kvm.soft.stats import FPU_RELOAD, HOST_STATE_RELOAD
 from vmonty.kvm.soft.svm import exits as e
 from vmonty.kvm.soft.svm.exits import SvmExits
 from vmonty.kvm.soft.svm.processor import PASSED_THROUGH, Processor
@@ -93,10 +94,12 @@ class Svm(SvmExits):
     def load(self, pcpu: PhysicalCpu) -> None:
         """svm_vcpu_load()."""
         self.cpu.load(pcpu)
+        self.vcpu.stats.values[FPU_RELOAD] += 1
 
     def store(self) -> None:
         """svm_vcpu_put(), and off the processor."""
         self.cpu.store()
+        self.vcpu.stats.values[HOST_STATE_RELOAD] += 1
 
     def destroy(self) -> None:
         """svm_vcpu_free()."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from vmonty.cpu.vmcs import Field
 from vmonty.kvm.soft.emulate import Emulator
 from vmonty.kvm.soft.intercepts import MASK32, UD_VECTOR, Intercepts
+from vmonty.kvm.soft.mmu.tdp import SPURIOUS
 from vmonty.kvm.soft.mmu.two_dimensional import NestedFault, TwoDimensional
 from vmonty.kvm.soft.stats import (
     IO_EXITS,
@@ -18,6 +19,7 @@ from vmonty.kvm.soft.stats import (
     NMI_WINDOW_EXITS,
     PF_EMULATE,
     PF_FIXED,
+    PF_SPURIOUS,
     PF_TAKEN,
 )
 from vmonty.kvm.soft.vcpu_state import QueuedException
@@ -203,8 +205,9 @@ class VmxExits(Intercepts):
         access = self.cpu.vmread(Field.EXIT_QUALIFICATION)
         counters = self.vcpu.stats.values
         counters[PF_TAKEN] += 1
-        if self.vcpu.kvm.mmu.page_fault(gpa, bool(access & EPT_WRITE_ACCESS), walk=not access & EPT_FINAL):
-            counters[PF_FIXED] += 1
+        write = bool(access & EPT_WRITE_ACCESS)
+        if came_to := self.vcpu.kvm.mmu.page_fault(gpa, write, walk=not access & EPT_FINAL):
+            counters[PF_SPURIOUS if came_to == SPURIOUS else PF_FIXED] += 1
             return True
         counters[PF_EMULATE] += 1
         if access & EPT_FETCH or not access & EPT_FINAL:

@@ -16,6 +16,7 @@ from vmonty.kvm.soft.intercepts import UD_VECTOR
 from vmonty.kvm.soft.mmu.context import CR0_PE, CR0_PG, MmuContext
 from vmonty.kvm.soft.mmu.shadow import ShadowMmu
 from vmonty.kvm.soft.msr_filter import READ, WRITE
+from vmonty.kvm.soft.stats import FPU_RELOAD, HOST_STATE_RELOAD
 from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.soft.vmx import controls as c
 from vmonty.kvm.soft.vmx.exits import VmxExits
@@ -87,10 +88,12 @@ class Vmx(VmxExits):
     def load(self, pcpu: PhysicalCpu) -> None:
         """vmx_vcpu_load()."""
         self.cpu.load(pcpu)
+        self.vcpu.stats.values[FPU_RELOAD] += 1
 
     def store(self) -> None:
         """vmx_vcpu_put(), and off the processor."""
         self.cpu.store()
+        self.vcpu.stats.values[HOST_STATE_RELOAD] += 1
 
     def destroy(self) -> None:
         """vmx_vcpu_free()."""
