@@ -110,6 +110,34 @@ def test_emulation_failure_shows_the_instruction(guest: TinyGuest) -> None:
         assert 2 <= failure.insn_size <= 15
 
 
+@pytest.mark.known_gap("emulation-cpl3")
+def test_emulation_failure_in_cpl3_is_an_invalid_opcode(guest: TinyGuest) -> None:
+    """A program must not be able to end its machine."""
+    guest.load(Mode.USER, f"mov eax, {HIGH_MMIO:#x}\n jmp rax", handlers={6: "mov al, 6\n out 0x20, al"})
+    assert guest.out() == (0x20, 6)
+
+
+@pytest.mark.needs(Cap.EXIT_ON_EMULATION_FAILURE)
+def test_emulation_failure_may_always_be_an_exit(guest: TinyGuest) -> None:
+    """With what the exit was behind the flags; without an instruction, which could not be fetched."""
+    with refused(errno.EINVAL):
+        guest.vm.enable_cap(Cap.EXIT_ON_EMULATION_FAILURE, 2)
+    guest.vm.enable_cap(Cap.EXIT_ON_EMULATION_FAILURE, 1)
+    guest.load(Mode.USER, f"mov eax, {HIGH_MMIO:#x}\n jmp rax", handlers={6: "mov al, 6\n out 0x20, al"})
+    assert guest.run() is Exit.INTERNAL_ERROR
+    failure = guest.vcpu.kvm_run.u.emulation_failure
+    assert failure.suberror == KVM_INTERNAL_ERROR_EMULATION
+    assert failure.ndata >= 1
+    assert failure.flags == 0
+    assert guest.vcpu.get_regs().rip == HIGH_MMIO
+    if guest.vm.provider.name.startswith("soft"):
+        reason, *_ = guest.vcpu.kvm_run.u.internal.data[1 : failure.ndata]
+        assert reason in (48, 0x400, 0, 0x4E), "EPT violation, NPF; exceptions with shadow tables"
+    events = guest.vcpu.get_vcpu_events()
+    assert not events.exception.injected
+    assert not events.exception.pending
+
+
 @pytest.mark.known_gap("hypercall")
 @pytest.mark.needs(Cap.EXIT_HYPERCALL)
 @pytest.mark.parametrize("mode", [Mode.PROTECTED, Mode.LONG], ids=lambda mode: mode.value)

@@ -52,6 +52,7 @@ class CapIoctls(KvmFile):
         self.disabled_exits = 0
         self.max_halt_poll_ns: int | None = None
         self.max_vcpu_ids = 0
+        self.exit_on_emulation_error = False
         self.apic_bus_cycle_ns = 1
         self._enablers: dict[int, Callable[[int], None]] = {
             Cap.X86_USER_SPACE_MSR: self._user_space_msr,
@@ -65,6 +66,7 @@ class CapIoctls(KvmFile):
             Cap.DISABLE_QUIRKS: lambda argument: self._disable_quirks(argument & QUIRKS_VALID),
             Cap.DISABLE_QUIRKS2: self._disable_quirks,
             Cap.X86_DISABLE_EXITS: self._disable_exits,
+            Cap.EXIT_ON_EMULATION_FAILURE: self._exit_on_emulation_failure,
             Cap.HALT_POLL: self._halt_poll,
             Cap.MAX_VCPU_ID: self._max_vcpu_id,
             Cap.X86_APIC_BUS_CYCLES_NS: self._apic_bus_cycles_ns,
@@ -146,6 +148,10 @@ class CapIoctls(KvmFile):
         """The longest time in nanoseconds that a halt polls before it sleeps."""
         self._check(argument, 0xFFFF_FFFF)
         self.max_halt_poll_ns = argument
+
+    def _exit_on_emulation_failure(self, argument: int) -> None:
+        self._check(argument, 1)
+        self.exit_on_emulation_error = bool(argument)
 
     def _max_vcpu_id(self, argument: int) -> None:
         if argument > KVM_MAX_VCPU_IDS or self.boot_vcpu_id > argument:

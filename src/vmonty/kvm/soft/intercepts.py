@@ -18,12 +18,14 @@ from vmonty.kvm.soft.mmu.shadow import Outcome
 from vmonty.kvm.soft.msr_filter import reason
 from vmonty.kvm.soft.pv import KVM_EINVAL, KVM_ENOSYS, KVM_EPERM
 from vmonty.kvm.soft.stats import HYPERCALLS, INSN_EMULATION_FAIL, INVLPG, IO_EXITS, IRQ_EXITS
+from vmonty.kvm.soft.string_io import StringIo
 from vmonty.kvm.uapi import Exit, flags
 
 if TYPE_CHECKING:
     from vmonty.kvm.soft.x86 import VcpuX86
 
 RAX, RCX, RDX, RBX, RSP, RSI, RDI = 0, 1, 2, 3, 4, 6, 7
+NOP = b"\x90"
 UD_VECTOR, GP_VECTOR = 6, 13
 MASK32 = 0xFFFF_FFFF
 MAX_INSTRUCTION = 15
@@ -60,6 +62,11 @@ class Intercepts:
         vendor = self.vcpu.vendor
         segment = vendor.get_segment("cs")
         return vendor.get_rip() if segment.l else vendor.get_rip() + segment.base & MASK32
+
+    def _last_cpu(self) -> int:
+        """last_vmentry_cpu."""
+        pcpu = self.vcpu.vendor.pcpu
+        return 0 if pcpu is None else pcpu.number
 
     def _internal_error(self, suberror: int, data: list[int]) -> bool:
         run = self.vcpu.run
@@ -170,46 +177,8 @@ class Intercepts:
         return True
 
     def _string_io(self, port: int, size: int, is_in: bool, repeated: bool, bits: int, linear: int) -> bool:
-        """Emulate up to a page of INS or OUTS; the instruction runs again for the rest.
-
-        *bits*: its address size; *linear*: where its operand is.
-        """
-        vendor = self.vcpu.vendor
-        mask = (1 << bits) - 1
-        left = vendor.get_gpr(RCX) & mask if repeated else 1
-        if left == 0:
-            self._skip()
-            return True
-        pointer = RDI if is_in else RSI
-        backwards = bool(vendor.get_rflags() & 0x400)
-        # One element across a page boundary, or what lies in this page.
-        room = (linear & 0xFFF) // size + 1 if backwards else (0x1000 - (linear & 0xFFF)) // size
-        count = max(1, min(left, room, 1024))
-
-        def advance() -> None:
-            step = -size * count if backwards else size * count
-            old = vendor.get_gpr(pointer)
-            vendor.set_gpr(pointer, old & ~mask | (old + step) & mask)
-            if repeated:
-                old = vendor.get_gpr(RCX)
-                vendor.set_gpr(RCX, old & ~mask | (left - count) & mask)
-            if not repeated or left == count:
-                self._skip()
-
-        start = linear - size * (count - 1) if backwards else linear
-        if is_in:
-
-            def done(data: bytes) -> bool:
-                self.write_linear(start, _reversed(data, size) if backwards else data)
-                advance()
-                return True
-
-            return self.vcpu.port_in(port, size, count, done)
-        fetched = self.read_linear(start, size * count)
-        if fetched is None:
-            return self._internal_error(flags.KVM_INTERNAL_ERROR_EMULATION, [])
-        advance()
-        return self.vcpu.port_out(port, size, _reversed(fetched, size) if backwards else fetched)
+        """INS or OUTS. *bits*: its address size; *linear*: where its operand is."""
+        return StringIo(self, port, size, is_in, repeated, bits, linear).emulate()
 
     def handle_rdmsr(self) -> bool:
         index = self.vcpu.vendor.get_gpr(RCX) & MASK32
@@ -256,17 +225,38 @@ class Intercepts:
         self._skip()
         return True
 
-    def _emulation_failure(self) -> bool:
-        """prepare_emulation_failure_exit()."""
-        self.vcpu.stats.values[INSN_EMULATION_FAIL] += 1
-        code = self._fetch(self._linear_rip())
+    def skip(self) -> None:
+        """The instruction that exited is done."""
+        self._skip()
+
+    def emulation_failure(self) -> bool:
+        """handle_emulation_failure(): #UD; in CPL 0, or if user space wants all of them, it is user space's.
+
+        With KVM_CAP_EXIT_ON_EMULATION_FAILURE the guest gets none.
+        """
+        vcpu = self.vcpu
+        vcpu.stats.values[INSN_EMULATION_FAIL] += 1
+        if not vcpu.kvm.exit_on_emulation_error:
+            vcpu.queue_exception(UD_VECTOR)
+            if vcpu.vendor.get_cpl():
+                return True
+        return self._emulation_failure_exit(self._fetch(self._linear_rip()))
+
+    def _emulation_failure_exit(self, code: bytes = b"") -> bool:
+        """prepare_emulation_failure_exit(): flags, the instruction if there is one, and what the exit was."""
         run = self.vcpu.run
         run.exit_reason = Exit.INTERNAL_ERROR
-        failure = run.u.emulation_failure
-        failure.suberror, failure.ndata = flags.KVM_INTERNAL_ERROR_EMULATION, 3
-        failure.flags = flags.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
-        failure.u.u.insn_size = len(code)
-        failure.u.u.insn_bytes[: len(code)] = list(code)
+        failure, data = run.u.emulation_failure, run.u.internal.data
+        data[:] = [0] * len(data)
+        failure.suberror, count = flags.KVM_INTERNAL_ERROR_EMULATION, 1
+        if code:
+            count += 2
+            failure.flags = flags.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+            failure.u.u.insn_size = len(code)
+            failure.u.u.insn_bytes[:] = list(code.ljust(MAX_INSTRUCTION, NOP))
+        told = self.vcpu.vendor.exit_details()
+        data[count : count + len(told)] = [*told]
+        failure.ndata = count + len(told)
         return False
 
     def gva_to_gpa(self, linear: int) -> int | None:
@@ -286,16 +276,6 @@ class Intercepts:
             data += chunk
             linear, size = linear + part, size - part
         return data
-
-    def write_linear(self, linear: int, data: bytes) -> bool:
-        """kvm_write_guest_virt(): False where something is not mapped."""
-        while data:
-            part = min(len(data), 0x1000 - (linear & 0xFFF))
-            gpa = self.gva_to_gpa(linear)
-            if gpa is None or not self.vcpu.kvm.write_gpa(gpa, data[:part]):
-                return False
-            linear, data = linear + part, data[part:]
-        return True
 
     def _fetch(self, linear: int) -> bytes:
         """Up to 15 bytes of code; fewer where the next page is not mapped."""
@@ -430,7 +410,7 @@ class Intercepts:
             case Outcome.WRITES_ROOT:
                 return self.emulator.emulate(WHILE_TABLES_CHANGE)
             case _:
-                return self._emulation_failure()
+                return self.emulation_failure()
 
     def _port_io(self, port: int, size: int, is_in: bool) -> bool:
         """kvm_fast_pio()."""
@@ -476,8 +456,3 @@ class Intercepts:
     def handle_triple_fault(self) -> bool:
         self.vcpu.run.exit_reason = Exit.SHUTDOWN
         return False
-
-
-def _reversed(data: bytes, size: int) -> bytes:
-    """The elements of *size* bytes in reverse order."""
-    return b"".join(data[at : at + size] for at in range(len(data) - size, -1, -size))

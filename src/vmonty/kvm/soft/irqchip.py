@@ -23,7 +23,12 @@ from vmonty.kvm.soft.memslots import Memslots
 from vmonty.kvm.soft.timer import HrTimers
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.uapi import Requests, irq
-from vmonty.kvm.uapi.flags import KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY
+from vmonty.kvm.uapi.flags import (
+    KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MEM_READONLY,
+    KVM_PIT_SPEAKER_DUMMY,
+)
 from vmonty.kvm.uapi.run import kvm_coalesced_mmio_zone
 
 if TYPE_CHECKING:
@@ -223,9 +228,9 @@ class IrqchipIoctls(KvmFile):
         return None if slot is None else hostcall.read_memory(slot.hva(gpa), size)
 
     def write_gpa(self, gpa: int, data: bytes) -> bool:
-        """kvm_write_guest(), within one page; False where no memory is."""
+        """kvm_write_guest(), within one page; False where no memory is, or it can only be read."""
         slot = self.memslots.find(gpa)
-        if slot is None:
+        if slot is None or slot.flags & KVM_MEM_READONLY:
             return False
         hostcall.write_memory(slot.hva(gpa), data)
         core.memory_written(slot.hva(gpa), len(data))

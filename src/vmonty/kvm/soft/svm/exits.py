@@ -106,14 +106,14 @@ class SvmExits(Intercepts):
             return self._fail_entry(code)
         handler = self.HANDLERS.get(code)
         if handler is None:
-            return self._internal_error(flags.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, [code, self.vcpu.vcpu_id])
+            return self._internal_error(flags.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, [code, self._last_cpu()])
         return handler(self)
 
     def _fail_entry(self, code: int) -> bool:
         run = self.vcpu.run
         run.exit_reason = Exit.FAIL_ENTRY
         run.u.fail_entry.hardware_entry_failure_reason = code
-        run.u.fail_entry.cpu = 0
+        run.u.fail_entry.cpu = self._last_cpu()
         return False
 
     def interrupt_window_interception(self) -> bool:
@@ -239,12 +239,12 @@ class SvmExits(Intercepts):
         counters[PF_EMULATE] += 1
         if access & NPF_FETCH or not access & NPF_FINAL:
             # Code, or a page table, where no memory is.
-            return self._emulation_failure()
+            return self.emulation_failure()
         return self.emulator.emulate()
 
     def task_switch_interception(self) -> bool:
         """The processor does not switch tasks for a guest, and neither does the emulator."""
-        return self._internal_error(flags.KVM_INTERNAL_ERROR_EMULATION, [])
+        return self._emulation_failure_exit()
 
     HANDLERS: ClassVar[dict[int, Handler]] = {
         **dict.fromkeys(range(ExitCode.READ_CR0, ExitCode.WRITE_CR0 + 16), cr_interception),

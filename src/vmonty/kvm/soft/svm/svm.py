@@ -154,6 +154,13 @@ class Svm(SvmExits):
         """The last exit's code and EXITINFO1."""
         return self.vmcb[Field.EXITCODE], self.vmcb[Field.EXITINFO1]
 
+    def exit_details(self) -> tuple[int, ...]:
+        """svm_get_exit_info(): the code, both words about it, what was being delivered, and its error code."""
+        vmcb = self.vmcb
+        event = vmcb[Field.EXITINTINFO]
+        code = event >> 32 if event & e.EVENT_VALID and event & e.EVENT_ERROR else 0
+        return vmcb[Field.EXITCODE], vmcb[Field.EXITINFO1], vmcb[Field.EXITINFO2], event & 0xFFFF_FFFF, code
+
     def dump(self) -> dict[str, int]:
         """dump_vmcb(): every field by its name, as they were at the last exit."""
         return vmcb.dump(self.cpu.region())

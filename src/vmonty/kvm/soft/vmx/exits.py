@@ -100,14 +100,14 @@ class VmxExits(Intercepts):
             return self._fail_entry(reason)
         handler = self.HANDLERS.get(reason & 0xFFFF)
         if handler is None:
-            return self._internal_error(flags.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, [reason, self.vcpu.vcpu_id])
+            return self._internal_error(flags.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, [reason, self._last_cpu()])
         return handler(self)
 
     def _fail_entry(self, reason: int) -> bool:
         run = self.vcpu.run
         run.exit_reason = Exit.FAIL_ENTRY
         run.u.fail_entry.hardware_entry_failure_reason = reason
-        run.u.fail_entry.cpu = 0
+        run.u.fail_entry.cpu = self._last_cpu()
         return False
 
     def handle_interrupt_window(self) -> bool:
@@ -212,7 +212,7 @@ class VmxExits(Intercepts):
         counters[PF_EMULATE] += 1
         if access & EPT_FETCH or not access & EPT_FINAL:
             # Code, or a page table, where no memory is.
-            return self._emulation_failure()
+            return self.emulation_failure()
         return self.emulator.emulate()
 
     def address_bits(self) -> int:

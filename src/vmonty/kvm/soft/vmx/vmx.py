@@ -170,6 +170,14 @@ class Vmx(VmxExits):
         """The last exit's reason and qualification."""
         return self.cpu.vmread(Field.VM_EXIT_REASON) & 0xFFFF, self.cpu.vmread(Field.EXIT_QUALIFICATION)
 
+    def exit_details(self) -> tuple[int, ...]:
+        """vmx_get_exit_info(): reason, qualification, what was being delivered, the event and its error code."""
+        read = self.cpu.vmread
+        event = read(Field.VM_EXIT_INTR_INFO)
+        code = read(Field.VM_EXIT_INTR_ERROR_CODE) if event & c.INFO_VALID and event & c.INFO_ERROR_CODE else 0
+        vectoring = read(Field.IDT_VECTORING_INFO_FIELD)
+        return read(Field.VM_EXIT_REASON), read(Field.EXIT_QUALIFICATION), vectoring, event, code
+
     def dump(self) -> dict[str, int]:
         """dump_vmcs(): every field by its name, as they were at the last exit."""
         return vmcs.dump(self.cpu.region())
