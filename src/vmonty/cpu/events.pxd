@@ -29,8 +29,8 @@ cdef inline bint attention(CpuState *s) noexcept nogil:
 
 
 cdef inline bint stepping(CpuState *s) noexcept nogil:
-    """Must instructions run one by one: TF, a breakpoint on instructions, the monitor trap flag, or an observer?"""
-    return (s.rflags & 0x100) != 0 or (s.breakpoints | s.monitor_trap | s.observe) != 0
+    """Must instructions run one by one: TF, instruction breakpoints, #AC, the monitor trap flag, an observer?"""
+    return (s.rflags & 0x100) != 0 or (s.breakpoints | s.monitor_trap | s.observe | s.alignment) != 0
 
 
 # After one that ran alone; before: RFLAGS when it began. Data breakpoints that any instruction met: data_trap().

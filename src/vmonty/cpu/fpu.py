@@ -17,6 +17,7 @@ from cython.cimports.vmonty.cpu.state import (
     RAX,
     RDX,
     has_feature,
+    misaligned,
     raise_error,
     raise_exception,
 )
@@ -28,6 +29,16 @@ from vmonty.cpu import opcodes
 HIGH_XMM = cython.declare(cython.int, 288)  # xmm8 and the upper half of ymm8 in an XSAVE area
 HIGH_YMM = cython.declare(cython.int, 704)
 _XSAVEC = cython.declare(cython.int, opcodes.FEATURES.index("xsavec"))
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _check_area(s: cython.pointer(CpuState), linear: uint64_t, mask: uint64_t) -> cython.int:
+    """#GP(0) for an area that is not aligned; before that #AC, for less than four bytes (Intel's processors)."""
+    if misaligned(s, linear, 4):
+        return raise_error(s, 17, 0)
+    return raise_error(s, 13, 0) if linear & mask else 0
 
 
 @cython.cfunc
@@ -118,8 +129,9 @@ def _xsave(s: cython.pointer(CpuState), linear: uint64_t, compact: cython.int) -
     mask: uint64_t = ((s.gpr[RDX] << 32) | cython.cast(uint32_t, s.gpr[RAX])) & s.xcr0
     size: uint32_t = 832 if mask & 4 else 576
     r: cython.int
-    if linear & 63:
-        return raise_error(s, 13, 0)
+    r = _check_area(s, linear, 63)
+    if r:
+        return r
     r = probe_write(s, linear, size, ACCESS_WRITE)
     if not r:
         r = read_linear(s, linear, b, size, ACCESS_READ)
@@ -141,8 +153,9 @@ def _xrstor(s: cython.pointer(CpuState), linear: uint64_t, compact_only: cython.
     header: cython.pointer(uint64_t) = cython.cast(cython.pointer(uint64_t), b + 512)
     k: cython.int
     r: cython.int
-    if linear & 63:
-        return raise_error(s, 13, 0)
+    r = _check_area(s, linear, 63)
+    if r:
+        return r
     r = read_linear(s, linear, b, 576, ACCESS_READ)
     if r:
         return r
@@ -174,8 +187,9 @@ def _xrstor(s: cython.pointer(CpuState), linear: uint64_t, compact_only: cython.
 def _fxsave(s: cython.pointer(CpuState), i: cython.pointer(Insn), linear: uint64_t) -> cython.int:
     b: cython.p_uchar = _buffer(s)
     r: cython.int
-    if linear & 15:
-        return raise_error(s, 13, 0)
+    r = _check_area(s, linear, 15)
+    if r:
+        return r
     r = probe_write(s, linear, 512, ACCESS_WRITE)
     if not r:
         r = read_linear(s, linear, b, 512, ACCESS_READ)
@@ -192,8 +206,9 @@ def _fxsave(s: cython.pointer(CpuState), i: cython.pointer(Insn), linear: uint64
 def _fxrstor(s: cython.pointer(CpuState), linear: uint64_t) -> cython.int:
     b: cython.p_uchar = _buffer(s)
     r: cython.int
-    if linear & 15:
-        return raise_error(s, 13, 0)
+    r = _check_area(s, linear, 15)
+    if r:
+        return r
     r = read_linear(s, linear, b, 512, ACCESS_READ)
     if r:
         return r

@@ -11,7 +11,7 @@ import cython
 from cython.cimports.vmonty.cpu.codecache import string_function
 from cython.cimports.vmonty.cpu.decode import NO_REGISTER
 from cython.cimports.vmonty.cpu.segmentation import effective_address, linear_address
-from cython.cimports.vmonty.cpu.state import ACCESS_READ, ACCESS_WRITE, DS
+from cython.cimports.vmonty.cpu.state import ACCESS_READ, ACCESS_UNALIGNED, ACCESS_WRITE, DS, misaligned, raise_error
 from cython.cimports.vmonty.cpu.tlb import probe_write, read_value, write_linear
 
 
@@ -65,7 +65,7 @@ def gather_instruction(s, i):
             index = cython.cast(cython.pointer(int32_t), indices)[k]
         r = linear_address(s, i.segment, _offset(s, i, index), size, 0, cython.address(linear))
         if not r:
-            r = read_value(s, linear, size, ACCESS_READ, cython.address(value))
+            r = read_value(s, linear, size, ACCESS_READ | ACCESS_UNALIGNED, cython.address(value))
         if r:
             break
         s.mmio_at = 0
@@ -106,16 +106,16 @@ def masked_instruction(s, i):
         r = linear_address(s, i.segment, effective_address(s, i) + k * size, size, is_write, cython.address(linear))
         if not r:
             if is_write:
-                r = probe_write(s, linear, size, ACCESS_WRITE)
+                r = probe_write(s, linear, size, ACCESS_WRITE | ACCESS_UNALIGNED)
             else:
-                r = read_value(s, linear, size, ACCESS_READ, cython.address(values[k]))
+                r = read_value(s, linear, size, ACCESS_READ | ACCESS_UNALIGNED, cython.address(values[k]))
         if r:
             return r
     for k in range(count):
         if is_write:
             if mask[k * size + size - 1] & 0x80:
                 linear_address(s, i.segment, effective_address(s, i) + k * size, size, 1, cython.address(linear))
-                r = write_linear(s, linear, register_ + k * size, size, ACCESS_WRITE)
+                r = write_linear(s, linear, register_ + k * size, size, ACCESS_WRITE | ACCESS_UNALIGNED)
                 if r:
                     return r
             continue
@@ -161,6 +161,8 @@ def masked_bytes(s, i):
         save(cython.cast(uint64_t, buffer), 0, 0)
         source = _mmx(s, buffer, i.reg & 7)
         mask = _mmx(s, buffer, i.rm & 7)
+    if misaligned(s, base, 8):
+        return raise_error(s, 17, 0)
     for write in range(2):
         for k in range(16 if wide else 8):
             if not mask[k] & 0x80:

@@ -60,7 +60,7 @@ def _undisturbed(s):
         or s.interrupt_line | s.nmi_line | s.pending_debug | s.activity
         or s.interruptibility & (SHADOW_STI | SHADOW_MOV_SS)
         or s.rflags & FLAG_TF
-        or s.breakpoints | s.monitor_trap | s.observe | s.careful_next
+        or s.breakpoints | s.monitor_trap | s.observe | s.careful_next | s.alignment
     ):
         return False
     if s.guest_mode == GUEST_VMX:

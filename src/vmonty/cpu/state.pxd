@@ -149,6 +149,7 @@ cdef enum:
     ACCESS_EXEC = 2
     ACCESS_USER = 4          # CPL 3, explicit
     ACCESS_IMPLICIT = 8      # implicit supervisor access (descriptor tables, TSS): CPL ignored, SMAP ignores AC
+    ACCESS_UNALIGNED = 16    # for read_linear and write_linear: never #AC
 
 # Access-rights bits (VMX format of segment access rights).
 cdef enum:
@@ -472,7 +473,7 @@ cdef struct CpuState:
     uint32_t fresh_count         # may be more than there is room for
     uint32_t fresh_asked         # how many were ever queued,
     uint32_t fresh_seen          # and up to which of them this processor has looked
-    uint32_t fresh_pad
+    uint32_t alignment           # alignment checking is in force; instructions run one by one then
     uint64_t host_generation     # changes when host software may have written guest memory
     uint32_t stop_events     # tests: leave run() with EXIT_DEBUG instead of delivering an event
     uint64_t features[8]     # instruction features offered (numbers of opcodes.FEATURES); 0 bits make #UD
@@ -524,6 +525,20 @@ cdef inline void note_local(CpuState *s, int kind, uint16_t *log, uint32_t entry
         log[n] = <uint16_t>entry
     if n <= LOCAL_LOG:
         s.local_count[kind] = n + 1
+
+
+cdef inline bint misaligned(CpuState *s, uint64_t va, uint32_t size) noexcept nogil:
+    """Is it an access for #AC? SDM, "Alignment Check Exception (#AC)", "Alignment Requirements by Data Type".
+
+    Operands of more than 8 bytes have none, but for 80-bit numbers, far pointers, and the areas of FNSTENV and FNSAVE.
+    """
+    if s.alignment == 0:
+        return False
+    if size == 2 or size == 14 or size == 94:
+        return va & 1 != 0
+    if size == 4 or size == 6 or size == 28 or size == 108:
+        return va & 3 != 0
+    return (size == 8 or size == 10) and va & 7 != 0
 
 
 cdef inline bint has_feature(CpuState *s, int number) noexcept nogil:

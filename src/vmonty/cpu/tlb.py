@@ -28,6 +28,7 @@ from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_EXEC,
     ACCESS_IMPLICIT,
+    ACCESS_UNALIGNED,
     ACCESS_USER,
     ACCESS_WRITE,
     AR_DB,
@@ -65,6 +66,7 @@ from cython.cimports.vmonty.cpu.state import (
     LargeEntry,
     TlbEntry,
     forget_windows,
+    misaligned,
     note_local,
     raise_error,
 )
@@ -399,6 +401,8 @@ def careful_access(s, va, what, host_rip):
         r = raise_error(s, 13, 0)
     if not r:
         r = _canonical(s, va, what & SLOW_STACK)
+    if not r and misaligned(s, va, size):
+        r = raise_error(s, 17, 0)
     if not r:
         r = _look(s, va, access, cython.address(t))
     if r:
@@ -500,6 +504,7 @@ def careful_commit(s):
 @cython.nogil
 @cython.exceptval(check=False)
 def _access(s: cython.pointer(CpuState), access: cython.int) -> cython.int:
+    access &= ~ACCESS_UNALIGNED
     return access | (ACCESS_USER if s.cpl == 3 and not access & ACCESS_IMPLICIT else 0)
 
 
@@ -511,6 +516,8 @@ def read_linear(s, va, data, size, access):
     part: uint32_t
     if s.watch and not access & ACCESS_IMPLICIT:
         watch_access(s, va, size, 0)
+    if misaligned(s, va, size) and not access & (ACCESS_IMPLICIT | ACCESS_UNALIGNED) and not _canonical(s, va, 0):
+        return raise_error(s, 17, 0)
     access = _access(s, access)
     while size:
         part = 4096 - (va & 0xFFF)
@@ -538,9 +545,10 @@ def read_linear(s, va, data, size, access):
 def probe_write(s, va, size, access):
     """Check a write of a helper; nothing is written."""
     t: Translation
-    r: cython.int
+    r: cython.int = _canonical(s, va, 0)
+    if not r and misaligned(s, va, size) and not access & (ACCESS_IMPLICIT | ACCESS_UNALIGNED):
+        r = raise_error(s, 17, 0)
     access = _access(s, access | ACCESS_WRITE)
-    r = _canonical(s, va, 0)
     if not r:
         r = _look(s, va, access, cython.address(t))
     if not r and (va & 0xFFF) + size > 4096:
@@ -609,7 +617,7 @@ def host_of(s, va, access, where):
     where[0] = t.host + (va & 0xFFF) if t.host else 0
     if access & ACCESS_WRITE and t.host and is_code_page(s, t.host):
         where[0] = 0
-    if s.observe or (s.watch and watched_page(s, _page(va))):
+    if s.observe or s.alignment or (s.watch and watched_page(s, _page(va))):
         where[0] = 0
     return 0
 
@@ -784,6 +792,7 @@ def mode_changed(s):
     """
     key: uint32_t
     rights: uint32_t = s.segs[CS].access_rights
+    s.alignment = 1 if s.cpl == 3 and s.cr0 >> 18 & 1 and s.rflags & FLAG_AC else 0
     if not s.cr0 & 1:
         s.mode = MODE_REAL
     elif s.efer & 0x400:
