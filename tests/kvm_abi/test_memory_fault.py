@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 
 import pytest
 
@@ -15,7 +16,7 @@ from vmonty.base.errors import KvmError
 from vmonty.base.ram import PAGE_SIZE, Ram
 from vmonty.kvm.uapi import Cap, Exit, Requests
 from vmonty.kvm.uapi.vm import kvm_userspace_memory_region
-from vmonty.testing.guests import Mode, TinyGuest
+from vmonty.testing.guests import CR4_PAE, DATA, PML4, Mode, TinyGuest, identity_map
 from vmonty.testing.nasm import assemble
 
 pytestmark = pytest.mark.known_gap("memory-fault")
@@ -159,3 +160,31 @@ def test_delivery_to_a_stack_that_is_gone(guest: TinyGuest) -> None:
     slot.give_back(guest)
     assert guest.out() == (0x10, 0x66)
     assert guest.vcpu.get_regs().rsp == LOST + 0x800 - 40
+
+
+@pytest.mark.known_gap("lost-page-table")
+@pytest.mark.parametrize("by_user", [False, True], ids=["mov-cr3", "set-sregs"])
+def test_page_directory_pointers_that_are_gone(guest: TinyGuest, by_user: bool) -> None:
+    """PAE paging loads four entries with CR3, or reads them when it needs them: nobody crashes over either."""
+    slot = Slot(guest)
+    pointers = [PML4 + 0x2000 + 0x1000 * number | 1 for number in range(4)]
+    guest.ram.write(PML4, identity_map() + struct.pack("<4Q", *pointers))
+    slot.ram.write(PAGE_SIZE, struct.pack("<4Q", *pointers))
+    guest.load(
+        Mode.PROTECTED,
+        f"mov eax, cr4\n or eax, {CR4_PAE}\n mov cr4, eax\n mov eax, {PML4 + 0x6000}\n mov cr3, eax\n mov eax, cr0\n"
+        f"or eax, 0x80000000\n mov cr0, eax\n mov al, 1\n out 0x10, al\n mov eax, {LOST}\n mov cr3, eax\n"
+        f"mov eax, [{DATA}]\n mov al, 2\n out 0x10, al",
+    )
+    assert guest.out() == (0x10, 1)
+    slot.take_away(guest)
+    if by_user:
+        guest.vcpu.complete_io()
+        sregs = guest.vcpu.get_sregs()
+        sregs.cr3 = LOST
+        guest.vcpu.set_sregs(sregs)
+    try:
+        # What could not be read counts as not present, or as reserved bits, and there is no handler.
+        assert guest.run() is Exit.SHUTDOWN
+    except KvmError as error:
+        assert error.errno == errno.EFAULT  # noqa: PT017

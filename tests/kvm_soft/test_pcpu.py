@@ -169,3 +169,41 @@ def test_reboot_turns_virtualization_off_and_no_guest_runs_any_more(system: Syst
             module = modules.loaded()
             assert module is not None
             module.ops.hardware_enable(processor)
+
+
+@pytest.fixture
+def amd(pool: pcpu.PhysicalCpus) -> Iterator[System]:
+    modules.load("kvm_amd")
+    with kvm.open("soft") as opened:
+        yield opened
+
+
+def test_each_vcpu_has_an_asid_until_its_processors_generation_ends(
+    amd: System, pool: pcpu.PhysicalCpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one processor with three ASIDs, none is had by two in the same generation."""
+    pool.limit = 1
+    (processor,) = pool
+    operation = processor.virtualization
+    monkeypatch.setattr(operation, "max_asid", 3)
+    with amd.create_vm() as vm, vm.create_vcpu(0) as first, vm.create_vcpu(1) as second:
+        seen = []
+        for vcpu in (first, second, first, first, second, first, second):
+            vcpu.get_regs()
+            seen.append((operation.asid_generation, vcpu.dump_vmcb()["ASID"]))
+    of_first = [one for one, vcpu in zip(seen, (1, 2, 1, 1, 2, 1, 2), strict=True) if vcpu == 1]
+    of_second = [one for one, vcpu in zip(seen, (1, 2, 1, 1, 2, 1, 2), strict=True) if vcpu == 2]
+    assert not set(of_first) & set(of_second)
+    assert all(1 <= asid <= 3 for _, asid in seen)
+
+
+def test_an_asid_is_another_on_another_processor(amd: System, pool: pcpu.PhysicalCpus) -> None:
+    pool.online(1)
+    for processor, start in zip(pool, (5, 9), strict=True):
+        processor.virtualization.next_asid = start
+    with amd.create_vm() as vm, vm.create_vcpu() as vcpu:
+        vcpu.get_regs()
+        assert vcpu.dump_vmcb()["ASID"] == 5
+        pool.offline(0)
+        vcpu.get_regs()
+        assert vcpu.dump_vmcb()["ASID"] == 9

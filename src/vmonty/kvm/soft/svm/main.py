@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vmonty.kvm.soft.vcpu_state import KvmX86Ops
     from vmonty.kvm.soft.x86 import VcpuX86
 
-MSR_VM_CR, MSR_VM_HSAVE_PA = 0xC001_0114, 0xC001_0117
+MSR_VM_CR = 0xC001_0114
 VM_CR_SVMDIS = 1 << 4
 
 
@@ -35,11 +35,28 @@ class Parameters:
 
 
 class SvmOperation:
-    """A processor with EFER.SVME set."""
+    """struct svm_cpu_data: a processor with SVM on, and who has which of its ASIDs.
+
+    Each vCPU that comes gets the next ASID. When they are used up a new generation begins: the TLB forgets all of them,
+    and every vCPU needs another. Source: svm.c, new_asid(), pre_svm_run(); APM, "TLB Control".
+    """
+
+    max_asid = 0x7FFF
 
     def __init__(self, processor: PhysicalCpu) -> None:
         self.svm = SvmInstructions(processor.cpu)
         self._save_area = Ram(4096, "vmonty-hsave")
+        self.asid_generation = 1
+        self.next_asid = 1
+
+    def new_asid(self) -> int:
+        """One that no vCPU has had in this generation, in a TLB that knows nothing of it."""
+        if self.next_asid > self.max_asid:
+            self.asid_generation += 1
+            self.next_asid = 1
+            self.svm.flush()
+        self.next_asid += 1
+        return self.next_asid - 1
 
 
 class KvmAmd:
@@ -65,7 +82,7 @@ class KvmAmd:
             raise OSError(errno.EIO, f"SVM is locked on processor {processor.number}")
 
     def hardware_enable(self, processor: PhysicalCpu) -> None:
-        """EFER.SVME, VM_HSAVE_PA."""
+        """svm_hardware_enable(). VM_HSAVE_PA has fewer bits than an address of a process: nothing is written there."""
         processor.virtualization = SvmOperation(processor)
 
     def hardware_disable(self, processor: PhysicalCpu) -> None:

@@ -25,6 +25,7 @@ from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2, kvm_segment
 
 if TYPE_CHECKING:
     from vmonty.kvm.soft.pcpu import PhysicalCpu
+    from vmonty.kvm.soft.svm.main import SvmOperation
     from vmonty.kvm.soft.x86 import VcpuX86
 
 X = ExitCode
@@ -69,6 +70,8 @@ class Svm(SvmExits):
     def __init__(self, vcpu: VcpuX86) -> None:
         super().__init__(vcpu, Processor(vcpu.arch))
         self.preempt = vcpu.preempt
+        # Whose ASID it has: a processor's, and of which generation.
+        self._asid_of: tuple[SvmOperation, int] | None = None
         mmu = vcpu.kvm.mmu
         self.shadow = MmuContext(vcpu, mmu) if isinstance(mmu, ShadowMmu) else None
         # The guest's DR0 to DR3 and DR7, while user space's debugger has the processor's.
@@ -92,8 +95,13 @@ class Svm(SvmExits):
         return self.cpu.pcpu
 
     def load(self, pcpu: PhysicalCpu) -> None:
-        """svm_vcpu_load()."""
+        """svm_vcpu_load(), pre_svm_run(): its ASID is good while it stays on a processor and its generation lasts."""
         self.cpu.load(pcpu)
+        operation: SvmOperation = pcpu.virtualization
+        generation = operation, operation.asid_generation
+        if generation != self._asid_of:
+            self.vmcb[Field.ASID] = operation.new_asid()
+            self._asid_of = operation, operation.asid_generation
         self.vcpu.stats.values[FPU_RELOAD] += 1
 
     def store(self) -> None:
@@ -114,7 +122,6 @@ class Svm(SvmExits):
             vmcb.intercept(code)
         vmcb[Field.IOPM_BASE_PA], vmcb[Field.MSRPM_BASE_PA] = self.cpu.iopm, self.cpu.msrpm
         vmcb[Field.INT_CTL] = e.V_INTR_MASKING
-        vmcb[Field.ASID] = 1
         vmcb[Field.N_CR3] = self.vcpu.kvm.mmu.root
         vmcb[Field.NP_ENABLE] = int(self.shadow is None)
         if self.shadow is not None:
@@ -265,7 +272,7 @@ class Svm(SvmExits):
             vmcb.intercept(code)
 
     def hardware_invlpg(self, gva: int) -> None:
-        self.cpu.invlpga(gva, 1)
+        self.cpu.invlpga(gva, self.vmcb[Field.ASID])
 
     def hardware_root(self, root: int) -> None:
         if self.guest_controls["cr0"] & CR0_PE and self.vmcb[Field.CR3] != root:

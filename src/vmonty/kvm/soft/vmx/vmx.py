@@ -14,6 +14,7 @@ from vmonty.kvm.soft.cpuid import CR0_VALID, CR4_VALID, EFER_VALID, PAT_RESET, P
 from vmonty.kvm.soft.insight import EXIT_NAMES
 from vmonty.kvm.soft.intercepts import UD_VECTOR
 from vmonty.kvm.soft.mmu.context import CR0_PE, CR0_PG, MmuContext
+from vmonty.kvm.soft.mmu.paging_tmpl import GuestWalker
 from vmonty.kvm.soft.mmu.shadow import ShadowMmu
 from vmonty.kvm.soft.msr_filter import READ, WRITE
 from vmonty.kvm.soft.stats import FPU_RELOAD, HOST_STATE_RELOAD
@@ -358,9 +359,9 @@ class Vmx(VmxExits):
         cr0, cr3, cr4, efer = (self.get_control(name) for name in ("cr0", "cr3", "cr4", "efer"))
         if not cr0 & CR0_PG or not cr4 & CR4_PAE or efer & c.EFER_LMA:
             return
+        walker = GuestWalker(self.vcpu.kvm.memslots)
         for number, field in enumerate(PDPTES):
-            entry = self.vcpu.kvm.read_gpa((cr3 & 0xFFFF_FFE0) + 8 * number, 8)
-            self.cpu.vmwrite(field, int.from_bytes(entry or b"", "little"))
+            self.cpu.vmwrite(field, walker.read((cr3 & 0xFFFF_FFE0) + 8 * number, 8) or 0)
 
     def get_debug(self, number: int) -> int:
         if (own := self._guest_debug_registers) is not None and number in own:
