@@ -67,7 +67,15 @@ def test_what_is_stored_over_two_pages_is_all_there(machine: Machine) -> None:
 
 @pytest.mark.parametrize(
     "instruction",
-    ["paddb mm1, [rbx]", "movq [rbx], mm1", "cvttpd2pi mm1, [rbx]", "fld dword [rbx]", "fstp dword [rbx]"],
+    [
+        "paddb mm1, [rbx]",
+        "movq [rbx], mm1",
+        "cvttpd2pi mm1, [rbx]",
+        "fld dword [rbx]",
+        "fstp dword [rbx]",
+        "fldenv [rbx]",
+        "frstor [rbx]",
+    ],
 )
 @pytest.mark.parametrize("at", [ABSENT, FAR])
 def test_a_pending_exception_comes_before_those_of_an_operand(machine: Machine, instruction: str, at: int) -> None:

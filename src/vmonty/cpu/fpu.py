@@ -245,6 +245,16 @@ def _environment(s: cython.pointer(CpuState), i: cython.pointer(Insn), linear: u
     return write_linear(s, linear, b, size, ACCESS_WRITE)
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _exception_waits(s: cython.pointer(CpuState)) -> cython.int:
+    """Is there an unmasked x87 exception, which instructions that wait for it report?"""
+    b: cython.p_uchar = _buffer(s)
+    _host(s, 0, b, 0)
+    return (b[2] & ~b[0] & 0x3F) != 0
+
+
 def fpu_instruction(s, i):
     """Execute one of the instructions of class ``fpu``."""
     linear: uint64_t = 0
@@ -253,6 +263,8 @@ def fpu_instruction(s, i):
     if i.map == 0:
         if s.cr0 & 0xC:
             return raise_exception(s, 7)
+        if reg == 4 and _exception_waits(s):  # FLDENV and FRSTOR; the host's own would raise it in the middle of us
+            return raise_exception(s, 16)
         r = operand_address(s, i, 28, 0, cython.address(linear))
         if r:
             return r
