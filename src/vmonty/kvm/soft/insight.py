@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmonty.kvm.exit_record import ExitRecord as ExitRecord
+from vmonty.kvm.soft.mmu.context import MmuContext
 from vmonty.kvm.soft.mmu.guest_walk import walk
 from vmonty.kvm.soft.mmu.shadow import ShadowMmu
 from vmonty.kvm.soft.mmu.spte import ADDRESS, LARGE
@@ -50,6 +51,15 @@ class Translation(NamedTuple):
     steps: tuple[Step, ...]
 
 
+def _hardware_walk(kvm: Kvm, vcpu: VcpuX86, gva: int, gpa: int) -> tuple[str, Iterator[tuple[int, int, int]]]:
+    """Which of our tables the processor walks, and its entries: shadow tables for *gva*, or those of *gpa*."""
+    if not isinstance(kvm.mmu, ShadowMmu):
+        return "host", kvm.mmu.walk(gpa)
+    shadow = vcpu.vendor.shadow
+    entries = shadow.walk(gva) if isinstance(shadow, MmuContext) else None
+    return ("host", kvm.mmu.tdp.walk(gpa)) if entries is None else ("shadow", entries)
+
+
 def translate(kvm: Kvm, vcpu: VcpuX86, gva: int) -> Translation:
     """Walk the guest's tables, the memory slots and the second dimension. The vCPU must not run."""
     get = vcpu.vendor.get_control
@@ -62,10 +72,9 @@ def translate(kvm: Kvm, vcpu: VcpuX86, gva: int) -> Translation:
     if slot is not None:
         steps.append(Step("slot", 0, slot.base_gfn << 12, slot.userspace_addr))
     hpa = None
-    if isinstance(kvm.mmu, ShadowMmu):  # its tables lead from linear addresses; a host-physical address is one of ours
-        return Translation(gva, found.gpa, hva, hva, tuple(steps))
-    for level, address, value in kvm.mmu.walk(found.gpa):
-        steps.append(Step("host", level, address, value))
+    table, entries = _hardware_walk(kvm, vcpu, gva, found.gpa)
+    for level, address, value in entries:
+        steps.append(Step(table, level, address, value))
         if value & PRESENT and (level == 1 or value & LARGE):
             offset = (1 << 12 + 9 * (level - 1)) - 1
             hpa = value & ADDRESS & ~offset | found.gpa & offset

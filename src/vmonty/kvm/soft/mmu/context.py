@@ -5,6 +5,7 @@ Source: arch/x86/kvm/mmu/mmu.c: kvm_mmu_load(), kvm_mmu_new_pgd(), kvm_mmu_page_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vmonty.kvm.soft.mmu.paging_tmpl import CR4_PAE, EFER_LMA, PRESENT, GuestFault, Registers
@@ -62,6 +63,13 @@ class MmuContext:
                     self._mmu.tables.write(self._pae_root, number, 0 if page is None else page.table | PRESENT)
         page = self._roots.get(PAE_ROOT)
         return self._pae_root if page is None else page.table
+
+    def walk(self, gva: int) -> Iterator[tuple[int, int, int]] | None:
+        """As ShadowMmu's, from this vCPU's root; None in real mode, which has no tables to shadow."""
+        if not self.registers.cr0 & CR0_PE:
+            return None
+        root = self.root()
+        return self._mmu.walk(root, 4, gva) if PAE_ROOT in self._roots else self._mmu.walk(root, 3, gva & 0xFFFF_FFFF)
 
     def ready(self) -> bool:
         """Whether the root is still good."""

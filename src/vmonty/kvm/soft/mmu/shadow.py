@@ -571,6 +571,17 @@ class ShadowMmu:
                 if pdpte & PRESENT
             }
 
+    def walk(self, root: int, level: int, gva: int) -> Iterator[tuple[int, int, int]]:
+        """What the processor reads for *gva* from *root* on: level, address, value; the last entry may be empty."""
+        table = root
+        while True:
+            index = gva >> PAGE_SHIFT + 9 * (level - 1) & ENTRIES - 1
+            value = self.tables.read(table, index)
+            yield level, table + 8 * index, value
+            if level == 1 or not value & PRESENT:
+                return
+            table, level = value & ADDRESS, level - 1
+
     # ---- slots and dirty logging --------------------------------------------------------------------------------
 
     def zap(self, slot: Memslot) -> None:
