@@ -404,6 +404,7 @@ def translate_block(s, rip, page, single, plain, why):
     ):
         cache_flush(s)
     cache_prepare(c)
+    c.a.at += (0 - cython.cast(uint64_t, c.a.at)) & 63
     b = cython.address(c.blocks[c.blocks_used])
     start = c.a.at
     b.rip = rip
