@@ -95,7 +95,7 @@ def test_the_short_way_and_the_long_way() -> None:
     for start in ((), (0x48,), (0x41,), (0x4F,), (0x0F,), (0x4D, 0x0F)):
         for opcode in range(256):
             for modrm in range(0, 256, 3):
-                code = (bytes((*start, opcode, modrm)) + rng.randbytes(16))[:16]
+                code = (bytes((*start, opcode, modrm)) + rng.randbytes(24))[:24]
                 assert decode.decode_bytes(code) == decode.decode_bytes(code[:15]), code.hex()
 
 

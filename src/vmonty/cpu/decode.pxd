@@ -67,6 +67,7 @@ cdef enum:
     A_VSIB = 8388608     # memory with a vector as index
     A_SIZED = 16777216   # 66 makes its operands 16 bits wide
     A_SIMPLE = 33554432  # decoded by _simple when no prefix but REX stands there
+    A_MOVABLE = 67108864 # such a one means the same elsewhere if its registers do
 
 cdef enum:
     F_C = 1
@@ -80,6 +81,10 @@ cdef enum:
 cdef enum:
     NO_REGISTER = -1
     RIP_BASE = 16
+
+# Bits of the guest registers that the same registers of the host hold (operands.host).
+cdef enum:
+    ITSELF = 0xFCD
 
 # decode(): what it returns besides a length
 cdef enum:
@@ -108,7 +113,8 @@ cdef struct OpRow:
     uint8_t b                # B: general register in VEX.vvvv
     uint8_t immediates       # bits of the operands that follow the instruction: I J O L A
     uint8_t in_opcode        # Z is the first operand
-    uint8_t pad[2]
+    uint8_t implicit         # registers that may be written without being named: 1 rAX, 2 rCX, 4 rDX
+    uint8_t constant         # bytes of the only I or J operand: of 4-byte operands, and << 4 of 8-byte ones
 
 
 cdef struct Insn:
@@ -149,7 +155,7 @@ cdef struct Insn:
     uint8_t flags_in         # liveness: flags live before it
     uint8_t group            # number of the group that shares one TLB check, + 1; 0 none
     uint8_t leader           # this instruction makes the check
-    uint8_t verbatim         # no prefix but REX, no memory operand: means the same where it is copied to
+    uint8_t verbatim         # means the same where it is copied to: its registers are in the same ones of the host
     int32_t group_offset     # of its operand from the lowest byte of the group
     uint8_t bytes[16]
 
@@ -157,6 +163,8 @@ cdef struct Insn:
 cdef OpRow ROW[2560]
 # Bytes of an operand by its size letter and operand size >> 2 | W << 2 | L << 3.
 cdef uint8_t OPERAND_BYTES[256][16]
+# By ModRM: bytes of the displacement, 8 if a SIB byte stands before it; of memory operands with 32- or 64-bit addresses.
+cdef uint8_t SHAPE[256]
 cdef uint8_t PREFIX[256]     # 1 a legacy prefix, 2 REX in 64-bit mode
 cdef uint16_t ROOT[2][4][256][4]
 cdef uint16_t GROUP[512][72]

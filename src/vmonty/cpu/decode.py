@@ -32,6 +32,11 @@ def _build():
         PREFIX[byte] = 1
     for byte in range(0x40, 0x50):
         PREFIX[byte] = 2
+    modrm: cython.int
+    for modrm in range(0xC0):
+        SHAPE[modrm] = 4 if modrm >> 6 == 2 or modrm & 0xC7 == 5 else modrm >> 6
+        if modrm & 7 == 4:
+            SHAPE[modrm] |= 8
     ROW[0].cls = C_UD
 
 
@@ -279,63 +284,99 @@ def _immediates(
 def _simple(code: cython.p_uchar, i: cython.pointer(Insn)) -> cython.int:
     """Decode what most code in 64-bit mode is made of: no prefix but REX, none of the rarer operands.
 
-    Sixteen bytes are there, and the fields are clear. Gives the length, or 0: ``decode`` has to look at it in full.
+    24 bytes are there, and the fields are clear. Gives the length, or 0: ``decode`` has to look at it in full. What
+    comes next in code cannot be predicted, so tables and shifts stand here where branches would be as short.
     """
-    at: cython.int = 1
     byte: cython.uchar = code[0]
-    rex: cython.int = 0
-    opcode_map: cython.int = 0
+    rex: cython.int = byte if (byte & 0xF0) == 0x40 else 0
+    at: cython.int = rex != 0
+    opcode_map: cython.int
     entry: cython.int
-    modrm: cython.int = 0
+    modrm: cython.int
+    shape: cython.int
+    size: cython.int
+    sib: cython.int
+    shift: cython.int
+    attributes: uint32_t
     r: cython.pointer(OpRow)
-    if (byte & 0xF0) == 0x40:
-        rex = byte
-        byte = code[1]
-        at = 2
-    if byte == 0x0F:
-        byte = code[at]
-        at += 1
-        opcode_map = 1
-    elif byte == 0x90 or PREFIX[byte]:
+    byte = code[at]
+    opcode_map = byte == 0x0F
+    at += opcode_map
+    byte = code[at]
+    at += 1
+    if not opcode_map and (byte == 0x90 or PREFIX[byte]):
         return 0
     entry = ROOT[0][opcode_map][byte][0]
+    modrm = code[at]
     if entry & 0x8000:
-        modrm = code[at]
         entry = GROUP[entry & 0x7FFF][8 + (modrm & 63) if modrm >= 0xC0 else modrm >> 3 & 7]
     r = cython.address(ROW[entry])
-    if not r.attributes & A_SIMPLE:
+    attributes = r.attributes
+    if not attributes & A_SIMPLE:
         return 0
-    if r.attributes & A_MODRM:
-        modrm = code[at]
-        at += 1
-        i.modrm = modrm
-        i.mod = modrm >> 6
-        i.reg = (modrm >> 3 & 7) | (rex & 4) << 1
-        i.rm = (modrm & 7) | (rex & 1) << 3
-    elif r.in_opcode:
-        i.reg = (byte & 7) | (rex & 1) << 3
     i.rex = rex
     i.w = rex >> 3 & 1
     i.row = entry
     i.map = opcode_map
     i.opcode = byte
     i.address_size = 8
-    i.operand_size = 8 if r.attributes & (A_F64 | A_D64) or rex & 8 else 4
-    if r.attributes & A_MODRM and modrm < 0xC0:
-        i.has_memory = 1
-        at = _memory(i, code, at, 15, 1)
-        if at == 0:
+    i.operand_size = 8 if attributes & (A_F64 | A_D64) or rex & 8 else 4
+    i.segment = 3
+    if attributes & A_MODRM:
+        at += 1
+        i.modrm = modrm
+        i.mod = modrm >> 6
+        i.reg = (modrm >> 3 & 7) | (rex & 4) << 1
+        i.rm = (modrm & 7) | (rex & 1) << 3
+        if modrm < 0xC0:
+            shape = SHAPE[modrm]
+            i.base = i.rm
+            if shape & 8:
+                sib = code[at]
+                at += 1
+                i.scale = sib >> 6
+                i.base = (sib & 7) | (rex & 1) << 3
+                i.index = (sib >> 3 & 7) | (rex & 2) << 2
+                if i.index == 4:
+                    i.index = NO_REGISTER
+                if (sib & 7) == 5 and modrm < 0x40:
+                    i.base = NO_REGISTER
+                    shape = 4
+            elif (modrm & 0xC7) == 5:
+                i.base = RIP_BASE
+            size = shape & 7
+            shift = 32 - 8 * size & 31
+            if size:
+                i.displacement = cython.cast(int32_t, cython.cast(cython.pointer(uint32_t), code + at)[0] << shift)
+                i.displacement >>= shift
+                at += size
+            i.has_memory = 1
+            if i.base == 4 or i.base == 5:
+                i.segment = 2
+            if r.in_memory:
+                i.memory_size = operand_bytes(i, r.in_memory - 1)
+                i.memory_access = r.access[r.in_memory - 1]
+        elif attributes & A_MEMORY:
             return 0
-        if r.in_memory:
-            i.memory_size = operand_bytes(i, r.in_memory - 1)
-            i.memory_access = r.access[r.in_memory - 1]
-    elif r.attributes & A_MEMORY:
-        return 0
-    else:
-        i.segment = 3
+    elif r.in_opcode:
+        i.reg = (byte & 7) | (rex & 1) << 3
+    if (
+        attributes & A_MOVABLE
+        and not i.has_memory
+        and (r.g == 0 or ITSELF >> i.reg & 1)
+        and (r.e == 0 or ITSELF >> i.rm & 1)
+    ):
         i.verbatim = 1
-    if r.immediates:
-        at = _immediates(i, r, code, at, 15, 1)
+    size = r.constant >> (4 if i.operand_size == 8 else 0) & 15
+    if size:
+        i.immediate_size = size
+        shift = 64 - 8 * size
+        i.immediate = cython.cast(cython.pointer(uint64_t), code + at)[0] << shift
+        if r.cls in (C_JCC, C_JMP, C_CALL, C_LOOP):
+            i.immediate = cython.cast(uint64_t, cython.cast(int64_t, i.immediate) >> shift)
+        else:
+            i.immediate >>= shift
+        at += size
     i.length = at
     return at
 
@@ -364,7 +405,7 @@ def decode(code, available, rip, code_size, i):
         cython.cast(cython.pointer(uint64_t), cython.address(i.bytes[8]))[0] = cython.cast(
             cython.pointer(uint64_t), code + 8
         )[0]
-        if long_mode:
+        if long_mode and available >= 24:
             size = _simple(code, i)
             if size:
                 return size
@@ -610,14 +651,14 @@ def decode(code, available, rip, code_size, i):
 def decode_bytes(code: bytes, rip: int = 0, code_size: int = 8) -> dict[str, object] | int:
     """Decode for tests and tools: the fields as a dict, or the negative/zero result of ``decode``.
 
-    Of 16 bytes, 15 count; they are what the short way of simple instructions asks for.
+    Of 24 bytes, 15 count; they are what the short way of simple instructions asks for.
     """
     i: Insn
-    buffer: cython.uchar[16]
+    buffer: cython.uchar[24]
     k: cython.int
-    for k in range(min(len(code), 16)):
+    for k in range(min(len(code), 24)):
         buffer[k] = code[k]
-    n: cython.int = decode(buffer, min(len(code), 16), rip, code_size, cython.address(i))
+    n: cython.int = decode(buffer, min(len(code), 24), rip, code_size, cython.address(i))
     if n <= 0:
         return n
     from vmonty.cpu import isa  # no guest needs it

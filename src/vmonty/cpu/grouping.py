@@ -13,7 +13,6 @@ import cython
 from cython.cimports.libc.stdint import int32_t, int64_t
 from cython.cimports.vmonty.cpu.assembler import NONE
 from cython.cimports.vmonty.cpu.decode import (
-    A_WCX,
     C_BTM,
     C_CALL,
     C_CALLI,
@@ -148,27 +147,10 @@ def count_writes(i, version):
         _written(i.rm, r.size[r.e - 1], version)
     if r.b and r.access[r.b - 1] & 2:
         version[i.vvvv] += 1
-    # What is written without being named: the accumulator and its companions, counted whenever in doubt.
-    if i.map == 0 and not i.vex:
-        if i.opcode < 0x40:
-            if i.opcode & 6 == 4 and i.opcode < 0x38:  # with an immediate operand, and not CMP
-                version[0] += 1
-        elif r.operands == 0 or i.opcode >= 0x90:
-            # not: MOV of immediates, shifts, INC and DEC, TEST and NOT and NEG
-            if (
-                not 0xB0 <= i.opcode < 0xC2
-                and i.opcode & 0xFE != 0xC6
-                and not 0xD0 <= i.opcode < 0xD4
-                and i.opcode < 0xFE
-                and (i.opcode & 0xFE != 0xF6 or i.modrm >> 3 & 4)
-            ):
-                version[0] += 1
-                version[2] += 1
-    elif i.map == 1 and (i.opcode == 0xB0 or i.opcode == 0xB1 or i.opcode == 0xC7):
-        version[0] += 1
-        version[2] += 1
-    if r.attributes & A_WCX:
-        version[1] += 1
+    if r.implicit:
+        version[0] += r.implicit & 1
+        version[1] += r.implicit >> 1 & 1
+        version[2] += r.implicit >> 2
 
 
 @cython.cfunc

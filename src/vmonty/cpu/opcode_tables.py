@@ -14,7 +14,7 @@ ATTRIBUTES = {
     "sse": 524288,
 }  # fmt: skip
 MODRM, VECTOR, X87 = 16384, 32768, 65536
-MEMORY, REGISTER, VVVV, VSIB, SIZED, SIMPLE = (1 << bit for bit in range(20, 26))
+MEMORY, REGISTER, VVVV, VSIB, SIZED, SIMPLE, MOVABLE = (1 << bit for bit in range(20, 27))
 SIZE_512 = 251  # the one size code that is no single letter
 GROUPED = 0x8000  # in ROOT: the rest is an index into GROUP
 ARPL = next(number for number, row in enumerate(isa.ROWS, 1) if row.name == "ARPL")
@@ -49,6 +49,28 @@ def _position(row: isa.Row, letters: str) -> int:
     return found[0] if found else 0
 
 
+def implicit_writes(row: isa.Row) -> int:
+    """Give the registers that copied instructions may write without naming them: 1 rAX, 2 rCX, 4 rDX.
+
+    One too many costs a shared check of operands; one too few would share a wrong one.
+    """
+    written = 2 if "wcx" in row.attributes else 0
+    if row.map == 0 and not row.vex:
+        names_all = (  # MOV of immediates, shifts, INC and DEC, TEST and NOT and NEG
+            0xB0 <= row.opcode < 0xC2
+            or row.opcode in (0xC6, 0xC7, 0xD0, 0xD1, 0xD2, 0xD3, 0xFE, 0xFF)
+            or (row.opcode in (0xF6, 0xF7) and row.reg in range(4))
+        )
+        if row.opcode < 0x40:
+            if row.opcode & 6 == 4 and row.opcode < 0x38:  # with an immediate operand, and not CMP
+                written |= 1
+        elif (not row.operands or row.opcode >= 0x90) and not names_all:
+            written |= 5
+    elif row.map == 1 and row.opcode in (0xB0, 0xB1, 0xC7):  # CMPXCHG, CMPXCHG8B
+        written |= 5
+    return written
+
+
 def pack_row(row: isa.Row) -> bytes:
     """Pack one row as struct OpRow (32 bytes)."""
     letters = bytes(ord(o.letter) for o in row.operands)
@@ -68,15 +90,20 @@ def pack_row(row: isa.Row) -> bytes:
             bits |= flag
     if any(o.size in "vz" for o in row.operands) or (row.map == 0 and not row.operands):
         bits |= SIZED
-    simple = row.map < 2 and not row.vex and not {"i64", "W0", "W1"} & set(row.attributes)
+    immediates = [o for o in row.operands if o.letter in "IJ"]
+    simple = row.map < 2 and not row.vex and not {"i64", "W0", "W1"} & set(row.attributes) and len(immediates) < 2
     if simple and all(o.letter in "EGZIJVWPQM" for o in row.operands) and row.cls != "gather":
         bits |= SIMPLE
+        if row.cls == "copy" and not {"cl", "wcx"} & set(row.attributes):
+            bits |= MOVABLE
+    constant = {"b": (1, 1), "w": (2, 2), "z": (4, 4), "v": (4, 8)}[immediates[0].size] if immediates else (0, 0)
     return struct.pack(
-        "<BB4s4s4sBBBBbBI6B2x", isa.CLASSES.index(row.cls), len(row.operands), letters, sizes, access, row.flags_read,
+        "<BB4s4s4sBBBBbBI8B", isa.CLASSES.index(row.cls), len(row.operands), letters, sizes, access, row.flags_read,
         row.flags_written, row.flags_undefined, row.flags_maybe, row.prefix, FEATURES.index(row.feature), bits,
         _position(row, "EWMQ"), _position(row, "GZ"), _position(row, "ER"), _position(row, "B"),
         sum(1 << number for number, o in enumerate(row.operands) if o.letter in "IJOLA"),
-        bool(row.operands) and row.operands[0].letter == "Z",
+        bool(row.operands) and row.operands[0].letter == "Z", implicit_writes(row),
+        constant[0] | constant[1] << 4,
     )  # fmt: skip
 
 

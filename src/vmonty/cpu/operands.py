@@ -78,10 +78,6 @@ from cython.cimports.vmonty.cpu.translate import (
     Stub,
 )
 
-# Bits of the guest registers that the same registers of the host hold.
-ITSELF = cython.declare(cython.int, 0xFCD)
-
-
 def host(g):
     """Give the host register of guest register ``g``, or NONE when it lives in the state."""
     if g == 1:
@@ -643,12 +639,7 @@ def emit_copy(w, i):
     direct: cython.int = 0
     ea: Ea
     force_rex: cython.int = 0
-    if (
-        i.verbatim
-        and not r.attributes & (A_CL | A_WCX)
-        and (r.g == 0 or ITSELF >> i.reg & 1)
-        and (r.e == 0 or ITSELF >> i.rm & 1)
-    ):
+    if i.verbatim:
         # without REX, numbers 4 to 7 of byte registers are AH, CH, DH, BH: 6 and 7 lie in rdx and rbx either way
         for k in range(2):
             cython.cast(cython.pointer(uint64_t), a.at + 8 * k)[0] = cython.cast(
