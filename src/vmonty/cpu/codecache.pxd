@@ -72,6 +72,14 @@ cdef struct CodePage:
     uint32_t pad
 
 
+# Parts of a memory operand's check: its tag into rcx, and the host address into r12.
+cdef struct Check:
+    uint8_t look[24]
+    uint8_t use[8]
+    int look_size
+    int use_size
+
+
 cdef struct CodeCache:
     uint8_t *writable
     uint8_t *executable
@@ -121,6 +129,7 @@ cdef struct CodeCache:
     uint64_t call_helper
     uint64_t to_linear       # rcx = offset, immediate pushed: rcx = linear address after the segment's checks
     uint64_t window[6]       # rcx = linear address, r15 = 8 * slot: fill the slot from a TLB; reads, writes, by set
+    Check check[6]           # to be copied, not called; reads, writes, by set
     uint64_t lookup[3]       # r15 = guest rip: jump through the jump cache of a TLB set
     uint64_t copy[4]         # void copy(to, from, count): rep movs by log2 size
     uint64_t fill[4]         # void fill(to, count, value): rep stos

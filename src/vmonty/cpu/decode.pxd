@@ -67,7 +67,8 @@ cdef enum:
     A_VSIB = 8388608     # memory with a vector as index
     A_SIZED = 16777216   # 66 makes its operands 16 bits wide
     A_SIMPLE = 33554432  # decoded by _simple when no prefix but REX stands there
-    A_MOVABLE = 67108864 # such a one means the same elsewhere if its registers do
+    A_MOVABLE = 67108864     # such a one means the same elsewhere if its registers do
+    A_LOOSE = 134217728  # such a one with a memory operand means the same with another address of it
 
 cdef enum:
     F_C = 1
@@ -81,6 +82,17 @@ cdef enum:
 cdef enum:
     NO_REGISTER = -1
     RIP_BASE = 16
+
+# OpRow.written: registers that a copied instruction may write.
+cdef enum:
+    W_RAX = 1                # without being named
+    W_RCX = 2
+    W_RDX = 4
+    W_G = 8
+    W_E = 16                 # if it is no memory operand
+    W_B = 32
+    W_G_BYTE = 64            # perhaps AH, CH, DH, BH
+    W_E_BYTE = 128
 
 # Bits of the guest registers that the same registers of the host hold (operands.host).
 cdef enum:
@@ -113,7 +125,7 @@ cdef struct OpRow:
     uint8_t b                # B: general register in VEX.vvvv
     uint8_t immediates       # bits of the operands that follow the instruction: I J O L A
     uint8_t in_opcode        # Z is the first operand
-    uint8_t implicit         # registers that may be written without being named: 1 rAX, 2 rCX, 4 rDX
+    uint8_t written          # W_...
     uint8_t constant         # bytes of the only I or J operand: of 4-byte operands, and << 4 of 8-byte ones
 
 
@@ -121,6 +133,7 @@ cdef struct Insn:
     uint64_t rip
     uint64_t immediate       # as encoded, zero-extended; branch displacements sign-extended
     int64_t displacement
+    uint8_t bytes[16]        # at a multiple of eight
     uint16_t row
     uint8_t length
     uint8_t map
@@ -156,20 +169,21 @@ cdef struct Insn:
     uint8_t group            # number of the group that shares one TLB check, + 1; 0 none
     uint8_t leader           # this instruction makes the check
     uint8_t verbatim         # means the same where it is copied to: its registers are in the same ones of the host
+    uint8_t loose            # the same but for the address of its memory operand
     int32_t group_offset     # of its operand from the lowest byte of the group
-    uint8_t bytes[16]
 
 
 cdef OpRow ROW[2560]
 # Bytes of an operand by its size letter and operand size >> 2 | W << 2 | L << 3.
 cdef uint8_t OPERAND_BYTES[256][16]
-# By ModRM: bytes of the displacement, 8 if a SIB byte stands before it; of memory operands with 32- or 64-bit addresses.
+# By ModRM, with 32- and 64-bit addresses: bytes of the displacement, and 8 if a SIB byte stands before it.
 cdef uint8_t SHAPE[256]
 cdef uint8_t PREFIX[256]     # 1 a legacy prefix, 2 REX in 64-bit mode
 cdef uint16_t ROOT[2][4][256][4]
 cdef uint16_t GROUP[512][72]
 
 cdef int decode(uint8_t *code, int available, uint64_t rip, int code_size, Insn *i) noexcept nogil
+cdef int glance(uint8_t *code, Insn *i) noexcept nogil
 cdef int offered_feature(Insn *i, uint64_t *features, int code_size) noexcept nogil
 
 

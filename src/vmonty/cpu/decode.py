@@ -242,6 +242,7 @@ def _clear(i: cython.pointer(Insn)) -> cython.void:
     i.group = 0
     i.leader = 0
     i.verbatim = 0
+    i.loose = 0
 
 
 @cython.cfunc
@@ -279,40 +280,88 @@ def _immediates(
 
 
 @cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _simple_row(code: cython.p_uchar, rex: cython.p_int, opcode_map: cython.p_int, at: cython.p_int) -> cython.int:
+    """Find the row of an instruction in 64-bit mode; ``at`` is then behind its opcode. 0: not a simple one.
+
+    What comes next in code cannot be predicted, so tables and shifts stand here where branches would be as short.
+    """
+    byte: cython.uchar = code[0]
+    modrm: cython.int
+    entry: cython.int
+    rex[0] = byte if (byte & 0xF0) == 0x40 else 0
+    at[0] = rex[0] != 0
+    byte = code[at[0]]
+    opcode_map[0] = byte == 0x0F
+    at[0] += opcode_map[0]
+    byte = code[at[0]]
+    at[0] += 1
+    if not opcode_map[0] and (byte == 0x90 or PREFIX[byte]):
+        return 0
+    entry = ROOT[0][opcode_map[0]][byte][0]
+    if entry & 0x8000:
+        modrm = code[at[0]]
+        entry = GROUP[entry & 0x7FFF][8 + (modrm & 63) if modrm >= 0xC0 else modrm >> 3 & 7]
+    return entry if ROW[entry].attributes & A_SIMPLE else 0
+
+
+def glance(code, i):
+    """Give the length of a simple instruction in 64-bit mode, and of ``i`` what ``liveness`` asks for; 0: use decode.
+
+    24 bytes are there.
+    """
+    rex: cython.int = 0
+    opcode_map: cython.int = 0
+    at: cython.int = 0
+    entry: cython.int = _simple_row(code, cython.address(rex), cython.address(opcode_map), cython.address(at))
+    r: cython.pointer(OpRow) = cython.address(ROW[entry])
+    modrm: cython.int
+    shape: cython.int
+    if entry == 0 or r.feature:
+        return 0
+    i.row = entry
+    i.fault = 0
+    i.l = 0
+    i.w = rex >> 3 & 1
+    i.operand_size = 8 if r.attributes & (A_F64 | A_D64) or rex & 8 else 4
+    if r.attributes & A_MODRM:
+        modrm = code[at]
+        at += 1
+        shape = SHAPE[modrm]
+        if shape & 8:
+            if (code[at] & 7) == 5 and modrm < 0x40:
+                shape = 4
+            at += 1
+        at += shape & 7
+        if r.attributes & A_MEMORY and modrm >= 0xC0:
+            return 0
+    i.immediate = code[at]  # of shifts, whose first byte is all
+    return at + (r.constant >> (4 if i.operand_size == 8 else 0) & 15)
+
+
+@cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
 def _simple(code: cython.p_uchar, i: cython.pointer(Insn)) -> cython.int:
     """Decode what most code in 64-bit mode is made of: no prefix but REX, none of the rarer operands.
 
-    24 bytes are there, and the fields are clear. Gives the length, or 0: ``decode`` has to look at it in full. What
-    comes next in code cannot be predicted, so tables and shifts stand here where branches would be as short.
+    24 bytes are there, and the fields are clear. Gives the length, or 0: ``decode`` has to look at it in full.
     """
-    byte: cython.uchar = code[0]
-    rex: cython.int = byte if (byte & 0xF0) == 0x40 else 0
-    at: cython.int = rex != 0
-    opcode_map: cython.int
-    entry: cython.int
-    modrm: cython.int
+    rex: cython.int = 0
+    opcode_map: cython.int = 0
+    at: cython.int = 0
+    modrm: cython.int = 0
     shape: cython.int
     size: cython.int
     sib: cython.int
     shift: cython.int
-    attributes: uint32_t
-    r: cython.pointer(OpRow)
-    byte = code[at]
-    opcode_map = byte == 0x0F
-    at += opcode_map
-    byte = code[at]
-    at += 1
-    if not opcode_map and (byte == 0x90 or PREFIX[byte]):
-        return 0
-    entry = ROOT[0][opcode_map][byte][0]
-    modrm = code[at]
-    if entry & 0x8000:
-        entry = GROUP[entry & 0x7FFF][8 + (modrm & 63) if modrm >= 0xC0 else modrm >> 3 & 7]
-    r = cython.address(ROW[entry])
-    attributes = r.attributes
-    if not attributes & A_SIMPLE:
+    entry: cython.int = _simple_row(code, cython.address(rex), cython.address(opcode_map), cython.address(at))
+    r: cython.pointer(OpRow) = cython.address(ROW[entry])
+    attributes: uint32_t = r.attributes
+    byte: cython.uchar = code[at - 1]
+    if entry == 0:
         return 0
     i.rex = rex
     i.w = rex >> 3 & 1
@@ -323,6 +372,7 @@ def _simple(code: cython.p_uchar, i: cython.pointer(Insn)) -> cython.int:
     i.operand_size = 8 if attributes & (A_F64 | A_D64) or rex & 8 else 4
     i.segment = 3
     if attributes & A_MODRM:
+        modrm = code[at]
         at += 1
         i.modrm = modrm
         i.mod = modrm >> 6
@@ -356,6 +406,11 @@ def _simple(code: cython.p_uchar, i: cython.pointer(Insn)) -> cython.int:
             if r.in_memory:
                 i.memory_size = operand_bytes(i, r.in_memory - 1)
                 i.memory_access = r.access[r.in_memory - 1]
+            # Byte registers 4 to 7 may be AH, CH, DH, BH, or need a REX prefix.
+            if attributes & A_LOOSE and (
+                r.g == 0 or (ITSELF >> i.reg & 1 and ((i.reg & 12) != 4 or r.size[r.g - 1] != ord("b")))
+            ):
+                i.loose = 1
         elif attributes & A_MEMORY:
             return 0
     elif r.in_opcode:
@@ -670,3 +725,14 @@ def decode_bytes(code: bytes, rip: int = 0, code_size: int = 8) -> dict[str, obj
         "base": i.base, "index": i.index, "scale": i.scale, "displacement": i.displacement, "segment": i.segment,
         "reg": i.reg, "rm": i.rm, "vvvv": i.vvvv, "immediate": i.immediate, "rep": i.rep, "lock": i.lock,
     }  # fmt: skip
+
+
+def glance_bytes(code: bytes) -> tuple[int, int, int] | None:
+    """For tests: length, row, operand size by ``glance``, from 24 bytes; None when it leaves that to decode."""
+    i: Insn
+    buffer: cython.uchar[24]
+    k: cython.int
+    for k in range(24):
+        buffer[k] = code[k]
+    n: cython.int = glance(buffer, cython.address(i))
+    return (n, i.row, i.operand_size) if n else None

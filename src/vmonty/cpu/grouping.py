@@ -36,8 +36,15 @@ from cython.cimports.vmonty.cpu.decode import (
     NO_REGISTER,
     RIP_BASE,
     ROW,
+    W_B,
+    W_E,
+    W_E_BYTE,
+    W_G,
+    W_G_BYTE,
+    W_RAX,
+    W_RCX,
+    W_RDX,
     Insn,
-    OpRow,
 )
 from cython.cimports.vmonty.cpu.state import FS
 from cython.cimports.vmonty.cpu.translate import MAX_GROUPS, Group
@@ -99,7 +106,7 @@ def _join(w: cython.pointer(Work), number: cython.int, base: cython.int, index: 
 def constant_step(i, reg, by):
     """Tell whether the instruction only moves a 64-bit register by a constant."""
     digit: cython.int = i.modrm >> 3 & 7
-    if i.map or i.vex or i.operand_size != 8:
+    if i.map or i.vex or i.operand_size != 8 or i.opcode not in (0x05, 0x2D, 0x81, 0x83, 0x8D, 0xFF):
         return 0
     if ROW[i.row].cls == C_LEA:
         reg[0] = i.reg
@@ -128,29 +135,21 @@ def constant_step(i, reg, by):
     return 0
 
 
-@cython.cfunc
-@cython.inline
-@cython.nogil
-@cython.exceptval(check=False)
-def _written(n: cython.int, size: cython.uchar, version: cython.p_int) -> cython.void:
-    version[n] += 1
-    if size == ord("b") and 4 <= n < 8:
-        version[n - 4] += 1  # perhaps AH, CH, DH, BH
-
-
 def count_writes(i, version):
     """Count up the versions of the registers that the instruction writes."""
-    r: cython.pointer(OpRow) = cython.address(ROW[i.row])
-    if r.g and r.access[r.g - 1] & 2:
-        _written(i.reg, r.size[r.g - 1], version)
-    if r.e and not i.has_memory and r.access[r.e - 1] & 2:
-        _written(i.rm, r.size[r.e - 1], version)
-    if r.b and r.access[r.b - 1] & 2:
-        version[i.vvvv] += 1
-    if r.implicit:
-        version[0] += r.implicit & 1
-        version[1] += r.implicit >> 1 & 1
-        version[2] += r.implicit >> 2
+    written: cython.uint = ROW[i.row].written
+    version[i.reg] += (written & W_G) != 0
+    if not i.has_memory:
+        version[i.rm] += (written & W_E) != 0
+        if written & W_E_BYTE and 4 <= i.rm < 8:
+            version[i.rm - 4] += 1
+    if written & W_G_BYTE and 4 <= i.reg < 8:
+        version[i.reg - 4] += 1
+    if written & (W_RAX | W_RCX | W_RDX | W_B):
+        version[0] += (written & W_RAX) != 0
+        version[1] += (written & W_RCX) != 0
+        version[2] += (written & W_RDX) != 0
+        version[i.vvvv] += (written & W_B) != 0
 
 
 @cython.cfunc

@@ -72,6 +72,7 @@ from cython.cimports.vmonty.cpu.operands import (
     emit_ea,
     home,
     host,
+    move,
 )
 from cython.cimports.vmonty.cpu.stack import (
     goes_on,
@@ -281,7 +282,11 @@ def emit_instruction(w, i):
         leave_fault(w, i, i.fault)
         return
     if cls == C_COPY and i.map == 0 and not i.vex and not 0xD8 <= i.opcode <= 0xDF and i.opcode != 0x9B:
-        emit_copy(w, i)  # no vector, nothing that is intercepted
+        # no vector, nothing that is intercepted
+        if i.verbatim:
+            move(w, i)
+        else:
+            emit_copy(w, i)
         return
     vector = _vector_fault(w, i)
     if vector:

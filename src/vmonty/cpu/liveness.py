@@ -22,6 +22,7 @@ from cython.cimports.vmonty.cpu.decode import (
     F_ALL,
     ROW,
     decode,
+    glance,
     offered,
     operand_bytes,
 )
@@ -55,9 +56,11 @@ def live_at(code, available, rip, code_size, features):
     live: cython.int = 0
     open_: cython.int = F_ALL  # neither read nor overwritten so far
     for k in range(6):
-        n = decode(code + at, available - at, rip + at, code_size, cython.address(i))
-        if n <= 0 or not offered(cython.address(i), features, code_size):
-            return live | open_
+        n = glance(code + at, cython.address(i)) if code_size == 8 and available - at >= 24 else 0
+        if n == 0:
+            n = decode(code + at, available - at, rip + at, code_size, cython.address(i))
+            if n <= 0 or not offered(cython.address(i), features, code_size):
+                return live | open_
         cls = ROW[i.row].cls
         live |= flags_read(cython.address(i)) & open_
         if cls in (C_COPY, C_LEA, C_NOP, C_PUSH, C_POP, C_PUSHI, C_LEAVE, C_BTM, C_MOFFS):

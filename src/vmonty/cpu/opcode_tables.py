@@ -14,7 +14,7 @@ ATTRIBUTES = {
     "sse": 524288,
 }  # fmt: skip
 MODRM, VECTOR, X87 = 16384, 32768, 65536
-MEMORY, REGISTER, VVVV, VSIB, SIZED, SIMPLE, MOVABLE = (1 << bit for bit in range(20, 27))
+MEMORY, REGISTER, VVVV, VSIB, SIZED, SIMPLE, MOVABLE, LOOSE = (1 << bit for bit in range(20, 28))
 SIZE_512 = 251  # the one size code that is no single letter
 GROUPED = 0x8000  # in ROOT: the rest is an index into GROUP
 ARPL = next(number for number, row in enumerate(isa.ROWS, 1) if row.name == "ARPL")
@@ -50,7 +50,7 @@ def _position(row: isa.Row, letters: str) -> int:
 
 
 def implicit_writes(row: isa.Row) -> int:
-    """Give the registers that copied instructions may write without naming them: 1 rAX, 2 rCX, 4 rDX.
+    """Give the registers that a copied instruction may write without naming them: 1 rAX, 2 rCX, 4 rDX.
 
     One too many costs a shared check of operands; one too few would share a wrong one.
     """
@@ -69,6 +69,16 @@ def implicit_writes(row: isa.Row) -> int:
     elif row.map == 1 and row.opcode in (0xB0, 0xB1, 0xC7):  # CMPXCHG, CMPXCHG8B
         written |= 5
     return written
+
+
+def written(row: isa.Row) -> int:
+    """Give what a copied instruction writes, for ``grouping``: bits of decode.pxd's W_..."""
+    bits = implicit_writes(row)
+    for letters, bit, byte in (("GZ", 8, 64), ("ER", 16, 128), ("B", 32, 0)):
+        number = _position(row, letters)
+        if number and row.operands[number - 1].access & 2:
+            bits |= bit | (byte if row.operands[number - 1].size == "b" else 0)
+    return bits
 
 
 def pack_row(row: isa.Row) -> bytes:
@@ -96,13 +106,15 @@ def pack_row(row: isa.Row) -> bytes:
         bits |= SIMPLE
         if row.cls == "copy" and not {"cl", "wcx"} & set(row.attributes):
             bits |= MOVABLE
+            if not bits & X87 and not any(o.letter == "P" for o in row.operands):
+                bits |= LOOSE
     constant = {"b": (1, 1), "w": (2, 2), "z": (4, 4), "v": (4, 8)}[immediates[0].size] if immediates else (0, 0)
     return struct.pack(
         "<BB4s4s4sBBBBbBI8B", isa.CLASSES.index(row.cls), len(row.operands), letters, sizes, access, row.flags_read,
         row.flags_written, row.flags_undefined, row.flags_maybe, row.prefix, FEATURES.index(row.feature), bits,
         _position(row, "EWMQ"), _position(row, "GZ"), _position(row, "ER"), _position(row, "B"),
         sum(1 << number for number, o in enumerate(row.operands) if o.letter in "IJOLA"),
-        bool(row.operands) and row.operands[0].letter == "Z", implicit_writes(row),
+        bool(row.operands) and row.operands[0].letter == "Z", written(row),
         constant[0] | constant[1] << 4,
     )  # fmt: skip
 

@@ -37,6 +37,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     store_imm32,
     vex3,
 )
+from cython.cimports.vmonty.cpu.codecache import Check
 from cython.cimports.vmonty.cpu.decode import (
     A_ALIGN,
     A_CL,
@@ -52,7 +53,7 @@ from cython.cimports.vmonty.cpu.decode import (
     OpRow,
     operand_bytes,
 )
-from cython.cimports.vmonty.cpu.state import FS, PAGE_SLOTS, SS, TLB_ENTRIES
+from cython.cimports.vmonty.cpu.state import FS, PAGE_SLOTS, SS, TLB_ENTRIES, TLB_SETS
 from cython.cimports.vmonty.cpu.stubs import displacement
 from cython.cimports.vmonty.cpu.tlb import (
     SLOW_ALIGNED,
@@ -77,21 +78,6 @@ from cython.cimports.vmonty.cpu.translate import (
     Stream,
     Stub,
 )
-
-def host(g):
-    """Give the host register of guest register ``g``, or NONE when it lives in the state."""
-    if g == 1:
-        return 14
-    if g == 4:
-        return 13
-    if g == 5 or g >= 12:
-        return NONE
-    return g
-
-
-def home(w, g):
-    """Give the displacement from rbp of a guest register's place in the state."""
-    return displacement(w.s, cython.address(w.s.gpr[g]))
 
 
 def ea_of(w, i, ea):
@@ -324,6 +310,15 @@ def _waits(i: cython.pointer(Insn)) -> cython.int:
     return ROW[i.row].attributes & A_X87 and ((i.opcode != 0xD9 and i.opcode != 0xDD) or (i.modrm >> 3 & 7) != 7)
 
 
+@cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _put_word(a: cython.pointer(Assembler), source: cython.p_uchar, at: cython.int) -> cython.void:
+    """Copy eight bytes to where code is emitted next, and ``at`` bytes on."""
+    cython.cast(cython.pointer(uint64_t), a.at + at)[0] = cython.cast(cython.pointer(uint64_t), source)[0]
+
+
 def emit_access(w, i, ea, size, access, stack):
     """Emit the way to one memory operand; w.base and w.index then address it in the host.
 
@@ -335,6 +330,8 @@ def emit_access(w, i, ea, size, access, stack):
     at: cython.p_uchar
     whole: Ea
     g: cython.pointer(Group)
+    check: cython.pointer(Check)
+    k: cython.int
     constant: cython.int = (
         ea.base == NONE and ea.index == NONE and ea.segment == NONE and ea.special == EA_PLAIN and w.code_size == 8
     )
@@ -416,12 +413,13 @@ def emit_access(w, i, ea, size, access, stack):
             _keep_group(w, i)
         return
     if i.flags_in == 0:
+        check = cython.address(w.c.check[(TLB_SETS if access & 2 else 0) + w.s.tlb_set])
         if constant:
             op_mem(a, 0, 1, 0x03, S0, RBP_HOST, NONE, 0, table + slot)
         else:
-            rorx(a, 0, S1, S0, 8)
-            alu_imm(a, 0, 4, S1, (TLB_ENTRIES - 1) << 4)
-            op_mem(a, 0, 1, 0x03, S0, RBP_HOST, S1, 0, table)
+            for k in range(3):
+                _put_word(a, cython.address(check.look[8 * k]), 8 * k)
+            a.at += check.look_size
         fit(a, 13)
         alu_imm(a, 1, 7, S0, 4096 - size)
         put8(a, 0x0F)
@@ -431,7 +429,8 @@ def emit_access(w, i, ea, size, access, stack):
         if constant:
             load(a, S1, RBP_HOST, table + slot + 8)
         else:
-            op_mem(a, 0, 1, 0x8B, S1, RBP_HOST, S1, 0, table + 8)
+            _put_word(a, cython.address(check.use[0]), 0)
+            a.at += check.use_size
         _stub(w, STUB_MEMORY, at, what, ea)
         w.base = S0
         w.index = S1
@@ -571,6 +570,27 @@ def _body(w: cython.pointer(Work), i: cython.pointer(Insn), reg: cython.int, rm:
 
 
 @cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _loose_body(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
+    """Emit an instruction again whose memory operand alone is elsewhere: [w.base + w.index + w.disp]."""
+    a: cython.pointer(Assembler) = w.a
+    p: cython.p_uchar = a.at
+    rex: cython.int = (i.w << 3) | ((i.reg >> 3) << 2) | ((w.index > 7) << 1) | (w.base > 7)
+    p[0] = 0x40 | rex
+    p += rex != 0
+    p[0] = 0x0F
+    p += i.map
+    p[0] = i.opcode
+    a.at = p + 1
+    memory(a, i.reg, w.base, w.index, w.scale if w.index != NONE else 0, w.disp)
+    if i.immediate_size:
+        put64(a, i.immediate)  # what is too much is overwritten
+        a.at += cython.cast(cython.int, i.immediate_size) - 8
+
+
+@cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
 def _emit_high(w: cython.pointer(Work), i: cython.pointer(Insn), g: cython.int, g_byte: cython.int,
@@ -640,13 +660,13 @@ def emit_copy(w, i):
     ea: Ea
     force_rex: cython.int = 0
     if i.verbatim:
-        # without REX, numbers 4 to 7 of byte registers are AH, CH, DH, BH: 6 and 7 lie in rdx and rbx either way
-        for k in range(2):
-            cython.cast(cython.pointer(uint64_t), a.at + 8 * k)[0] = cython.cast(
-                cython.pointer(uint64_t), cython.address(i.bytes[8 * k])
-            )[0]
-        a.at += cython.cast(cython.int, i.length)
-        w.held = w.kept
+        move(w, i)
+        return
+    if i.loose:
+        ea_of(w, i, cython.address(ea))
+        emit_access(w, i, cython.address(ea), i.memory_size, i.memory_access, 0)
+        _loose_body(w, i)
+        emit_commit(w, i.memory_access)
         return
     if (
         (i.opcode | 2) in (0x2B, 0x33)

@@ -6,7 +6,11 @@ from vmonty.cpu.assembler cimport Assembler
 from vmonty.cpu.codecache cimport CodeCache
 from vmonty.cpu.state cimport CpuState
 
-# From rbp, which is the state + 128, to a field of it.
-cdef int32_t displacement(CpuState *s, void *field) noexcept nogil
+
+cdef inline int32_t displacement(CpuState *s, void *field) noexcept nogil:
+    """Give the way from rbp, which is the state + 128, to a field of it."""
+    return <int32_t>(<int64_t>field - <int64_t>s - 128)
+
+
 # At the beginning of an empty cache. host_xsave holds the functions that they call: see cache_new.
 cdef void make_stubs(CodeCache *c, CpuState *s) noexcept nogil

@@ -40,11 +40,6 @@ from cython.cimports.vmonty.cpu.state import (
 )
 
 
-def displacement(s, field):
-    """Give the displacement from rbp of a field of the state."""
-    return cython.cast(int64_t, cython.cast(uint64_t, field) - cython.cast(uint64_t, s)) - 128
-
-
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
@@ -446,6 +441,7 @@ def _memory_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), sav
             put8(a, 0x48)
         put8(a, 0xAA if k == 0 else 0xAB)
         put8(a, 0xC3)
+    _make_checks(c, s)
     _fpu_stubs(c)
     # void load_vectors(CpuState *): the caller's control words are kept, the guest's state comes in
     c.load_vectors = here(a)
@@ -469,3 +465,26 @@ def _memory_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), sav
     put8(a, 0xF8)
     put8(a, 0x77)
     put8(a, 0xC3)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _make_checks(c: cython.pointer(CodeCache), s: cython.pointer(CpuState)) -> cython.void:
+    """Make the parts of a memory operand's check (see operands) that are the same for all, to be copied."""
+    a: Assembler
+    n: cython.int
+    table: int32_t
+    for n in range(2 * TLB_SETS):
+        if n < TLB_SETS:
+            table = displacement(s, cython.address(s.tlb_read[n][0]))
+        else:
+            table = displacement(s, cython.address(s.tlb_write[n - TLB_SETS][0]))
+        a.at = cython.address(c.check[n].look[0])
+        rorx(cython.address(a), 0, 12, 1, 8)
+        alu_imm(cython.address(a), 0, 4, 12, (TLB_ENTRIES - 1) << 4)
+        op_mem(cython.address(a), 0, 1, 0x03, 1, 5, 12, 0, table)
+        c.check[n].look_size = a.at - cython.address(c.check[n].look[0])
+        a.at = cython.address(c.check[n].use[0])
+        op_mem(cython.address(a), 0, 1, 0x8B, 12, 5, 12, 0, table + 8)
+        c.check[n].use_size = a.at - cython.address(c.check[n].use[0])

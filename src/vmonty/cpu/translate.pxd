@@ -126,6 +126,8 @@ cdef struct Work:
     Driver driver[3]
     uint8_t stream_of[64]    # of each instruction's operand, + 1
     int slot_of[64]          # or NONE
+    uint16_t *pairs          # of the host and guest offsets of each instruction, the next one
+    uint8_t *entry           # of the block, in the writable mapping
     uint8_t *window          # the bytes of the first page
     uint32_t window_size
     Insn insns[64]

@@ -319,15 +319,14 @@ def _unroll(w: cython.pointer(Work)) -> cython.void:
 
 
 @cython.cfunc
+@cython.inline
 @cython.nogil
 @cython.exceptval(check=False)
 def _offset(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void:
     """Note where the host code of an instruction begins."""
-    to: cython.pointer(uint16_t) = cython.address(w.c.offsets[w.c.offsets_used])
-    to[0] = (cython.cast(uint64_t, w.a.at) - cython.cast(uint64_t, w.c.writable)) - w.block.entry
-    to[1] = i.rip - w.block.rip
-    w.c.offsets_used += 2
-    w.block.pairs += 1
+    w.pairs[0] = w.a.at - w.entry
+    w.pairs[1] = i.rip - w.block.rip
+    w.pairs += 2
 
 
 @cython.cfunc
@@ -419,7 +418,8 @@ def translate_block(s, rip, page, single, plain, why):
     b.page_next2 = 0
     b.incoming = 0
     b.offsets = c.offsets_used
-    b.pairs = 0
+    w.pairs = cython.address(c.offsets[c.offsets_used])
+    w.entry = start
     w.s = s
     w.c = c
     w.a = cython.address(c.a)
@@ -466,6 +466,8 @@ def translate_block(s, rip, page, single, plain, why):
             leave_at(cython.address(w), rip + b.length, c.leave_next)
         else:
             jump_to(cython.address(w), rip + b.length)
+    b.pairs = (w.pairs - cython.address(c.offsets[c.offsets_used])) >> 1
+    c.offsets_used += 2 * b.pairs
     b.body_size = c.a.at - start
     emit_stubs(cython.address(w))
     b.size = c.a.at - start
