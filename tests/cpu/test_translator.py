@@ -229,3 +229,24 @@ def test_memory_that_is_gone_ends_the_run(code: str) -> None:
     assert machine.cpu.run() == "halt"
     assert machine.cpu["rsp"] == before
     os.close(fd)
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize(
+    "code", ["ff e0", "ff 24 25 00 00 20 00", "ff d0", "ff 14 25 00 00 20 00"], ids=["jmp", "jmp-m", "call", "call-m"]
+)
+@pytest.mark.parametrize("target", [0xAAAAAAAAAAAAAAAA, 0x800000000000])
+def test_branch_to_an_address_that_is_not_canonical(machine: Machine, code: str, stepped: bool, target: int) -> None:
+    """SDM, "JMP—Jump", "CALL—Call Procedure", 64-bit mode exceptions: it is the branch that faults."""
+    machine.put64(0x200000, target)
+    machine.cpu["rax"] = target
+    machine.cpu.stop_at_events()
+    machine.load("90 90" + code)
+    before = machine.cpu["rsp"]
+    if stepped:
+        machine.cpu.step(3)
+    else:
+        machine.cpu.run()
+    event = machine.cpu.event
+    assert (event["pending"], event["vector"], event["error_code"]) == (1, 13, 0)
+    assert (machine.cpu["rip"], machine.cpu["rsp"]) == (CODE + 2, before)

@@ -7,7 +7,7 @@ from vmonty.cpu.decode cimport Insn
 from vmonty.cpu.state cimport CpuState
 from vmonty.cpu.translate cimport Ea, Work
 
-cdef void lookup(Work *w, int call) noexcept nogil
+cdef void lookup(Work *w, Insn *i, int call) noexcept nogil
 cdef void call(Work *w, Insn *i) noexcept nogil
 cdef void call_indirect(Work *w, Insn *i) noexcept nogil
 cdef void ret(Work *w, Insn *i) noexcept nogil

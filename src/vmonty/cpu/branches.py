@@ -63,17 +63,22 @@ def _landing(w: cython.pointer(Work), i: cython.pointer(Insn), poll: cython.p_uc
     poll_end(w, i, poll)
 
 
-def lookup(w, call):
-    """Go to the guest address in r15 through the jump cache, unless the run flag is 0."""
+def lookup(w, i, call):
+    """Go to the guest address in r15 through the jump cache, unless the run flag is 0.
+
+    The dispatcher gets the branch's own address: a target that is not canonical is its fault.
+    """
+    source: uint64_t = i.rip ^ (cython.cast(uint64_t, call) << 62)
     s: cython.pointer(CpuState) = w.s
     a: cython.pointer(Assembler) = w.a
     away: cython.p_uchar
     over: cython.p_uchar = cython.NULL
     if w.single or w.code_size != 8:
+        mov_imm(a, S0, source)
         if call and not w.single:
-            call_to(a, w.c.leave_indirect)
+            call_to(a, w.c.leave_branch)
         else:
-            jmp_to(a, w.c.leave_next if w.single else w.c.leave_indirect)
+            jmp_to(a, w.c.leave_branch_next if w.single else w.c.leave_branch)
         return
     pext_mem(a, S1, S2, RBP_HOST, displacement(s, cython.address(s.jump_mask)))
     op_mem(a, 0, 1, 0x8B, S0, RBP_HOST, S1, 3, displacement(s, cython.address(s.jump_negated[s.tlb_set][0])))
@@ -82,13 +87,14 @@ def lookup(w, call):
     put8(a, 0xE3)
     put8(a, 0)
     away = a.at
+    mov_imm(a, S0, source)
     if call:
-        call_to(a, w.c.leave_indirect)
+        call_to(a, w.c.leave_branch)
         put8(a, 0xEB)  # over the other call, to the landing
         put8(a, 0)
         over = a.at
     else:
-        jmp_to(a, w.c.leave_indirect)
+        jmp_to(a, w.c.leave_branch)
     away[-1] = cython.cast(uint64_t, a.at) - cython.cast(uint64_t, away)
     load32(a, S0, RBP_HOST, displacement(s, cython.address(s.run)))
     fit(a, 10)
@@ -137,7 +143,7 @@ def call_indirect(w, i):
     adjust_rsp(w, -i.operand_size)
     settle_rsp(w)
     keep(w, S2, 1)
-    lookup(w, 1)
+    lookup(w, i, 1)
     if not w.single:
         _landing(w, i, cython.NULL)
     w.closed = 1

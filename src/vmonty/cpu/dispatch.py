@@ -79,6 +79,7 @@ from cython.cimports.vmonty.cpu.state import (
     OBSERVE_EVENT,
     OBSERVE_INSTRUCTION,
     OBSERVE_MEMORY,
+    RSP,
     SHADOW_MOV_SS,
     SHADOW_STI,
     FetchEntry,
@@ -387,6 +388,7 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
         link = -1
         plain = 0
         s.code_page_written = 0
+        s.branch_rip = 0
         out = enter(s, cython.cast(cython.p_void, code))
         s.slow_host_rip = 0
         if out == OUT_LINK:
@@ -453,10 +455,16 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
 def _check_target(s: cython.pointer(CpuState)) -> cython.int:
     """Raise #GP(0) for a branch to an address that is not canonical, before anything else can happen there.
 
-    No VM entry takes such a rip, so there must be no exit in between.
+    No VM entry takes such a rip, so there must be no exit in between. JMP and CALL fault themselves; RET, whose address
+    is not known any more, counts as done. SDM, "JMP—Jump", "CALL—Call Procedure".
     """
+    call: uint64_t
     if s.mode != MODE_LONG64 or (s.rip + (cython.cast(uint64_t, 1) << 47)) >> 48 == 0:
         return 0
+    if s.branch_rip:
+        call = ((s.branch_rip >> 62) ^ (s.branch_rip >> 63)) & 1
+        s.rip = s.branch_rip ^ (call << 62)
+        s.gpr[RSP] += call << 3
     return raise_error(s, 13, 0)
 
 

@@ -318,7 +318,7 @@ def emit_instruction(w, i):
             put8(w.a, 0x90)
     elif cls == C_JMPI:
         load_target(w, i)
-        lookup(w, 0)
+        lookup(w, i, 0)
         w.closed = 1
     elif cls == C_CALLI:
         call_indirect(w, i)

@@ -469,6 +469,7 @@ cdef struct CpuState:
     uint32_t code_queue_count    # pages with code that others wrote; guarded by codecache.processors_lock
     uint32_t code_queue_all      # the queue ran over: every page
     uint64_t code_queue[64]
+    uint64_t branch_rip          # of the JMP or CALL that the dispatcher was left by; of CALL bit 62 is inverted; or 0
     uint64_t fresh_queue[8]      # pages that others began to translate code from; guarded as the other queue is
     uint32_t fresh_count         # may be more than there is room for
     uint32_t fresh_asked         # how many were ever queued,
