@@ -386,7 +386,7 @@ class Maker:
             for reg, value in (
                 (6, self.offset(self.target())),
                 (7, self.offset(self.target())),
-                (1, rng.randrange(40)),
+                (1, rng.randrange(40) if rng.random() < 0.8 else rng.randrange(3000)),
             ):
                 draft.fix(reg, value, mask)
             if rng.random() < 0.6:
@@ -497,6 +497,8 @@ class Maker:
             raise Refused
         if got["row"] is not row and not (row.name in ("INC", "DEC") and row.opcode & 0xF0 == 0x40):
             raise Refused  # the short forms are decoded as FE and FF
+        if row.cls == "string" and self.rng.random() < 0.4:
+            code = b"\xfd" + code + b"\xfc"  # downwards
         return code, got
 
     def case(self, rows: list[isa.Row], length: int) -> Case:

@@ -1,6 +1,6 @@
 """String instructions, one iteration or a page at a time."""
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from vmonty.cpu.decode cimport Insn
 from vmonty.cpu.state cimport CpuState

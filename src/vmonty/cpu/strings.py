@@ -140,17 +140,114 @@ def _one(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.int,
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _room(s: cython.pointer(CpuState), segment: cython.int, offset: uint64_t, address_size: cython.int) -> uint64_t:
-    """Give how many bytes from a valid offset on lie in the segment, before the address wraps around."""
+def _room(s: cython.pointer(CpuState), segment: cython.int, offset: uint64_t, shift: cython.int,
+          address_size: cython.int) -> uint64_t:  # fmt: skip
+    """Give how many elements of 1 << ``shift`` bytes lie in the segment from a valid one on, until the address wraps.
+
+    Downwards in an expand-down segment, where that hangs on its limit, only the element itself.
+    """
     rights: uint32_t = s.segs[segment].access_rights
-    last: uint64_t = cython.cast(uint64_t, 0xFFFFFFFF)
-    if s.mode == MODE_LONG64:
-        return 4096 if address_size == 8 else last - offset + 1
-    if rights & 8 or not rights & 4:
-        last = s.segs[segment].limit
-    elif not rights & AR_DB:  # expand-down
-        last = 0xFFFF
-    return last - offset + 1
+    last: uint64_t = ~cython.cast(uint64_t, 0)
+    if s.rflags & FLAG_DF:
+        if s.mode != MODE_LONG64 and not rights & 8 and rights & 4:
+            return 1
+        return (offset >> shift) + 1
+    if address_size != 8:
+        last = cython.cast(uint64_t, 0xFFFF) if address_size == 2 else cython.cast(uint64_t, 0xFFFFFFFF)
+    if s.mode != MODE_LONG64:
+        if rights & 8 or not rights & 4:
+            last = min(last, s.segs[segment].limit)
+        elif not rights & AR_DB:  # expand-down
+            last = min(last, cython.cast(uint64_t, 0xFFFF))
+    if last - offset == ~cython.cast(uint64_t, 0):
+        return 4096
+    return (last - offset + 1) >> shift
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _side(
+    s: cython.pointer(CpuState), segment: cython.int, register: cython.int, shift: cython.int, write: cython.int,
+    address_size: cython.int, linear: cython.pointer(uint64_t), n: cython.pointer(uint64_t),
+) -> cython.int:  # fmt: skip
+    """Find the linear address of a side's next element, and cut ``n`` to the elements in its page and segment.
+
+    0 elements when that one lies in two pages.
+    """
+    offset: uint64_t = _masked(s.gpr[register], address_size)
+    at: uint64_t
+    size: cython.int = 1 << shift
+    r: cython.int = linear_address(s, segment, offset, size, write, linear)
+    if r:
+        return r
+    at = linear[0] & 0xFFF
+    if not s.rflags & FLAG_DF:
+        n[0] = min(n[0], (4096 - at) >> shift)
+    elif at + size <= 4096:
+        n[0] = min(n[0], (at >> shift) + 1)
+    else:
+        n[0] = 0
+    n[0] = min(n[0], _room(s, segment, offset, shift, address_size))
+    return 0
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _element(at: uint64_t, size: cython.int) -> uint64_t:
+    if size == 1:
+        return cython.cast(cython.p_uchar, at)[0]
+    if size == 2:
+        return cython.cast(cython.pointer(uint16_t), at)[0]
+    if size == 4:
+        return cython.cast(cython.pointer(uint32_t), at)[0]
+    return cython.cast(cython.pointer(uint64_t), at)[0]
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _move_down(to: uint64_t, from_: uint64_t, n: uint64_t, size: cython.int) -> cython.void:
+    """Copy elements from the highest, which is given, to the lowest."""
+    while n:
+        if size == 1:
+            cython.cast(cython.p_uchar, to)[0] = cython.cast(cython.p_uchar, from_)[0]
+        elif size == 2:
+            cython.cast(cython.pointer(uint16_t), to)[0] = cython.cast(cython.pointer(uint16_t), from_)[0]
+        elif size == 4:
+            cython.cast(cython.pointer(uint32_t), to)[0] = cython.cast(cython.pointer(uint32_t), from_)[0]
+        else:
+            cython.cast(cython.pointer(uint64_t), to)[0] = cython.cast(cython.pointer(uint64_t), from_)[0]
+        to -= size
+        from_ -= size
+        n -= 1
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _scan(s: cython.pointer(CpuState), i: cython.pointer(Insn), from_: uint64_t, to: uint64_t, n: uint64_t,
+          size: cython.int) -> uint64_t:  # fmt: skip
+    """Compare elements until REPE or REPNE ends, or ``n`` are done: gives how many. Without ``from_`` it is SCAS."""
+    step: uint64_t = cython.cast(uint64_t, size)
+    x: uint64_t = _masked(s.gpr[RAX], size)
+    y: uint64_t = 0
+    done: uint64_t = 0
+    wanted: cython.int = i.rep == 0xF3  # it goes on while they are equal
+    if s.rflags & FLAG_DF:
+        step = 0 - step
+    while done < n:
+        if from_:
+            x = _element(from_, size)
+            from_ += step
+        y = _element(to, size)
+        to += step
+        done += 1
+        if (x == y) != wanted:
+            break
+    _compare(s, x, y, size)
+    return done
 
 
 @cython.cfunc
@@ -158,67 +255,58 @@ def _room(s: cython.pointer(CpuState), segment: cython.int, offset: uint64_t, ad
 @cython.exceptval(check=False)
 def _stretch(s: cython.pointer(CpuState), i: cython.pointer(Insn), kind: cython.int, size: cython.int,
              count: uint64_t, done: cython.pointer(uint64_t)) -> cython.int:  # fmt: skip
-    """Do as many iterations of MOVS or STOS as fit in the current pages, upwards; ``done`` 0 when none can be."""
+    """Do as many iterations as fit in the current pages, of all but LODS; ``done`` 0 when it cannot be two or more."""
     r: cython.int
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     source: uint64_t = 0
     target: uint64_t = 0
     from_: uint64_t = 0
     to: uint64_t = 0
-    n: uint64_t
-    room: uint64_t
+    n: uint64_t = count
+    bytes_: uint64_t
+    moved: uint64_t
     f: string_function
+    writes: cython.int = kind == 0 or kind == 2
     shift: cython.int = 0 if size == 1 else (1 if size == 2 else (2 if size == 4 else 3))
     done[0] = 0
-    if s.rflags & FLAG_DF or i.address_size == 2:
-        return 0
-    r = linear_address(s, ES, _masked(s.gpr[RDI], i.address_size), size, 1, cython.address(target))
-    if r:
-        return r
-    n = (4096 - (target & 0xFFF)) >> shift
-    room = _room(s, ES, _masked(s.gpr[RDI], i.address_size), i.address_size) >> shift
-    if room < n:
-        n = room
-    if count < n:
-        n = count
+    r = 0
     if kind == 0:
-        r = linear_address(s, i.segment, _masked(s.gpr[RSI], i.address_size), size, 0, cython.address(source))
-        if r:
-            return r
-        if (4096 - (source & 0xFFF)) >> shift < n:
-            n = (4096 - (source & 0xFFF)) >> shift
-        room = _room(s, i.segment, _masked(s.gpr[RSI], i.address_size), i.address_size) >> shift
-        if room < n:
-            n = room
-    if n < 2:
-        return 0
+        r = _side(s, i.segment, RSI, shift, 0, i.address_size, cython.address(source), cython.address(n))
+    if not r:
+        r = _side(s, ES, RDI, shift, writes, i.address_size, cython.address(target), cython.address(n))
+    if not r and kind == 1:
+        r = _side(s, i.segment, RSI, shift, 0, i.address_size, cython.address(source), cython.address(n))
+    if r or n < 2:
+        return r
     if kind == 0:
         r = host_of(s, source, ACCESS_READ, cython.address(from_))
-        if r:
-            return r
-        if from_ == 0:
-            return 0
-    r = host_of(s, target, ACCESS_WRITE, cython.address(to))
-    if r:
+    if not r:
+        r = host_of(s, target, ACCESS_WRITE if writes else ACCESS_READ, cython.address(to))
+    if not r and kind == 1:
+        r = host_of(s, source, ACCESS_READ, cython.address(from_))
+    if r or to == 0 or (kind < 2 and from_ == 0):
         return r
-    if to == 0:
-        return 0
-    if kind == 0:
-        if to - from_ >= (n << shift) or to < from_:
-            if to - from_ >= (n << shift) and from_ - to >= (n << shift):
-                f = cython.cast(string_function, cython.cast(cython.p_void, c.copy[0]))
-                f(to, from_, n << shift)
-            else:
-                f = cython.cast(string_function, cython.cast(cython.p_void, c.copy[shift]))
-                f(to, from_, n)
-        else:
-            f = cython.cast(string_function, cython.cast(cython.p_void, c.copy[shift]))
-            f(to, from_, n)
-        _set(s, RSI, s.gpr[RSI] + (n << shift), i.address_size)
-    else:
+    bytes_ = n << shift
+    if not writes:
+        n = _scan(s, i, from_, to, n, size)
+    elif kind == 2:
         f = cython.cast(string_function, cython.cast(cython.p_void, c.fill[shift]))
-        f(to, n, s.gpr[RAX])
-    _set(s, RDI, s.gpr[RDI] + (n << shift), i.address_size)
+        f(to - bytes_ + size if s.rflags & FLAG_DF else to, n, s.gpr[RAX])
+    elif to - from_ >= bytes_ and from_ - to >= bytes_:  # no overlap: any order does
+        f = cython.cast(string_function, cython.cast(cython.p_void, c.copy[0]))
+        if s.rflags & FLAG_DF:
+            f(to - bytes_ + size, from_ - bytes_ + size, bytes_)
+        else:
+            f(to, from_, bytes_)
+    elif s.rflags & FLAG_DF:
+        _move_down(to, from_, n, size)
+    else:
+        f = cython.cast(string_function, cython.cast(cython.p_void, c.copy[shift]))
+        f(to, from_, n)
+    moved = 0 - (n << shift) if s.rflags & FLAG_DF else n << shift
+    if kind < 2:
+        _set(s, RSI, s.gpr[RSI] + moved, i.address_size)
+    _set(s, RDI, s.gpr[RDI] + moved, i.address_size)
     done[0] = n
     return 0
 
@@ -259,16 +347,15 @@ def string_instruction(s, i):
         if count == 0:
             return 0
         done = 0
-        if (kind == 0 or kind == 2) and not s.rflags & FLAG_TF and not s.monitor_trap:
+        r = 0
+        if kind != 3 and not s.rflags & FLAG_TF and not s.monitor_trap:
             r = _stretch(s, i, kind, size, count, cython.address(done))
-            if r:
-                return r
-        if done == 0:
+        if done == 0 and not r:
             r = _one(s, i, kind, size)
-            if r:
-                s.rflags = (s.rflags & ~cython.cast(uint64_t, ARITHMETIC_FLAGS)) | flags
-                return r
             done = 1
+        if r:
+            s.rflags = (s.rflags & ~cython.cast(uint64_t, ARITHMETIC_FLAGS)) | flags
+            return r
         _set(s, RCX, s.gpr[RCX] - done, i.address_size)
         if kind == 1 or kind == 4:
             if i.rep == 0xF3 and not s.rflags & FLAG_ZF:
