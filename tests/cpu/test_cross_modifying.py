@@ -89,3 +89,30 @@ def test_what_was_published_is_executed(writes: int, pause: str) -> None:
         thread.join(5)
     assert not stuck
     assert calling.cpu["rbx"] == 0
+
+
+@pytest.mark.parametrize("instruction", ["lock inc dword [{at}]", "lock xadd [{at}], edx", "lock cmpxchg [{at}], ebx"])
+def test_locked_operations_in_a_page_with_code(instruction: str) -> None:
+    """SDM, "Bus Locking": atomic wherever the operand lies, also beside the code of both processors."""
+    rounds, at = 1000, CODE + 0x800
+    step = instruction.format(at=at)
+    if "cmpxchg" in step:
+        step = f"again:\n mov eax, [{at}]\n lea ebx, [rax + 1]\n {step}\n jne again"
+    source = f"mov ecx, {rounds}\n next:\n mov edx, 1\n {step}\n dec ecx\n jnz next\n hlt"
+    first = Machine()
+    second = Machine(first.memory)
+    first.load(assemble(f"default abs\n{source}", 64, CODE))
+    first.load(assemble(f"default abs\n{source}", 64, CODE + 0x400), CODE + 0x400)
+    second.cpu["rip"], second.cpu["rsp"] = CODE + 0x400, 0x70000
+    threads = [threading.Thread(target=machine.cpu.run) for machine in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    stuck = any(thread.is_alive() for thread in threads)
+    for machine in (first, second):
+        machine.cpu.kick()
+    for thread in threads:
+        thread.join(5)
+    assert not stuck
+    assert first.get64(at) == 2 * rounds

@@ -418,6 +418,9 @@ def careful_access(s, va, what, host_rip):
             return _refuse(s, r, what, host_rip)
     if s.watch:
         watch_access(s, va, size, write)
+    if write and what & SLOW_READ and first == size and t.host and not s.observe and is_code_page(s, t.host):
+        code_written(s, t.host)  # its only operand: it may be locked, so the host's instruction does it where it is
+        return t.host + (va & 0xFFF)
     if first == size and t.host and not s.observe and not (write and is_code_page(s, t.host)):
         return t.host + (va & 0xFFF)
     to = _bounce(s, k, va)
