@@ -225,10 +225,11 @@ def test_pages(guest: TinyGuest, line: str, size: int, name: str) -> None:
     guest.vm.set_user_memory_region(1, at, ram)
     guest.load(Mode.LONG, f"out 0x10, al\n mov ebx, {at}\n mov al, [rbx]\n {READY}")
     guest.out()
+    if is_shadow(line) and size > 2 << 20:
+        name = "pages_2m"  # the guest's own tables have no larger ones
     before = read(guest)
     guest.out()
-    mapped = read(guest)
-    assert mapped["pages_4k" if is_shadow(line) else name] > before["pages_4k" if is_shadow(line) else name]
+    assert read(guest)[name] > before[name]
     guest.vm.set_user_memory_region(1, 0, None)
     after = read(guest)
     assert after[name] <= before[name]
@@ -276,7 +277,7 @@ def test_shadow_pages_beyond_the_limit(guest: TinyGuest, line: str) -> None:
         return
     at, count = 1 << 30, 80
     guest.vm.set_nr_mmu_pages(64)
-    guest.vm.set_user_memory_region(1, at, Ram(count << 21))
+    guest.vm.set_user_memory_region(1, at, Ram((count << 21) + 4096), offset=4096)  # small ones
     guest.load(
         Mode.LONG, f"mov ebx, {at}\n mov ecx, {count}\n more: mov al, [rbx]\n add rbx, 1 << 21\n loop more\n {READY}"
     )

@@ -13,7 +13,7 @@ Source: Documentation/virt/kvm/x86/mmu.rst; arch/x86/kvm/mmu/mmu.c, paging_tmpl.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
@@ -43,7 +43,7 @@ from vmonty.kvm.soft.mmu.paging_tmpl import (
     gpte_access,
     reserved,
 )
-from vmonty.kvm.soft.mmu.spte import ADDRESS, WRITE, Format
+from vmonty.kvm.soft.mmu.spte import ADDRESS, LARGE, WRITE, Format
 from vmonty.kvm.soft.mmu.tdp import Tables, TdpMmu
 from vmonty.kvm.soft.stats import (
     MAX_MMU_RMAP_SIZE,
@@ -53,6 +53,7 @@ from vmonty.kvm.soft.stats import (
     MMU_RECYCLED,
     MMU_SHADOW_ZAPPED,
     MMU_UNSYNC,
+    PAGES_2M,
     PAGES_4K,
 )
 from vmonty.kvm.uapi.flags import KVM_MEM_READONLY
@@ -91,7 +92,7 @@ class Role(NamedTuple):
 class ShadowPage:
     """struct kvm_mmu_page."""
 
-    __slots__ = ("children", "filled", "gfn", "invalid", "parents", "role", "snapshot", "table", "unsync")
+    __slots__ = ("children", "filled", "gfn", "invalid", "large", "parents", "role", "snapshot", "table", "unsync")
 
     def __init__(self, gfn: int, role: Role, table: int) -> None:
         self.gfn, self.role, self.table = gfn, role, table
@@ -99,6 +100,8 @@ class ShadowPage:
         self.parents: set[tuple[ShadowPage, int]] = set()
         # Leaf entries: index → the guest's entry that it was made from, and the gfn that it maps.
         self.filled: dict[int, tuple[int, int]] = {}
+        # Entries that are large pages: index → the gfn of the first of their pages.
+        self.large: dict[int, int] = {}
         self.unsync = self.invalid = False
         self.snapshot = b""
 
@@ -118,6 +121,9 @@ class ShadowMmu:
         self._of_gfn: dict[int, list[ShadowPage]] = {}
         self._rmap: dict[int, set[tuple[ShadowPage, int]]] = {}
         self._direct: dict[int, set[ShadowPage]] = {}
+        # By the gfn of the first page: entries that are large pages; and how many shadowed tables lie in such a range.
+        self._large: dict[int, set[tuple[ShadowPage, int]]] = {}
+        self._tables_in: Counter[int] = Counter()
         self._unsync: set[ShadowPage] = set()
         self._freed: list[int] = []
         self._emulated_writable: set[int] = set()
@@ -175,6 +181,7 @@ class ShadowMmu:
                 self._fill_direct(page)
         else:
             self._of_gfn.setdefault(gfn, []).append(page)
+            self._tables_in[gfn & ~(ENTRIES - 1)] += 1
             for other in self._of_gfn[gfn]:
                 if other.unsync:
                     self._sync(other)
@@ -214,6 +221,8 @@ class ShadowMmu:
         counters[MMU_SHADOW_ZAPPED] += 1
         for index in list(page.filled):
             self._drop(page, index)
+        for index in list(page.large):
+            self._drop_large(page, index)
         for index, child in page.children.items():
             child.parents.discard((page, index))
         page.children.clear()
@@ -231,6 +240,7 @@ class ShadowMmu:
                 self._direct[page.gfn >> 9].discard(page)
         else:
             self._of_gfn[page.gfn].remove(page)
+            self._tables_in[page.gfn & ~(ENTRIES - 1)] -= 1
             if not self._of_gfn[page.gfn]:
                 del self._of_gfn[page.gfn]
         self._freed.append(page.table)
@@ -250,6 +260,8 @@ class ShadowMmu:
             return
         if old is not None:
             old.parents.discard((parent, index))
+        if index in parent.large:
+            self._drop_large(parent, index)
         parent.children[index] = child
         child.parents.add((parent, index))
         self.tables.write(parent.table, index, child.table | LINK)
@@ -285,6 +297,30 @@ class ShadowMmu:
         self._stats.values[PAGES_4K] -= 1
         self.tables.write(page.table, index, 0)
 
+    def _set_large(self, page: ShadowPage, index: int, gfn: int, access: int, slot: Memslot) -> bool:
+        """A page of 2 MiB, where slot and host memory have one whole, and nothing in it is watched; whether it is."""
+        if (
+            slot.logged or slot.flags & KVM_MEM_READONLY or self._tables_in[gfn] or index in page.children
+            or not slot.base_gfn <= gfn <= slot.end_gfn - ENTRIES
+            or slot.hva(gfn << PAGE_SHIFT) & (ENTRIES << PAGE_SHIFT) - 1
+        ):  # fmt: skip
+            return False
+        if index not in page.large:
+            page.large[index] = gfn
+            self._large.setdefault(gfn, set()).add((page, index))
+            self._stats.values[PAGES_2M] += 1
+        self.tables.write(page.table, index, self._spte(slot, gfn, access, True) | LARGE)
+        return True
+
+    def _drop_large(self, page: ShadowPage, index: int) -> None:
+        gfn = page.large.pop(index)
+        entries = self._large[gfn]
+        entries.discard((page, index))
+        if not entries:
+            del self._large[gfn]
+        self._stats.values[PAGES_2M] -= 1
+        self.tables.write(page.table, index, 0)
+
     def _protected(self, gfn: int) -> bool:
         """Whether it holds a table of the guest that is shadowed in step."""
         return any(not page.unsync for page in self._of_gfn.get(gfn, ()))
@@ -311,6 +347,9 @@ class ShadowMmu:
             if spte & WRITE:
                 self.tables.write(page.table, index, spte & ~WRITE)
                 changed = True
+        for page, index in list(self._large.get(gfn & ~(ENTRIES - 1), ())):
+            self._drop_large(page, index)  # it comes back in small ones
+            changed = True
         if gfn in self._emulated_writable:
             self._emulated_writable.discard(gfn)
             self.tdp.write_protect(gfn, gfn + 1)
@@ -495,7 +534,11 @@ class ShadowMmu:
                 if self._changed(registers, gva, found, level + 1):
                     return Outcome.FIXED  # the guest was quicker than the protection: again
             else:
+                if not page.role.direct and registers.paging and self._changed(registers, gva, found, found.level):
+                    return Outcome.FIXED
                 base = found.gfn & ~((1 << 9 * level) - 1)
+                if level == 1 and self._set_large(page, gva >> 21 & ENTRIES - 1, base, allowed, slot):
+                    return Outcome.FIXED
                 child = self.get_page(base, Role(level, allowed, True, 0, 8, context))
             self.link(page, gva >> PAGE_SHIFT + 9 * level & ENTRIES - 1, child)
             page = child
@@ -578,7 +621,7 @@ class ShadowMmu:
             index = gva >> PAGE_SHIFT + 9 * (level - 1) & ENTRIES - 1
             value = self.tables.read(table, index)
             yield level, table + 8 * index, value
-            if level == 1 or not value & PRESENT:
+            if level == 1 or not value & PRESENT or (level == 2 and value & LARGE):
                 return
             table, level = value & ADDRESS, level - 1
 
@@ -597,7 +640,7 @@ class ShadowMmu:
             gfns = set(range(first_gfn, end_gfn))
             mapped = gfns & (self._rmap.keys() | self._emulated_writable)
             for block in range(first_gfn >> 9, (end_gfn - 1 >> 9) + 1):
-                if self._direct.get(block):
+                if self._direct.get(block) or block << 9 in self._large:
                     mapped |= gfns & set(range(block << 9, block + 1 << 9))
             for gfn in mapped:
                 self._write_protect_gfn(gfn)
