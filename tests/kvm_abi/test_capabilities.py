@@ -71,7 +71,8 @@ def enabled(cap: Cap, argument: int = 1) -> None:
 
 for capability, most in (
     (Cap.X86_USER_SPACE_MSR, flags.KVM_MSR_EXIT_REASON_VALID_MASK), (Cap.EXCEPTION_PAYLOAD, 1), (Cap.SPLIT_IRQCHIP, 24),
-    (Cap.HALT_POLL, 0), (Cap.EXIT_ON_EMULATION_FAILURE, 1), (Cap.DISABLE_QUIRKS, 1), (Cap.DIRTY_LOG_RING, 4096),
+    (Cap.HALT_POLL, 0), (Cap.EXIT_ON_EMULATION_FAILURE, 1),
+    (Cap.X86_TRIPLE_FAULT_EVENT, 1), (Cap.DISABLE_QUIRKS, 1), (Cap.DIRTY_LOG_RING, 4096),
     (Cap.DIRTY_LOG_RING_ACQ_REL, 4096),
 ):  # fmt: skip
     enabled(capability, most)

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from vmonty.kvm.uapi import Cap, Exit
-from vmonty.kvm.uapi.flags import KVM_VCPUEVENT_VALID_PAYLOAD
+from vmonty.kvm.uapi.flags import KVM_VCPUEVENT_VALID_PAYLOAD, KVM_VCPUEVENT_VALID_TRIPLE_FAULT
 from vmonty.testing.guests import CODE, RFLAGS, RFLAGS_IF, Mode, TinyGuest, describe
 
 from .irq_guests import out_of
@@ -171,6 +171,27 @@ def test_exception_by_vcpu_events(guest: TinyGuest) -> None:
     events.exception.has_error_code, events.exception.error_code = 1, 0x4321
     guest.vcpu.set_vcpu_events(events)
     assert guest.out() == (0x20, 0x4321)
+
+
+@pytest.mark.needs(Cap.X86_TRIPLE_FAULT_EVENT)
+def test_triple_fault_by_vcpu_events(guest: TinyGuest) -> None:
+    """Not told of before it is enabled; then it moves with the vCPU, and ends the run."""
+    guest.load(Mode.LONG, LOOP)
+    events = guest.vcpu.get_vcpu_events()
+    assert not events.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT
+    events.flags |= KVM_VCPUEVENT_VALID_TRIPLE_FAULT
+    events.triple_fault.pending = 1
+    with refused(errno.EINVAL):
+        guest.vcpu.set_vcpu_events(events)
+    guest.vm.enable_cap(Cap.X86_TRIPLE_FAULT_EVENT, 1)
+    assert guest.out()[0] == 0x10
+    guest.vcpu.complete_io()
+    guest.vcpu.set_vcpu_events(events)
+    events = guest.vcpu.get_vcpu_events()
+    assert events.flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT
+    assert events.triple_fault.pending
+    assert guest.run() is Exit.SHUTDOWN
+    assert not guest.vcpu.get_vcpu_events().triple_fault.pending
 
 
 def test_nmi_by_vcpu_events(guest: TinyGuest) -> None:

@@ -53,6 +53,7 @@ class CapIoctls(KvmFile):
         self.max_halt_poll_ns: int | None = None
         self.max_vcpu_ids = 0
         self.exit_on_emulation_error = False
+        self.triple_fault_event = False
         self.apic_bus_cycle_ns = 1
         self._enablers: dict[int, Callable[[int], None]] = {
             Cap.X86_USER_SPACE_MSR: self._user_space_msr,
@@ -67,6 +68,7 @@ class CapIoctls(KvmFile):
             Cap.DISABLE_QUIRKS2: self._disable_quirks,
             Cap.X86_DISABLE_EXITS: self._disable_exits,
             Cap.EXIT_ON_EMULATION_FAILURE: self._exit_on_emulation_failure,
+            Cap.X86_TRIPLE_FAULT_EVENT: self._triple_fault_event,
             Cap.HALT_POLL: self._halt_poll,
             Cap.MAX_VCPU_ID: self._max_vcpu_id,
             Cap.X86_APIC_BUS_CYCLES_NS: self._apic_bus_cycles_ns,
@@ -152,6 +154,9 @@ class CapIoctls(KvmFile):
     def _exit_on_emulation_failure(self, argument: int) -> None:
         self._check(argument, 1)
         self.exit_on_emulation_error = bool(argument)
+
+    def _triple_fault_event(self, argument: int) -> None:
+        self.triple_fault_event = bool(argument)
 
     def _max_vcpu_id(self, argument: int) -> None:
         if argument > KVM_MAX_VCPU_IDS or self.boot_vcpu_id > argument:

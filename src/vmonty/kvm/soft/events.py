@@ -74,6 +74,8 @@ class EventIoctls(VcpuState):
     def store_events(self) -> vcpu.kvm_vcpu_events:
         payloads = self.kvm.exception_payload_enabled
         known = VALID_FLAGS if payloads else VALID_FLAGS & ~flags.KVM_VCPUEVENT_VALID_PAYLOAD
+        if self.kvm.triple_fault_event:
+            known |= flags.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
         events = vcpu.kvm_vcpu_events(flags=known, sipi_vector=0)
         if (exception := self.exception) is not None:
             if exception.pending and payloads:
@@ -91,6 +93,8 @@ class EventIoctls(VcpuState):
         if (vector := self.interrupt_injected) is not None:
             events.interrupt.injected, events.interrupt.nr = 1, vector
         events.interrupt.shadow = self.vendor.get_interrupt_shadow()
+        if self.kvm.triple_fault_event:
+            events.triple_fault.pending = int(self.triple_fault_pending)
         events.nmi.injected = int(self.nmi_injected)
         events.nmi.pending = int(self.nmi_pending > 0)
         events.nmi.masked = int(self.vendor.get_nmi_mask())
@@ -102,12 +106,15 @@ class EventIoctls(VcpuState):
 
     def load_events(self, events: vcpu.kvm_vcpu_events) -> None:
         payloads = bool(events.flags & flags.KVM_VCPUEVENT_VALID_PAYLOAD)
-        if events.flags & ~VALID_FLAGS or (payloads and not self.kvm.exception_payload_enabled):
+        triple_fault = flags.KVM_VCPUEVENT_VALID_TRIPLE_FAULT if self.kvm.triple_fault_event else 0
+        if events.flags & ~(VALID_FLAGS | triple_fault) or (payloads and not self.kvm.exception_payload_enabled):
             raise OSError(errno.EINVAL, "unknown flags")
         given = events.exception
         pending = payloads and bool(given.pending)
         if (given.injected or pending) and (given.nr > 31 or given.nr == 2):
             raise OSError(errno.EINVAL, "no exception vector")
+        if events.flags & triple_fault:
+            self.triple_fault_pending = bool(events.triple_fault.pending)
         self.exception = None
         if given.injected or pending:
             code = given.error_code if given.has_error_code else None
