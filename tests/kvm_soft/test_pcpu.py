@@ -46,8 +46,10 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[pcpu.PhysicalCpus]:
         modules.unload(module.name)
 
 
-@pytest.fixture
-def system(pool: pcpu.PhysicalCpus) -> Iterator[System]:
+@pytest.fixture(params=["kvm_intel", "kvm_amd", "kvm_intel ept=0", "kvm_amd npt=0"])
+def system(pool: pcpu.PhysicalCpus, request: pytest.FixtureRequest) -> Iterator[System]:
+    name, parameters = modules.parse(request.param)
+    modules.load(name, **parameters)
     with kvm.open("soft") as opened:
         yield opened
 
@@ -169,6 +171,17 @@ def test_reboot_turns_virtualization_off_and_no_guest_runs_any_more(system: Syst
             module = modules.loaded()
             assert module is not None
             module.ops.hardware_enable(processor)
+
+
+def test_a_processor_goes_after_a_reboot_that_turned_virtualization_off_there(
+    system: System, pool: pcpu.PhysicalCpus
+) -> None:
+    pool.online(1)
+    pool.reboot()
+    pool.offline(0)
+    pool.thaw()
+    assert [(processor.number, processor.virtualization) for processor in pool] == [(1, None)]
+    assert pool.online(0).virtualization is not None
 
 
 @pytest.fixture
