@@ -142,6 +142,8 @@ GENERAL_REGS_ARGS = ["-mgeneral-regs-only", "-fno-tree-loop-distribute-patterns"
 # -z now: translated guest code may call compiled functions, and a lazily bound call would go through
 # the dynamic linker, which uses vector registers that belong to the guest.
 LINK_ARGS = ["-Wl,-z,now"]
+# The others may use them: loops over pixels and bytes do.
+VECTOR_ARGS = ["-O3"]
 COMPILE_ARGS = ["-O2", "-fno-strict-aliasing", "-Wno-unused-function"]
 
 
@@ -203,7 +205,7 @@ def extension(name: str) -> Extension:
     return Extension(
         name,
         [f"src/{name.replace('.', '/')}.py"],
-        extra_compile_args=COMPILE_ARGS + (GENERAL_REGS_ARGS if name in GENERAL_REGS_ONLY else []),
+        extra_compile_args=COMPILE_ARGS + (GENERAL_REGS_ARGS if name in GENERAL_REGS_ONLY else VECTOR_ARGS),
         extra_link_args=LINK_ARGS,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vmonty.bench import block, boot, net
+from vmonty.bench import block, boot, net, vnc
 from vmonty.bench.payload import PayloadError
 from vmonty.bench.process import Process
 from vmonty.guests import rootdisk
@@ -152,3 +152,14 @@ def test_net(vmonty: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     found = rows(vmonty("bench", "net", "--quick", "--json", file), file)
     assert {row["vmonty"] > 0 for row in found.values()} == {True}
     assert len(found) == 4
+
+
+@gcc
+def test_vnc(vmonty: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The viewer's picture scrolls by CopyRect: an update is far less than a line of pixels."""
+    monkeypatch.setattr(vnc, "QUICK", (1, 1.0))
+    file = tmp_path / "vnc.json"
+    found = rows(vmonty("bench", "vnc", "--quick", "--json", file), file)
+    assert list(found) == ["updates", "CPU time", "sent"]
+    assert {row["vmonty"] > 0 for row in found.values()} == {True}
+    assert found["sent"]["vmonty"] < 1024 * 4 * 16 / 1e3

@@ -148,3 +148,18 @@ def net(json_file: Path | None, quick: bool) -> None:
     with terminal_progress() as progress:
         report = measure(quick, progress)
     finish(report, json_file)
+
+
+@bench.command(epilog="Example:  vmonty bench vnc --quick")
+@json_option
+@quick_option
+def vnc(json_file: Path | None, quick: bool) -> None:
+    """Show a scrolling text console of 1024x768 to a VNC viewer, from soft and from QEMU's TCG.
+
+    Needs gcc for the guest. Without qemu-system-x86_64 its column stays empty.
+    """
+    from vmonty.bench.vnc import measure
+
+    with terminal_progress() as progress:
+        report = measure(quick, progress)
+    finish(report, json_file)

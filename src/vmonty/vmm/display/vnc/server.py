@@ -178,9 +178,9 @@ class VncServer:
     # ---- viewers ----------------------------------------------------------------------------------------------
 
     def current_frame(self) -> Frame:
-        """The picture, not older than a frame; viewers share it."""
+        """The picture, not older than half a frame; viewers share it."""
         now = time.monotonic()
-        if self._frame is None or now - self._frame_time >= FRAME_TIME * 0.9:
+        if self._frame is None or now - self._frame_time >= FRAME_TIME / 2:
             self._frame, self._frame_time = self._screen.frame(), now
         return self._frame
 

@@ -125,7 +125,7 @@ def _scroll(before: Frame, frame: Frame) -> tuple[Frame, list[bytes]]:
     pixels = bytearray(before.pixels)
     stride = 4 * frame.width
     source = (first + up) * stride
-    pixels[first * stride : (first + lines) * stride] = before.pixels[source : source + lines * stride]
+    pixels[first * stride : (first + lines) * stride] = memoryview(before.pixels)[source : source + lines * stride]
     body = struct.pack(">HH", 0, first + up)
     copy = rectangle(0, first, frame.width, lines, Encoding.COPY_RECT, body)
     return Frame(frame.width, frame.height, pixels), [copy]

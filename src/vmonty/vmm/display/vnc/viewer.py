@@ -25,7 +25,9 @@ UPDATE, SET_COLOUR_MAP = 0, 1
 # A clipboard of more ends the connection: it would be read and thrown away.
 MOST_CUT_TEXT = 1 << 20
 RESIZE_PROHIBITED = 1
-FRAME_TIME = 1 / 30
+# Between two looks at the screen: while it changes, and when it has not for a while.
+FRAME_TIME, IDLE_TIME = 1 / 60, 1 / 30
+CHANGES_FOR = 0.25
 RELATIVE_FROM = 0x4000  # viewers in relative mode send positions around MIDDLE; no screen is this wide
 
 
@@ -72,6 +74,8 @@ class Viewer:
     # ---- to the viewer ----------------------------------------------------------------------------------------
 
     async def _update(self) -> None:
+        clock = asyncio.get_running_loop().time
+        due = changed = clock()
         while True:
             await self._asked.wait()
             if self._everything:
@@ -81,9 +85,12 @@ class Viewer:
             self._news = []
             if rectangles:
                 self._asked.clear()
+                changed = clock()
                 await self._send(struct.pack(">BxH", UPDATE, len(rectangles)) + b"".join(rectangles))
             # No viewer gets more frames than this, however often it asks.
-            await asyncio.sleep(FRAME_TIME)
+            now = clock()
+            due = max(due + (FRAME_TIME if now - changed < CHANGES_FOR else IDLE_TIME), now)
+            await asyncio.sleep(due - now)
 
     async def _send(self, data: bytes) -> None:
         async with self._sending:
