@@ -17,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 COMPILED = [
     "vmonty.base.hostcall",
     "vmonty.base.ram",
+    "vmonty.cpu.startup",
     "vmonty.cpu.state",
     "vmonty.cpu.decode",
     "vmonty.cpu.assembler",
@@ -105,6 +106,7 @@ GENERAL_REGS_ONLY = {
     "vmonty.cpu.branches",
     "vmonty.cpu.instructions",
     "vmonty.cpu.translate",
+    "vmonty.cpu.startup",
     "vmonty.cpu.state",
     "vmonty.cpu.tlb",
     "vmonty.cpu.breakpoints",

@@ -115,6 +115,22 @@ class Cpu:
         self.s.interrupt_line = 1
         self.s.run = 0
 
+    def nmi(self) -> None:
+        """Request an NMI, from any thread."""
+        self.s.nmi_line = 1
+        self.s.run = 0
+
+    def init(self) -> None:
+        """Assert INIT, from any thread. Without IA32_APIC_BASE.BSP it then waits for ``startup``, and run() is "halt"."""
+        self.s.init_line = 1
+        self.s.run = 0
+
+    def startup(self, vector: int) -> None:
+        """Send a start-up IPI, from any thread: one that waits for it begins at *vector* × 4096. SDM, "SIPI"."""
+        self.s.startup_vector = vector
+        self.s.startup_line = 1
+        self.s.run = 0
+
     def kick(self) -> None:
         """Make run() return soon with "run_flag"; any thread may call it."""
         self.s.kick = 1

@@ -51,6 +51,7 @@ from cython.cimports.vmonty.cpu.paging import swap32
 from cython.cimports.vmonty.cpu.ports import complete
 from cython.cimports.vmonty.cpu.preemption import preemption_free
 from cython.cimports.vmonty.cpu.resume import cached_code, execute_system, new_key
+from cython.cimports.vmonty.cpu.startup import reset_registers
 from cython.cimports.vmonty.cpu.state import (
     CS,
     EXIT_BUDGET,
@@ -605,26 +606,9 @@ def cpu_new(cache_size):
     cython.cast(cython.pointer(cython.ushort), cython.address(s.xsave[0]))[0] = 0x37F
     s.xsave[512] = 3
     s.last_key = 0xFFFFFFFF
-    s.cr0 = 0x60000010
+    s.cr0 = 0x60000000
     s.xcr0 = 1
-    s.rflags = 2
-    s.rip = 0xFFF0
-    s.segs[CS].base = 0xFFFF0000
-    s.segs[CS].selector = 0xF000
-    k: cython.int
-    for k in range(6):
-        s.segs[k].limit = 0xFFFF
-        s.segs[k].access_rights = 0x9B if k == CS else 0x93
-    # SDM, "Processor State After Reset"
-    s.gdtr.limit = 0xFFFF
-    s.idtr.limit = 0xFFFF
-    s.ldtr.limit = 0xFFFF
-    s.ldtr.access_rights = 0x82
-    s.tr.limit = 0xFFFF
-    s.tr.access_rights = 0x8B
-    s.gpr[2] = 0x600
-    s.dr[6] = cython.cast(uint64_t, 0xFFFF0FF0)
-    s.dr[7] = 0x400
+    reset_registers(s)
     s.pat = 0x0007040600070406
     flush_all(s)
     mode_changed(s)

@@ -25,7 +25,9 @@ cdef int pushf(CpuState *s, uint32_t size, uint64_t *value) noexcept nogil
 
 cdef inline bint attention(CpuState *s) noexcept nogil:
     """Would poll() do something? Cheap enough for every turn of the dispatcher."""
-    return (s.interrupt_line | s.nmi_line | s.pending_debug | s.guest_mode | s.activity) != 0
+    return (
+        s.interrupt_line | s.nmi_line | s.pending_debug | s.guest_mode | s.activity | s.init_line | s.startup_line
+    ) != 0
 
 
 cdef inline bint stepping(CpuState *s) noexcept nogil:

@@ -22,6 +22,7 @@ from cython.cimports.vmonty.cpu.segments import (
     stack_segment,
     unpack,
 )
+from cython.cimports.vmonty.cpu.startup import take_startup
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_IMPLICIT,
     ACCESS_WRITE,
@@ -789,6 +790,10 @@ def poll(s):
     """Take what waits, in order of priority. SDM, "Priority Among Concurrent Events"."""
     v: cython.pointer(VmxState)
     r: cython.int
+    if s.init_line | s.startup_line:
+        r = take_startup(s)
+        if r != LEAVE_NEXT:
+            return r
     if s.guest_mode == GUEST_VMX:
         v = vmx_of(s)
         if s.monitor_trap == 2:

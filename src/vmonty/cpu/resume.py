@@ -57,7 +57,7 @@ def _undisturbed(s):
         or s.event.pending
         or s.mmio_writes_count
         or s.code_page_written
-        or s.interrupt_line | s.nmi_line | s.pending_debug | s.activity
+        or s.interrupt_line | s.nmi_line | s.init_line | s.startup_line | s.pending_debug | s.activity
         or s.interruptibility & (SHADOW_STI | SHADOW_MOV_SS)
         or s.rflags & FLAG_TF
         or s.breakpoints | s.monitor_trap | s.observe | s.careful_next | s.alignment

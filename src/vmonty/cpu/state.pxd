@@ -365,6 +365,9 @@ cdef struct CpuState:
     uint32_t activity        # 0 active, 1 hlt, 2 shutdown, 3 wait-for-SIPI
     uint32_t interrupt_line  # written by other threads: 1 while an interrupt controller asserts INTR
     uint32_t nmi_line        # written by other threads: 1 requests an NMI
+    uint32_t init_line       # written by other threads: 1 requests INIT
+    uint32_t startup_line    # written by other threads: 1 is a start-up IPI with startup_vector
+    uint32_t startup_vector
     uint32_t interrupt_vector    # vector that INTR acknowledges with (bare processor; under VMX exits decide)
     uint32_t pending_debug   # DR6 bits of #DB that waits for the next boundary between instructions
     Exit exit
