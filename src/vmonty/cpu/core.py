@@ -121,7 +121,7 @@ class Cpu:
         self.s.run = 0
 
     def init(self) -> None:
-        """Assert INIT, from any thread. Without IA32_APIC_BASE.BSP it then waits for ``startup``, and run() is "halt"."""
+        """Assert INIT, from any thread. Without IA32_APIC_BASE.BSP it then waits for ``startup``: "halt"."""
         self.s.init_line = 1
         self.s.run = 0
 
