@@ -99,6 +99,63 @@ def test_each_exit_is_counted(guest: TinyGuest) -> None:
         assert counters.read()["exits"] - before == 1001
 
 
+def test_the_task_priority_does_not_exit(guest: TinyGuest) -> None:
+    """CR8 is the processor's own, while nothing that it holds back waits."""
+    guest.load(
+        Mode.LONG,
+        f"""
+        {APIC_ON}
+        out 0x10, al
+        mov r15d, 1000
+        again:
+        mov rax, r15
+        and eax, 15
+        mov cr8, rax
+        mov rbx, cr8
+        cmp rax, rbx
+        jne wrong
+        dec r15d
+        jnz again
+        out 0x11, al
+        wrong: out 0x12, al
+        """,
+    )
+    guest.out()
+    with guest.vcpu.stats() as counters:
+        before = counters.read()["exits"]
+        assert guest.out()[0] == 0x11
+        assert counters.read()["exits"] - before == 1
+    assert guest.vcpu.get_sregs().cr8 == 1
+
+
+def test_cr8_and_the_x2apics_tpr(guest: TinyGuest) -> None:
+    """One register: a value by either is read by the other, whichever of them exits."""
+    guest.load(
+        Mode.LONG,
+        f"""
+        {APIC_ON}
+        mov ecx, 0x808
+        mov eax, 6
+        mov cr8, rax
+        rdmsr
+        out 0x10, al
+        mov eax, 0x93
+        wrmsr
+        mov rax, cr8
+        out 0x11, al
+        mov eax, 2
+        mov cr8, rax
+        cpuid
+        mov rax, cr8
+        out 0x12, al
+        mov ecx, 0x808
+        rdmsr
+        out 0x13, al
+        """,
+    )
+    assert [guest.out() for _ in range(4)] == [(0x10, 0x60), (0x11, 9), (0x12, 2), (0x13, 0x20)]
+
+
 @pytest.mark.parametrize("watched", ["trace", "filter"])
 def test_a_guest_that_runs_is_watched_at_once(guest: TinyGuest, watched: str) -> None:
     """It never leaves compiled code by itself: who begins to trace, or filters MSRs, gets it out."""

@@ -26,6 +26,7 @@ from cython.cimports.vmonty.kvm.soft.lapic_regs import (
     WORD_LVTT,
     WORD_SVR,
     WORD_TPR,
+    apic_cr8,
     apic_enabled,
     apic_eoi_is_told,
     apic_set_eoi,
@@ -33,6 +34,7 @@ from cython.cimports.vmonty.kvm.soft.lapic_regs import (
     apic_x2apic_mode,
     kvm_apic_has_interrupt,
     kvm_apic_ppr,
+    kvm_apic_tpr_threshold,
     kvm_lapic_set_irr,
 )
 from cython.cimports.vmonty.kvm.soft.msr_table import stored_msr
@@ -239,7 +241,7 @@ def _save_run(a, s):
     ready: uint32_t = 1 if not a.user_injects or interrupts_open(s) else 0
     cython.cast(cython.pointer(uint32_t), a.run + RUN_SAVED)[0] = ready | ((s.rflags & 0x200) >> 1)
     if l != cython.NULL:
-        cython.cast(cython.pointer(uint64_t), a.run + RUN_SAVED_CR8)[0] = (l.regs[WORD_TPR] >> 4) & 15
+        cython.cast(cython.pointer(uint64_t), a.run + RUN_SAVED_CR8)[0] = apic_cr8(l)
         cython.cast(cython.pointer(uint64_t), a.run + RUN_SAVED_BASE)[0] = l.apic_base
 
 
@@ -314,6 +316,8 @@ def fastpath_events(a, window):
     if l.tsc_deadline and not a.tsc_scaled and _timer_is_plain(l):
         if apic_take_deadline(l, host_tsc() + a.tsc_offset):
             _timer_fires(l)
-    if window or kvm_apic_has_interrupt(l) < 0:
+    if window:
         return FAST_RESUME
-    return FAST_REENTER
+    if kvm_apic_has_interrupt(l) >= 0 or kvm_apic_tpr_threshold(l) > a.tpr_threshold:
+        return FAST_REENTER
+    return FAST_RESUME

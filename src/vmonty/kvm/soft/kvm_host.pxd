@@ -62,7 +62,9 @@ cdef struct MsrSlot:
 
 
 cdef struct KvmLapic:
-    uint32_t regs[256]       # the register at offset n is word n / 4; IRR, TMR: atomic, any thread; ISR: vCPU
+    # APIC_WORDS of them, at the beginning of a page of its own, which is the virtual-APIC page of kvm-intel: the
+    # register at offset n is word n / 4. IRR, TMR: atomic, any thread; ISR: vCPU; TPR: vCPU, and its processor
+    uint32_t *regs
     uint64_t icr             # in x2APIC mode one register of 64 bits. vCPU
     uint64_t apic_base       # chip lock
     # IA32_TSC_DEADLINE, 0 when disarmed, and the guest's TSC when the host's timer looks next, 0 for never. The vCPU
@@ -95,6 +97,7 @@ cdef struct KvmVcpuArch:
     uint32_t in_guest        # GIL
     uint32_t flush_requested    # of the TLB. GIL
     uint64_t runner          # the thread in KVM_RUN, 0 for none. GIL
+    uint32_t tpr_threshold   # the guest's controls make it exit when its task priority falls below this class. vCPU
     uint64_t cr8             # without a local APIC: the task priority in kvm_run. vCPU
     # The vendor's run loop, on the processor that holds the vCPU, NULL when none does; what it gave. Scheduler
     int64_t (*enter)(KvmVcpuArch *a) noexcept nogil

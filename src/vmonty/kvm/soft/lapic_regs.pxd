@@ -25,12 +25,19 @@ cdef enum:
     LVT_MASKED = 0x10000
     DELIVERY_MODE = 0x700
 
+cdef extern from "<stdlib.h>" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
 cdef extern from * nogil:
     int leading_zeros "__builtin_clz" (uint32_t bits) noexcept
 
 cdef inline bint apic_enabled(KvmLapic *l) noexcept nogil:
     """Whether the base MSR has it on."""
     return (l.apic_base & APICBASE_ENABLE) != 0
+
+cdef inline uint32_t apic_cr8(KvmLapic *l) noexcept nogil:
+    """kvm_lapic_get_cr8(): the task priority's class."""
+    return (l.regs[WORD_TPR] >> 4) & 15
 
 cdef inline bint apic_x2apic_mode(KvmLapic *l) noexcept nogil:
     """Whether it is on, in x2APIC mode."""
@@ -41,6 +48,8 @@ cdef int apic_find_highest(KvmLapic *l, uint32_t word) noexcept nogil
 cdef uint32_t kvm_apic_ppr(KvmLapic *l) noexcept nogil
 # The vector that can be delivered now, or -1.
 cdef int kvm_apic_has_interrupt(KvmLapic *l) noexcept nogil
+# The class of what the task priority holds back, so that lowering it must exit; 0: nothing is.
+cdef uint32_t kvm_apic_tpr_threshold(KvmLapic *l) noexcept nogil
 # Acknowledge it: it is in service.
 cdef int kvm_get_apic_interrupt(KvmLapic *l) noexcept nogil
 # A vector becomes pending. Any thread; the vCPU must be kicked.

@@ -7,6 +7,7 @@ operations, ISR and TPR on the vCPU's thread only. What happens rarely is in lap
 from __future__ import annotations
 
 import cython
+from cython.cimports.libc.stdlib import free
 from cython.cimports.libc.string import memset
 from cython.cimports.vmonty.kvm.soft.kvm_host import (
     SEQUENTIAL,
@@ -45,6 +46,16 @@ def kvm_apic_has_interrupt(l):
     if vector < 0 or not apic_enabled(l):
         return -1
     return vector if cython.cast(uint32_t, vector & 0xF0) > (kvm_apic_ppr(l) & 0xF0) else -1
+
+
+def kvm_apic_tpr_threshold(l):
+    """kvm_update_cr8_intercept(), vmx_update_cr8_intercept()."""
+    cr8: uint32_t = apic_cr8(l)
+    vector: cython.int
+    if cr8 == 0 or not apic_enabled(l):
+        return 0
+    vector = apic_find_highest(l, WORD_IRR)
+    return vector >> 4 if vector >= 0 and cython.cast(uint32_t, vector >> 4) <= cr8 else 0
 
 
 def kvm_get_apic_interrupt(l):
@@ -102,6 +113,10 @@ class LapicRegs:
 
     def __cinit__(self, vcpu_id: cython.uint, vm: VmArch, vcpu: VcpuArch = None):
         memset(cython.address(self.l), 0, cython.sizeof(KvmLapic))
+        self.l.regs = cython.cast(cython.pointer(uint32_t), aligned_alloc(4096, 4096))
+        if self.l.regs == cython.NULL:
+            raise MemoryError("no page for the registers of a local APIC")
+        memset(self.l.regs, 0, 4096)
         self.l.vcpu_id = vcpu_id
         self._vm = vm
         self._vcpu = vcpu
@@ -110,6 +125,14 @@ class LapicRegs:
             self.l.vcpu = cython.address(vcpu.a)
             vcpu.a.apic = cython.address(self.l)
             vcpu._apic = self
+
+    def __dealloc__(self):
+        free(self.l.regs)
+
+    @property
+    def page(self) -> int:
+        """The address of the register page."""
+        return cython.cast(uint64_t, self.l.regs)
 
     def publish(self) -> None:
         """The vCPU is complete: fast IPIs find this APIC from now on."""

@@ -106,6 +106,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
                 self._create_apic(is_bsp)
             self.vcpu_load(brief=True)
             try:
+                if self.apic is not None:
+                    self.vendor.lapic_created(self.apic.regs.page)
                 self.set_tsc_frequency(kvm.default_tsc_khz)
                 self.set_guest_tsc(0)
             finally:

@@ -14,7 +14,7 @@ from vmonty.cpu.context import Context
 from vmonty.cpu.cpuid import set_features
 from vmonty.cpu.vmcb import IOPM_SIZE, MSRPM_SIZE, PAGE_SIZE, Vmcb, msrpm_bit
 from vmonty.kvm.soft.cpuid import instructions
-from vmonty.kvm.soft.svm.run import attach, enter, outcome
+from vmonty.kvm.soft.svm.run import attach, enter, give_cr8, outcome, take_cr8
 from vmonty.kvm.soft.vcpu_arch import VcpuArch
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2
 
@@ -99,7 +99,11 @@ class Processor:
 
     def emulate(self, resume: bool, instructions: int, devices: bool = True) -> str:
         """Execute instructions with missing memory as MMIO; see cpu.svm.Svm.emulate()."""
-        return self._svm.emulate(self.vmcb.address, resume, instructions, devices)
+        give_cr8(self.vmcb.address, self._arch)
+        try:
+            return self._svm.emulate(self.vmcb.address, resume, instructions, devices)
+        finally:
+            take_cr8(self.vmcb.address, self._arch)
 
     def mmio(self) -> tuple[int, int, bool, int]:
         """The access that emulate() reported: guest-physical address, size, whether a write, data."""

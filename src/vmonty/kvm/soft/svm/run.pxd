@@ -21,4 +21,6 @@ cdef int svm_vcpu_run(KvmVcpuArch *a, CpuState *s, uint64_t vmcb) noexcept nogil
 cdef int64_t svm_vcpu_reenter(KvmVcpuArch *a) noexcept nogil
 cdef int svm_exit_handlers_fastpath(KvmVcpuArch *a, CpuState *s, SvmState *v) noexcept nogil
 cdef void _inject_pending_event(KvmVcpuArch *a, uint8_t *m) noexcept nogil
+cdef void _sync_lapic_to_cr8(KvmVcpuArch *a, uint8_t *m) noexcept nogil
+cdef void _sync_cr8_to_lapic(KvmVcpuArch *a, uint32_t int_ctl) noexcept nogil
 cdef void _window(uint8_t *m, bint on) noexcept nogil

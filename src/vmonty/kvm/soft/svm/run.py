@@ -10,7 +10,7 @@ from cython.cimports.vmonty.cpu.hosttraps import prepare_thread
 from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM, FLAG_TF
 from cython.cimports.vmonty.cpu.svm import Svm, svm_run_guest
 from cython.cimports.vmonty.cpu.svm_entry import enter_svm_guest, leave_svm_guest, load_state, save_state
-from cython.cimports.vmonty.cpu.svm_exit import svm_of
+from cython.cimports.vmonty.cpu.svm_exit import V_TPR, svm_of
 from cython.cimports.vmonty.cpu.vmcb import (
     SVM_CPUID,
     SVM_HLT,
@@ -19,6 +19,7 @@ from cython.cimports.vmonty.cpu.vmcb import (
     SVM_MSR,
     SVM_NPF,
     SVM_VINTR,
+    SVM_WRITE_CR0,
     VMCB_EVENTINJ,
     VMCB_EXITCODE,
     VMCB_EXITINFO1,
@@ -56,7 +57,13 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_wrmsr,
 )
 from cython.cimports.vmonty.kvm.soft.kvm_host import REQUEST_EVENT
-from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt, kvm_get_apic_interrupt
+from cython.cimports.vmonty.kvm.soft.lapic_regs import (
+    WORD_TPR,
+    apic_cr8,
+    kvm_apic_has_interrupt,
+    kvm_apic_tpr_threshold,
+    kvm_get_apic_interrupt,
+)
 from cython.cimports.vmonty.kvm.soft.port_window import fastpath_window
 from cython.cimports.vmonty.kvm.soft.seats import Seat
 from cython.cimports.vmonty.kvm.soft.vcpu_arch import (
@@ -106,6 +113,8 @@ def svm_exit_handlers_fastpath(a, s, v):
     if done == FAST_NONE:
         return FAST_NONE
     a.counters[COUNT_EXITS] += 1
+    if a.apic != cython.NULL and apic_cr8(a.apic) != v.int_ctl & V_TPR:
+        return FAST_REENTER  # it was set by way of the APIC
     return fastpath_events(a, (v.int_ctl & V_IRQ) != 0)
 
 
@@ -138,6 +147,34 @@ def _inject_pending_event(a, m):
         a.counters[COUNT_IRQ_INJECTIONS] += 1
 
 
+def _sync_lapic_to_cr8(a, m):
+    """sync_lapic_to_cr8(), svm_update_cr8_intercept(): the guest has CR8, whose writes exit while it holds one back."""
+    bit: uint32_t = cython.cast(uint32_t, 1) << (SVM_WRITE_CR0 + 8)
+    on: uint32_t
+    if a.apic == cython.NULL:
+        return
+    put32(m, VMCB_INT_CTL, (get32(m, VMCB_INT_CTL) & ~cython.cast(uint32_t, V_TPR)) | apic_cr8(a.apic))
+    a.tpr_threshold = kvm_apic_tpr_threshold(a.apic)
+    on = get32(m, VMCB_INTERCEPT_CR) & ~bit
+    put32(m, VMCB_INTERCEPT_CR, on | bit if a.tpr_threshold else on)
+
+
+def _sync_cr8_to_lapic(a, int_ctl):
+    """sync_cr8_to_lapic()"""
+    if a.apic != cython.NULL and apic_cr8(a.apic) != int_ctl & V_TPR:
+        a.apic.regs[WORD_TPR] = (int_ctl & 15) << 4
+
+
+def give_cr8(vmcb: cython.ulonglong, arch: VcpuArch) -> None:
+    """Before the processor executes some of the guest's instructions outside of enter()."""
+    _sync_lapic_to_cr8(cython.address(arch.a), cython.cast(cython.pointer(uint8_t), vmcb))
+
+
+def take_cr8(vmcb: cython.ulonglong, arch: VcpuArch) -> None:
+    """Behind them."""
+    _sync_cr8_to_lapic(cython.address(arch.a), get32(cython.cast(cython.pointer(uint8_t), vmcb), VMCB_INT_CTL))
+
+
 def svm_vcpu_run(a, s, vmcb):
     """Until an exit that Python must handle; EXIT_VM, or EXIT_* when the processor stopped without one."""
     v: cython.pointer(SvmState) = svm_of(s)
@@ -152,6 +189,7 @@ def svm_vcpu_run(a, s, vmcb):
         v.vmcb = m
         v.vmcb_pointer = vmcb
         v.guest_code = 0
+        _sync_lapic_to_cr8(a, m)
         if not enter_svm_guest(s):
             break
         if s.exit.reason == EXIT_VM:
@@ -159,6 +197,7 @@ def svm_vcpu_run(a, s, vmcb):
             break
         while True:
             reason = svm_run_guest(s)
+            _sync_cr8_to_lapic(a, v.int_ctl)
             done = FAST_NONE
             if reason == EXIT_VM and a.fast:
                 done = svm_exit_handlers_fastpath(a, s, v)

@@ -128,6 +128,11 @@ class Svm(SvmExits):
             for code in SHADOW_INTERCEPTED:
                 vmcb.intercept(code)
 
+    def lapic_created(self, page: int) -> None:
+        """The guest has V_TPR for CR8; when writes exit, svm_vcpu_run() knows."""
+        for code in (X.READ_CR0 + 8, X.WRITE_CR0 + 8):
+            self.vmcb.intercept(code, False)
+
     def reset(self, init: bool) -> None:
         """svm_vcpu_reset(): real mode at the reset vector. APM, "Processor Initialization State"."""
         vmcb = self.vmcb

@@ -120,6 +120,10 @@ class VmxExits(Intercepts):
         self._window(c.PROC_NMI_WINDOW, False)
         return True
 
+    def handle_tpr_below_threshold(self) -> bool:
+        """The guest has lowered its task priority below what that held back, which comes now."""
+        return True
+
     def handle_exception_nmi(self) -> bool:
         """Exceptions that are intercepted: #UD for AMD's VMMCALL, #DB and #BP for user space's debugger; #PF."""
         vector = self.cpu.vmread(Field.VM_EXIT_INTR_INFO) & c.INFO_VECTOR
@@ -241,6 +245,7 @@ class VmxExits(Intercepts):
         36: Intercepts.handle_skip,
         39: Intercepts.handle_skip,
         40: Intercepts.handle_skip,
+        43: handle_tpr_below_threshold,
         48: handle_ept_violation,
         49: handle_ept_violation,
         54: Intercepts.handle_skip,

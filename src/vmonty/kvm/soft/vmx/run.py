@@ -18,6 +18,7 @@ from cython.cimports.vmonty.cpu.vmcs import (
     GUEST_RIP,
     HEADER_LAUNCHED,
     IDT_VECTORING_INFO_FIELD,
+    TPR_THRESHOLD,
     VM_ENTRY_INTR_INFO_FIELD,
     VM_EXIT_INSTRUCTION_LEN,
     VM_EXIT_REASON,
@@ -36,6 +37,7 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     REASON_INTERRUPT_WINDOW,
     REASON_IO,
     REASON_RDMSR,
+    REASON_TPR_BELOW_THRESHOLD,
     REASON_WRMSR,
     vmx_of,
 )
@@ -60,7 +62,11 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_wrmsr,
 )
 from cython.cimports.vmonty.kvm.soft.kvm_host import REQUEST_EVENT
-from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt, kvm_get_apic_interrupt
+from cython.cimports.vmonty.kvm.soft.lapic_regs import (
+    kvm_apic_has_interrupt,
+    kvm_apic_tpr_threshold,
+    kvm_get_apic_interrupt,
+)
 from cython.cimports.vmonty.kvm.soft.port_window import fastpath_window
 from cython.cimports.vmonty.kvm.soft.seats import Seat
 from cython.cimports.vmonty.kvm.soft.vcpu_arch import (
@@ -106,6 +112,9 @@ def vmx_exit_handlers_fastpath(a, s, v):
         a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
         a.counters[COUNT_EXITS] += 1
         return FAST_REENTER
+    elif reason == REASON_TPR_BELOW_THRESHOLD:
+        a.counters[COUNT_EXITS] += 1
+        return FAST_REENTER
     if done == FAST_NONE:
         return FAST_NONE
     a.counters[COUNT_EXITS] += 1
@@ -138,6 +147,12 @@ def _inject_pending_event(a, m):
         a.counters[COUNT_IRQ_INJECTIONS] += 1
 
 
+def _set_tpr_threshold(a, m, threshold):
+    a.tpr_threshold = threshold
+    if get(m, TPR_THRESHOLD) != threshold:
+        put(m, TPR_THRESHOLD, threshold)
+
+
 def vmx_vcpu_run(a, s):
     """Until an exit that Python must handle."""
     v: cython.pointer(VmxState) = vmx_of(s)
@@ -151,6 +166,8 @@ def vmx_vcpu_run(a, s):
     while True:
         if v.vmcs != cython.NULL:
             launched = cython.cast(cython.pointer(uint32_t), v.vmcs + HEADER_LAUNCHED)
+            if a.apic != cython.NULL:
+                _set_tpr_threshold(a, v.vmcs, kvm_apic_tpr_threshold(a.apic))
             error = enter_guest(s, launched[0] == 0)
         if error:
             break
@@ -167,6 +184,9 @@ def vmx_vcpu_run(a, s):
             break
         _inject_pending_event(a, v.vmcs)
     kvm_leave_guest_mode(a)
+    if v.vmcs != cython.NULL:
+        # Python may lower the TPR, and let the emulator enter: no threshold may be above it.
+        _set_tpr_threshold(a, v.vmcs, 0)
     s.stack_ready = 0
     if error == ENTRY_FAILED:
         return cython.cast(int64_t, get(v.vmcs, VM_EXIT_REASON))

@@ -133,6 +133,12 @@ class Vmx(VmxExits):
         write(Field.CR4_GUEST_HOST_MASK, c.CR4_VMXE if self.shadow is None else ALL)
         self.cpu.setup_host_state()
 
+    def lapic_created(self, page: int) -> None:
+        """cpu_need_tpr_shadow(): MOV CR8 is the processor's own, in the APIC's register page."""
+        self.cpu.vmwrite(Field.VIRTUAL_APIC_PAGE_ADDR, page)
+        self._enable(Field.CPU_BASED_VM_EXEC_CONTROL, c.PROC_CR8_LOAD | c.PROC_CR8_STORE, False)
+        self._enable(Field.CPU_BASED_VM_EXEC_CONTROL, c.PROC_TPR_SHADOW, True)
+
     def reset(self, init: bool) -> None:
         """vmx_vcpu_reset(): real mode at the reset vector. SDM, "Processor State After Reset"."""
         write = self.cpu.vmwrite
