@@ -68,7 +68,7 @@ cdef inline void fit(Assembler *a, int length) noexcept nogil:
 cdef void pad(Assembler *a, int length) noexcept nogil
 
 
-cdef inline uint8_t *_memory(uint8_t *p, int reg, int base, int index, int scale, int32_t disp) noexcept nogil:
+cdef inline uint8_t *address(uint8_t *p, int reg, int base, int index, int scale, int32_t disp) noexcept nogil:
     """Write modrm, SIB and displacement at ``p``; gives where they end."""
     cdef int field = (reg & 7) << 3
     cdef int mod
@@ -116,7 +116,7 @@ cdef inline uint8_t *_opcode(uint8_t *p, int prefix, int rex, int opcode) noexce
 
 cdef inline void memory(Assembler *a, int reg, int base, int index, int scale, int32_t disp) noexcept nogil:
     """Append modrm, SIB and displacement of [base + index << scale + disp]; base may be NONE (then disp32)."""
-    a.at = _memory(a.at, reg, base, index, scale, disp)
+    a.at = address(a.at, reg, base, index, scale, disp)
 
 
 cdef inline void op_reg(Assembler *a, int prefix, int w, int opcode, int reg, int rm) noexcept nogil:
@@ -144,7 +144,7 @@ cdef inline void op_mem(Assembler *a, int prefix, int w, int opcode, int reg, in
         rex |= 1
     if index >= 8:
         rex |= 2
-    a.at = _memory(_opcode(a.at, prefix, rex, opcode), reg, base, index, scale, disp)
+    a.at = address(_opcode(a.at, prefix, rex, opcode), reg, base, index, scale, disp)
 
 
 cdef inline void mov_rr(Assembler *a, int to, int source) noexcept nogil:
@@ -185,20 +185,24 @@ cdef inline void lea(Assembler *a, int reg, int base, int index, int scale, int3
 
 cdef inline void mov_imm(Assembler *a, int reg, uint64_t value) noexcept nogil:
     """Load a constant in the shortest form that leaves the flags alone."""
+    cdef uint8_t *p = a.at
     if not value >> 32:
-        if reg >= 8:
-            put8(a, 0x41)
-        put8(a, 0xB8 | (reg & 7))
-        put32(a, value)
-    elif <int64_t>value >> 31 == -1:
-        put8(a, 0x49 if reg >= 8 else 0x48)
-        put8(a, 0xC7)
-        put8(a, 0xC0 | (reg & 7))
-        put32(a, <uint32_t>value)
+        p[0] = 0x41
+        p += reg >= 8
+        p[0] = 0xB8 | (reg & 7)
+        (<uint32_t *>(p + 1))[0] = <uint32_t>value
+        a.at = p + 5
+        return
+    p[0] = 0x49 if reg >= 8 else 0x48
+    if <int64_t>value >> 31 == -1:
+        p[1] = 0xC7
+        p[2] = 0xC0 | (reg & 7)
+        (<uint32_t *>(p + 3))[0] = <uint32_t>value
+        a.at = p + 7
     else:
-        put8(a, 0x49 if reg >= 8 else 0x48)
-        put8(a, 0xB8 | (reg & 7))
-        put64(a, value)
+        p[1] = 0xB8 | (reg & 7)
+        (<uint64_t *>(p + 2))[0] = value
+        a.at = p + 10
 
 
 cdef inline void store_imm32(Assembler *a, int base, int32_t disp, uint32_t value) noexcept nogil:
@@ -209,56 +213,88 @@ cdef inline void store_imm32(Assembler *a, int base, int32_t disp, uint32_t valu
 
 cdef inline void alu_imm(Assembler *a, int w, int digit, int reg, int32_t value) noexcept nogil:
     """``add/or/adc/sbb/and/sub/xor/cmp reg, value`` by /digit."""
-    if -128 <= value <= 127:
-        op_reg(a, 0, w, 0x83, digit, reg)
-        put8(a, value)
-    else:
-        op_reg(a, 0, w, 0x81, digit, reg)
-        put32(a, value)
+    cdef int short_form = -128 <= value <= 127
+    op_reg(a, 0, w, 0x83 if short_form else 0x81, digit, reg)
+    (<int32_t *>a.at)[0] = value  # what is too much is overwritten
+    a.at += 1 if short_form else 4
+
+
+cdef inline uint8_t *_vex3(uint8_t *p, int map, int pp, int w, int l, int vvvv, int r, int x, int b) noexcept nogil:
+    p[0] = 0xC4
+    p[1] = (0 if r else 0x80) | (0 if x else 0x40) | (0 if b else 0x20) | map
+    p[2] = (w << 7) | (((~vvvv) & 15) << 3) | (l << 2) | pp
+    return p + 3
 
 
 cdef inline void vex3(Assembler *a, int map, int pp, int w, int l, int vvvv, int r, int x, int b) noexcept nogil:
     """Append a three-byte VEX prefix; ``r x b`` are the high register bits as they are (not inverted)."""
-    put8(a, 0xC4)
-    put8(a, (0 if r else 0x80) | (0 if x else 0x40) | (0 if b else 0x20) | map)
-    put8(a, (w << 7) | (((~vvvv) & 15) << 3) | (l << 2) | pp)
+    a.at = _vex3(a.at, map, pp, w, l, vvvv, r, x, b)
 
 
 cdef inline void rorx(Assembler *a, int w, int to, int source, int count) noexcept nogil:
     """``rorx to, source, count``: a rotate that leaves the flags alone (BMI2)."""
-    vex3(a, 3, 3, w, 0, 0, to >> 3, 0, source >> 3)
-    put8(a, 0xF0)
-    put8(a, 0xC0 | ((to & 7) << 3) | (source & 7))
-    put8(a, count)
+    cdef uint8_t *p = _vex3(a.at, 3, 3, w, 0, 0, to >> 3, 0, source >> 3)
+    p[0] = 0xF0
+    p[1] = 0xC0 | ((to & 7) << 3) | (source & 7)
+    p[2] = count
+    a.at = p + 3
 
 
 cdef inline void pext_mem(Assembler *a, int to, int source, int base, int32_t disp) noexcept nogil:
     """``pext to, source, [base + disp]`` (64 bits, BMI2)."""
-    vex3(a, 2, 2, 1, 0, source, to >> 3, 0, base >> 3)
-    put8(a, 0xF5)
-    memory(a, to, base, NONE, 0, disp)
+    cdef uint8_t *p = _vex3(a.at, 2, 2, 1, 0, source, to >> 3, 0, base >> 3)
+    p[0] = 0xF5
+    a.at = address(p + 1, to, base, NONE, 0, disp)
+
+
+cdef inline uint8_t *_relative(uint8_t *p, uint64_t target, int64_t delta) noexcept nogil:
+    """Write the rel32 at ``p`` of a jump to ``target``; gives where it ends."""
+    (<uint32_t *>p)[0] = <uint32_t>(target - (<uint64_t>p + delta + 4))
+    return p + 4
 
 
 cdef inline void jmp_to(Assembler *a, uint64_t target) noexcept nogil:
     """``jmp rel32``."""
-    put8(a, 0xE9)
-    put32(a, <uint32_t>(target - (here(a) + 4)))
+    cdef uint8_t *p = a.at
+    p[0] = 0xE9
+    a.at = _relative(p + 1, target, a.delta)
 
 
 cdef inline void call_to(Assembler *a, uint64_t target) noexcept nogil:
     """``call rel32``."""
-    put8(a, 0xE8)
-    put32(a, <uint32_t>(target - (here(a) + 4)))
+    cdef uint8_t *p = a.at
+    p[0] = 0xE8
+    a.at = _relative(p + 1, target, a.delta)
 
 
 cdef inline void jcc_to(Assembler *a, int cc, uint64_t target) noexcept nogil:
     """``jcc rel32``."""
-    put8(a, 0x0F)
-    put8(a, 0x80 | cc)
-    put32(a, <uint32_t>(target - (here(a) + 4)))
+    cdef uint8_t *p = a.at
+    p[0] = 0x0F
+    p[1] = 0x80 | cc
+    a.at = _relative(p + 2, target, a.delta)
+
+
+cdef inline uint8_t *jmp_open(Assembler *a) noexcept nogil:
+    """``jmp rel32`` to somewhere; gives where the rel32 is to be written."""
+    cdef uint8_t *p = a.at
+    p[0] = 0xE9
+    a.at = p + 5
+    return p + 1
+
+
+cdef inline uint8_t *jcc_open(Assembler *a, int cc) noexcept nogil:
+    """``jcc rel32`` to somewhere; gives where the rel32 is to be written."""
+    cdef uint8_t *p = a.at
+    p[0] = 0x0F
+    p[1] = 0x80 | cc
+    a.at = p + 6
+    return p + 2
 
 
 cdef inline void push_imm32(Assembler *a, uint32_t value) noexcept nogil:
     """``push imm32``."""
-    put8(a, 0x68)
-    put32(a, value)
+    cdef uint8_t *p = a.at
+    p[0] = 0x68
+    (<uint32_t *>(p + 1))[0] = value
+    a.at = p + 5

@@ -7,6 +7,7 @@ from cython.cimports.vmonty.cpu.assembler import (
     NONE,
     call_to,
     fit,
+    jcc_open,
     jmp_to,
     lea,
     load32,
@@ -175,10 +176,7 @@ def conditional(w, i):
     poll: cython.p_uchar
     fit(w.a, 11 if target <= i.rip else 6)
     poll = emit_poll(w, i, target)
-    put8(w.a, 0x0F)
-    put8(w.a, 0x80 | (i.opcode & 15))
-    put32(w.a, 0)
-    exit_to(w, target, w.a.at - 4)
+    exit_to(w, target, jcc_open(w.a, i.opcode & 15))
     jump_to(w, next_rip)
     poll_end(w, i, poll)
     w.closed = 1
@@ -187,10 +185,7 @@ def conditional(w, i):
 def next_round(w, i):
     """Jcc to the block's own start, of a round that is not the last one that stands there: without a poll."""
     fit(w.a, 6)
-    put8(w.a, 0x0F)
-    put8(w.a, 0x80 | ((i.opcode & 15) ^ 1))
-    put32(w.a, 0)
-    exit_to(w, i.rip + i.length, w.a.at - 4)
+    exit_to(w, i.rip + i.length, jcc_open(w.a, (i.opcode & 15) ^ 1))
 
 
 def loop(w, i):

@@ -7,7 +7,9 @@ from cython.cimports.vmonty.cpu.assembler import (
     NONE,
     call_to,
     fit,
+    jcc_open,
     jcc_to,
+    jmp_open,
     jmp_to,
     load32,
     mov_imm,
@@ -16,7 +18,6 @@ from cython.cimports.vmonty.cpu.assembler import (
     op_reg,
     push_imm32,
     put8,
-    put32,
 )
 from cython.cimports.vmonty.cpu.codecache import CROSS_UNLINKED, Link
 from cython.cimports.vmonty.cpu.operands import (
@@ -68,9 +69,7 @@ def exit_to(w, target, patch):
 def jump_to(w, target):
     """Emit a jump to a guest address."""
     fit(w.a, 5)
-    put8(w.a, 0xE9)
-    put32(w.a, 0)
-    exit_to(w, target, w.a.at - 4)
+    exit_to(w, target, jmp_open(w.a))
 
 
 def leave_at(w, rip, stub):
@@ -97,12 +96,9 @@ def poll_aside(w, i):
     fit(w.a, 10)
     op_mem(w.a, 0, 0, 0x83, 7, RBP_HOST, NONE, 0, displacement(w.s, cython.address(w.s.run)))
     put8(w.a, 0)
-    put8(w.a, 0x0F)
-    put8(w.a, 0x80 | CC_E)
     k.kind = STUB_POLL
-    k.patch = w.a.at
+    k.patch = jcc_open(w.a, CC_E)
     k.target = i.rip
-    put32(w.a, 0)
     w.stubs += 1
 
 

@@ -17,9 +17,12 @@ from cython.cimports.vmonty.cpu.assembler import (
     CC_A,
     NONE,
     Assembler,
+    address,
     alu_imm,
     call_to,
     fit,
+    jcc_open,
+    jmp_open,
     lea,
     load,
     memory,
@@ -30,7 +33,6 @@ from cython.cimports.vmonty.cpu.assembler import (
     pext_mem,
     push_imm32,
     put8,
-    put32,
     put64,
     rorx,
     store,
@@ -263,10 +265,7 @@ def emit_slot_check(w, slot, what, ea, write):
     op_mem(a, 0, 1, 0x03, S0, RBP_HOST, NONE, 0, slot_field(w, slot, -1))
     fit(a, 13)
     op_mem(a, 0, 1, 0x3B, S0, RBP_HOST, NONE, 0, slot_field(w, slot, 1))
-    put8(a, 0x0F)
-    put8(a, 0x80 | CC_A)
-    at = a.at
-    put32(a, 0)
+    at = jcc_open(a, CC_A)
     _stub(w, STUB_SLOT, at, what, ea)
     k = cython.address(w.stub[w.stubs - 1])
     k.slot = slot
@@ -422,10 +421,7 @@ def emit_access(w, i, ea, size, access, stack):
             a.at += check.look_size
         fit(a, 13)
         alu_imm(a, 1, 7, S0, 4096 - size)
-        put8(a, 0x0F)
-        put8(a, 0x80 | CC_A)
-        at = a.at
-        put32(a, 0)
+        at = jcc_open(a, CC_A)
         if constant:
             load(a, S1, RBP_HOST, table + slot + 8)
         else:
@@ -455,9 +451,7 @@ def emit_access(w, i, ea, size, access, stack):
     fit(a, 7)
     put8(a, 0xE3)
     put8(a, 5)
-    put8(a, 0xE9)
-    at = a.at
-    put32(a, 0)
+    at = jmp_open(a)
     _stub(w, STUB_MEMORY_LIVE, at, what, ea)
     w.base = S1
     w.index = NONE
@@ -583,11 +577,9 @@ def _loose_body(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.void
     p[0] = 0x0F
     p += i.map
     p[0] = i.opcode
-    a.at = p + 1
-    memory(a, i.reg, w.base, w.index, w.scale if w.index != NONE else 0, w.disp)
-    if i.immediate_size:
-        put64(a, i.immediate)  # what is too much is overwritten
-        a.at += cython.cast(cython.int, i.immediate_size) - 8
+    p = address(p + 1, i.reg, w.base, w.index, w.scale if w.index != NONE else 0, w.disp)
+    cython.cast(cython.pointer(uint64_t), p)[0] = i.immediate  # what is too much is overwritten
+    a.at = p + i.immediate_size
 
 
 @cython.cfunc
