@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from vmonty.base.errors import DiskImageError
 from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.block.image import open_image
 from vmonty.vmm.block.qcow2 import create, snapshots
-from vmonty.vmm.block.qcow2.check import check
+from vmonty.vmm.block.qcow2.check import Report, check
 from vmonty.vmm.block.qcow2.disk import Qcow2Disk
 from vmonty.vmm.block.qcow2.header import DIRTY
 from vmonty.vmm.block.qcow2.open import read_header
@@ -255,6 +255,42 @@ def test_threads_side_by_side(make: Make) -> None:
             worker.join()
         for failure in failures:
             raise failure
+    assert_clean(path)
+
+
+def test_who_waits_for_a_write_goes_on_after_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second writer of a new cluster waits for the first one's, and a check for both."""
+    path = make(4 << 20)
+    with open_image(path) as device:
+        disk = qcow2(device)
+        real, inside, gate = disk.file.pwritev, threading.Event(), threading.Event()
+
+        def held(offset: int, buffers: Sequence[memoryview]) -> None:
+            inside.set()
+            assert gate.wait(60)
+            real(offset, buffers)
+
+        monkeypatch.setattr(disk.file, "pwritev", held)
+        reports: list[Report] = []
+        threads = [
+            threading.Thread(target=disk.write, args=(512, b"a" * 512), daemon=True),
+            threading.Thread(target=disk.write, args=(1024, b"b" * 512), daemon=True),
+            threading.Thread(target=lambda: reports.append(check(disk)), daemon=True),
+        ]
+        threads[0].start()
+        assert inside.wait(60)
+        threads[1].start()
+        threads[1].join(0.1)
+        threads[2].start()
+        threads[2].join(0.1)
+        assert disk.read(0, 2048) == bytes(2048), "linked before it was written"
+        assert not reports
+        gate.set()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        assert disk.read(0, 2048) == bytes(512) + b"a" * 512 + b"b" * 512 + bytes(512)
+        assert [(report.damage_count, report.leaks) for report in reports] == [(0, 0)]
     assert_clean(path)
 
 

@@ -13,8 +13,8 @@ from vmonty.base.errors import BlockError
 from vmonty.testing.virtio import LIMIT_S, Buffer, VirtioDriver
 from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.virtio import blk
+from vmonty.vmm.virtio import device as virtio_device
 from vmonty.vmm.virtio.blk import Blk, Topology
-from vmonty.vmm.virtio.device import MOST_FOR_VCPU
 
 from .conftest import Bench
 
@@ -263,6 +263,7 @@ def readers(disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_vcpu_does_a_few_requests_itself(bench: Bench, disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the disk answers at once; after some it goes on, and the loop's thread does the rest."""
     monkeypatch.setattr(blk, "SLOW_NS", 10**12)
+    monkeypatch.setattr(virtio_device, "MOST_FOR_VCPU", 16)
     device = Blk(bench.memory, bench.loop, disk)
     driver = bench.driver(device).start()
     assert not device.quick(), "nobody knows yet"
@@ -277,7 +278,7 @@ def test_a_vcpu_does_a_few_requests_itself(bench: Bench, disk: MemoryDisk, monke
         bench.settle()  # its thread has yet to go to sleep
     assert len(driver.queues[0].wait(20)) == 20
     ours = threading.current_thread().name
-    assert threads == [ours] * MOST_FOR_VCPU + [bench.loop.name] * (20 - MOST_FOR_VCPU)
+    assert threads == [ours] * 16 + [bench.loop.name] * 4
 
 
 def test_a_disk_that_was_slow_is_tried_again(bench: Bench, disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,8 @@ MOST_RANGE_SECTORS = 1 << 22  # 2 GiB
 WORKERS = 4
 
 # A read or write that takes longer, in nanoseconds, is worth a thread: for any, and for each byte.
-SLOW_NS, SLOW_NS_PER_BYTE = 100_000, 0.5
+# Handing over costs some 100 µs with the threads' waits for the interpreter, and while they work a probe waits too.
+SLOW_NS, SLOW_NS_PER_BYTE = 200_000, 0.5
 # While they are slow every so many is tried all the same. One that met a busy host counts as this many times slow.
 PROBE, MOST_SLOW = 8, 4.0
 
@@ -151,7 +152,7 @@ class Blk(VirtioDevice):
         if header is None or status is None:
             raise BrokenRing(f"{self.name}: a request without header or status byte")
         kind, _, sector = HEADER.unpack(header)
-        if kind <= T_OUT and self._try_at_once():
+        if kind <= T_OUT and (self._slowness < 1.0 or self._probe()):
             begin = time.perf_counter_ns()
             self._answer(chain, kind, sector, status)
             self._note(time.perf_counter_ns() - begin, chain.writable_size + chain.readable_size)
@@ -161,9 +162,7 @@ class Blk(VirtioDevice):
         self._requests.put(lambda: self._finish(queue, chain, kind, sector, status))
         return None
 
-    def _try_at_once(self) -> bool:
-        if self._slowness < 1.0:
-            return True
+    def _probe(self) -> bool:
         self._probes = (self._probes + 1) % PROBE
         return self._probes == 0
 
@@ -210,7 +209,7 @@ class Blk(VirtioDevice):
                     return IOERR
                 self.backend.preadv(sector * SECTOR, chain.writable)
             case 1:
-                if self.backend.read_only or not self._inside(sector, sum(map(len, chain.readable))):
+                if self.backend.read_only or not self._inside(sector, chain.readable_size - HEADER.size):
                     return IOERR
                 self.backend.pwritev(sector * SECTOR, chain.readable)
                 self._settle_write()

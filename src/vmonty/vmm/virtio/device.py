@@ -24,7 +24,7 @@ EVERY_DEVICE = FEATURE_VERSION_1 | FEATURE_INDIRECT_DESC | FEATURE_EVENT_IDX
 # After so many buffers of one queue the others have their turn.
 MOST_AT_ONCE = 1024
 # And after so many a vCPU goes on, which does them in its loop's place.
-MOST_FOR_VCPU = 16
+MOST_FOR_VCPU = 64
 
 
 class Transport(Protocol):

@@ -18,7 +18,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from vmonty.base.errors import BlockError
@@ -62,8 +62,8 @@ class Step:
     host: int
     first: int = 0
     count: int = 0
-    head: list[Run] = field(default_factory=list)
-    tail: list[Run] = field(default_factory=list)
+    head: Sequence[Run] = ()
+    tail: Sequence[Run] = ()
 
 
 @dataclass(slots=True)
@@ -95,6 +95,7 @@ class Qcow2Disk(BlockDevice):
         self._hole = Kind.BACKING if backing is not None else Kind.ZERO
         self.lock = threading.RLock()  # taken after _flushing where both are
         self._changed = threading.Condition(self.lock)
+        self._waiting = 0
         self._flushing = threading.RLock()
         self._allocating: set[int] = set()
         self._operations: dict[int, None] = {}
@@ -125,17 +126,17 @@ class Qcow2Disk(BlockDevice):
     def pwritev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         length = total(buffers)
         self.check_write(offset, length)
-        done = 0
-        with self._operation():
-            while done < length:
-                with self.lock:
-                    step = self._plan(offset + done, length - done)
-                pieces = buffers if step.length == length else cut(buffers, done, step.length)
-                if step.count:
-                    self._write_new(step, pieces)
-                else:
-                    self.file.pwritev(step.host, pieces)
-                done += step.length
+        number = self._begin()
+        try:
+            with self.lock:
+                host = self._overwritable(offset, length)
+                step = self._plan(offset, length) if length and not host else None
+            if host:
+                self.file.pwritev(host, buffers)
+            elif step is not None:
+                self._write_steps(offset, length, step, buffers)
+        finally:
+            self._end(number)
         self._relieve()
 
     def extents(self) -> Iterator[tuple[int, int]]:
@@ -207,8 +208,16 @@ class Qcow2Disk(BlockDevice):
     def _end(self, number: int) -> None:
         with self.lock:
             del self._operations[number]
-            if not self._operations:
+            if self._waiting and not self._operations:
                 self._changed.notify_all()
+
+    def _wait_for_change(self) -> None:
+        """Wait until an allocation or the last operation has ended. The lock is held."""
+        self._waiting += 1
+        try:
+            self._changed.wait()
+        finally:
+            self._waiting -= 1
 
     @contextmanager
     def _operation(self) -> Iterator[None]:
@@ -223,7 +232,7 @@ class Qcow2Disk(BlockDevice):
         """Hold the lock while no operation is under way."""
         with self._flushing, self.lock:
             while self._operations:
-                self._changed.wait()
+                self._wait_for_change()
             yield
 
     # -- reading
@@ -281,7 +290,7 @@ class Qcow2Disk(BlockDevice):
             return last.where + last.length == run.where
         return run.kind is not Kind.COMPRESSED
 
-    def _read_runs(self, runs: list[Run], buffers: Sequence[memoryview]) -> None:
+    def _read_runs(self, runs: Sequence[Run], buffers: Sequence[memoryview]) -> None:
         done = 0
         for run in runs:
             pieces = buffers if len(runs) == 1 else cut(buffers, done, run.length)
@@ -340,7 +349,7 @@ class Qcow2Disk(BlockDevice):
     def _wait(self, first: int, end: int) -> None:
         """Wait until none of guest clusters first..end-1 is being allocated."""
         while self._allocating and any(first <= cluster < end for cluster in self._allocating):
-            self._changed.wait()
+            self._wait_for_change()
 
     def _in_place(self, cluster: int) -> int:
         """The host offset of a guest cluster that may be overwritten where it is, else 0."""
@@ -354,6 +363,29 @@ class Qcow2Disk(BlockDevice):
         if host and self.is_metadata(host >> self._bits):
             raise BlockError(errno.EIO, f"{self.file.name} is damaged: data lies over metadata at {host:#x}")
         return host
+
+    def _overwritable(self, offset: int, length: int) -> int:
+        """Where in the file a range lies that is within one cluster that may be overwritten there, else 0."""
+        cluster = offset >> self._bits
+        if length == 0 or offset + length - 1 >> self._bits != cluster or cluster in self._allocating:
+            return 0
+        host = self._in_place(cluster)
+        return host + (offset & self._cluster - 1) if host else 0
+
+    def _write_steps(self, offset: int, length: int, step: Step, buffers: Sequence[memoryview]) -> None:
+        """Write a range whose first step is *step*."""
+        done = 0
+        while True:
+            pieces = buffers if step.length == length else cut(buffers, done, step.length)
+            if step.count:
+                self._write_new(step, pieces)
+            else:
+                self.file.pwritev(step.host, pieces)
+            done += step.length
+            if done == length:
+                return
+            with self.lock:
+                step = self._plan(offset + done, length - done)
 
     def _plan(self, offset: int, length: int) -> Step:
         """The first step of a write. The lock is held."""
@@ -372,54 +404,69 @@ class Qcow2Disk(BlockDevice):
         last = min(last, first | (1 << self._l2_bits) - 1)
         while cluster <= last and cluster not in self._allocating and not self._in_place(cluster):
             cluster += 1
-        self.tables.writable_table(first >> self._l2_bits)
+        table = self.tables.writable_table(first >> self._l2_bits)
         fresh_from = self.refcounts.high_water
         host_cluster, count = self.refcounts.allocate(cluster - first)
         step = Step(min(length, (first + count << self._bits) - offset), host_cluster << self._bits, first, count)
-        try:
-            end = offset + step.length
-            step.head = self.map(first << self._bits, offset & mask)
-            step.tail = self.map(end, -end & mask)
-        except BlockError:
-            self._give_back(step)
-            raise
-        if host_cluster >= fresh_from and not self.file.is_device:
-            # The file has zeroes there already.
-            if all(run.kind is Kind.ZERO for run in step.head):
-                step.host += offset & mask
-                step.head = []
-            if all(run.kind is Kind.ZERO for run in step.tail):
-                step.tail = []
+        fresh = host_cluster >= fresh_from and not self.file.is_device
+        at = first & (1 << self._l2_bits) - 1
+        if fresh and self._hole is Kind.ZERO and not table[at] and not table[at + count - 1]:
+            step.host += offset & mask
+        else:
+            self._plan_copies(step, offset, fresh)
         self._allocating.update(range(first, first + count))
         return step
 
+    def _plan_copies(self, step: Step, offset: int, fresh: bool) -> None:
+        """What a step's new clusters take over around its bytes; where they are *fresh* the file has zeroes already."""
+        mask = self._cluster - 1
+        end = offset + step.length
+        try:
+            head = self.map(step.first << self._bits, offset & mask)
+            tail = self.map(end, -end & mask)
+        except BlockError:
+            self._give_back(step)
+            raise
+        if fresh and all(run.kind is Kind.ZERO for run in head):
+            step.host += offset & mask
+        else:
+            step.head = head
+        if not (fresh and all(run.kind is Kind.ZERO for run in tail)):
+            step.tail = tail
+
     def _write_new(self, step: Step, pieces: Sequence[memoryview]) -> None:
         try:
-            whole = [*self._old(step.head), *pieces, *self._old(step.tail)]
-            self.file.pwritev(step.host, whole)
+            if step.head or step.tail:
+                pieces = [*self._old(step.head), *pieces, *self._old(step.tail)]
+            self.file.pwritev(step.host, pieces)
         except BaseException:
             with self.lock:
-                self._allocating.difference_update(range(step.first, step.first + step.count))
                 self._give_back(step)
-                self._changed.notify_all()
+                self._allocated(step)
             raise
         with self.lock:
             try:
                 self.link(step.first, step.count, step.host & -self._cluster | COPIED, self._cluster)
             finally:
-                self._allocating.difference_update(range(step.first, step.first + step.count))
-                self._changed.notify_all()
+                self._allocated(step)
+
+    def _allocated(self, step: Step) -> None:
+        """Others may write to a step's clusters again. The lock is held."""
+        self._allocating.difference_update(range(step.first, step.first + step.count))
+        if self._waiting:
+            self._changed.notify_all()
 
     def link(self, first: int, count: int, entry: int, stride: int) -> None:
         """Make guest clusters *first* on point to *entry*, the next to *entry* + *stride*… The lock is held."""
         table = self.tables.writable_table(first >> self._l2_bits)
         at = first & (1 << self._l2_bits) - 1
         for index in range(at, at + count):
-            self._free(table[index], punch=False)
+            if table[index]:
+                self._free(table[index], punch=False)
             table[index] = entry
             entry += stride
 
-    def _old(self, runs: list[Run]) -> list[memoryview]:
+    def _old(self, runs: Sequence[Run]) -> list[memoryview]:
         """What a new cluster takes over from the old one."""
         if not runs:
             return []
