@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vmonty.bench import block, boot, net, vnc
-from vmonty.bench.payload import PayloadError
+from vmonty.bench.compiler import PayloadError
 from vmonty.bench.process import Process
 from vmonty.guests import rootdisk
 from vmonty.guests.progress import silent

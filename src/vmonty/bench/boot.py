@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmonty.base.errors import GuestError
-from vmonty.bench.payload import PayloadError
+from vmonty.bench.compiler import PayloadError
 from vmonty.bench.process import Process
 from vmonty.bench.qemu import direct_boot
 from vmonty.bench.report import Report, Row, qemu_version

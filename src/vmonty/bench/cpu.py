@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from vmonty import kvm
+from vmonty.bench.compiler import PayloadError
 from vmonty.bench.native import Native
-from vmonty.bench.payload import INTEGER, NAMES, SYSTEM, TEXT, Image, PayloadError, build
+from vmonty.bench.payload import INTEGER, NAMES, SYSTEM, TEXT, Image, build
 from vmonty.bench.qemu import run_tcg
 from vmonty.bench.report import Report, Row, geometric_mean, qemu_version
 from vmonty.bench.soft import BareCpu, run_vm

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmonty.base.errors import VmontyError
-from vmonty.bench.payload import PayloadError
+from vmonty.bench.compiler import PayloadError
 from vmonty.bench.process import Process
 from vmonty.bench.qemu import COMMAND
 from vmonty.bench.report import Report, Row, qemu_version

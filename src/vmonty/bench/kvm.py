@@ -15,8 +15,9 @@ from contextlib import ExitStack, contextmanager
 
 from vmonty import kvm
 from vmonty.base.ram import Ram
+from vmonty.bench.compiler import PayloadError
 from vmonty.bench.cpu import repeats_for
-from vmonty.bench.payload import PayloadError, build
+from vmonty.bench.payload import build
 from vmonty.bench.report import Report, Row, figure, geometric_mean
 from vmonty.bench.soft import BareCpu, run_vm
 from vmonty.kvm.api import System, Vcpu, Vm

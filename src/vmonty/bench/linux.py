@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmonty.bench import payload
-from vmonty.bench.payload import PayloadError
+from vmonty.bench.compiler import PayloadError, compiled
 from vmonty.bench.process import Process
 from vmonty.bench.qemu import direct_boot
 from vmonty.bench.report import Row, qemu_version
@@ -65,26 +64,11 @@ class Guest:
         return taken
 
 
-def _program(folder: Path) -> bytes:
-    target = folder / "transfers"
-    try:
-        done = subprocess.run(
-            [*GCC, "-o", str(target), str(SOURCE)], capture_output=True, text=True, timeout=120, check=False
-        )
-    except FileNotFoundError:
-        raise PayloadError(
-            "the benchmark's program is compiled by gcc, which is not there: apt-get install gcc"
-        ) from None
-    if done.returncode:
-        raise PayloadError(f"gcc could not build the benchmark's program: {done.stderr.strip().splitlines()[-1]}")
-    return target.read_bytes()
-
-
 def _initrd(folder: Path, base: Path) -> Path:
     """The busybox guest's, with the program behind it."""
     added = io.BytesIO()
     with cpio.Writer(added) as archive:
-        archive.file("bin/transfers", _program(folder), mode=0o755)
+        archive.file("bin/transfers", compiled("transfers-*", GCC, [SOURCE]).read_bytes(), mode=0o755)
     path = folder / "initrd"
     original = base.read_bytes()
     path.write_bytes(original + bytes(-len(original) % cpio.SEGMENT_ALIGN) + added.getvalue())

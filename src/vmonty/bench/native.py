@@ -9,7 +9,8 @@ import sys
 import time
 from types import TracebackType
 
-from vmonty.bench.payload import IMAGE_BASE, IMAGE_ROOM, Image, PayloadError, build
+from vmonty.bench.compiler import PayloadError
+from vmonty.bench.payload import IMAGE_BASE, IMAGE_ROOM, Image, build
 
 MAP_FIXED_NOREPLACE = 0x100000
 

@@ -11,8 +11,8 @@ import tempfile
 import threading
 from pathlib import Path
 
+from vmonty.bench.compiler import PayloadError
 from vmonty.bench.linux import Guest, Sample, guests, rows
-from vmonty.bench.payload import PayloadError
 from vmonty.bench.report import Report
 from vmonty.guests.progress import Progress, silent
 

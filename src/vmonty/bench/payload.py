@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 import struct
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmonty.base.cachedir import cache_root
-from vmonty.base.errors import VmontyError
+from vmonty.bench.compiler import compiled
 
 SOURCES = Path(__file__).parent / "payloads"
 IMAGE_BASE = 0x100_0000
@@ -28,10 +24,6 @@ SYSTEM = ["system_calls", "context_switches", "page_faults", "page_faults_user"]
 NAMES = (*INTEGER, *TEXT, *VECTOR, *SYSTEM)
 
 
-class PayloadError(VmontyError):
-    """The payloads cannot be built or run here."""
-
-
 @dataclass(frozen=True)
 class Image:
     """The built image; its table of functions stands at its start."""
@@ -47,19 +39,7 @@ class Image:
 
 def build() -> Image:
     """Compile the payloads, or find them compiled before. Raises PayloadError."""
-    sources = sorted(path for path in SOURCES.iterdir() if path.is_file())
-    digest = hashlib.sha256(" ".join(GCC).encode() + b"".join(source.read_bytes() for source in sources)).hexdigest()
-    path = cache_root() / "bench" / f"payloads-{digest[:16]}.bin"
-    if not path.exists():
-        if shutil.which("gcc") is None:
-            raise PayloadError("the benchmark's payloads are compiled by gcc, which is not there: apt-get install gcc")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        inputs = [str(source) for source in sources if source.suffix in (".S", ".c")]
-        done = subprocess.run(
-            [*GCC, "-o", str(part), *inputs], capture_output=True, text=True, timeout=120, check=False
-        )
-        if done.returncode:
-            raise PayloadError(f"gcc could not build the benchmark's payloads: {done.stderr.strip().splitlines()[-1]}")
-        part.replace(path)
+    files = sorted(path for path in SOURCES.iterdir() if path.is_file())
+    sources = [path for path in files if path.suffix in (".S", ".c")]
+    path = compiled("payloads-*.bin", GCC, sources, [path for path in files if path not in sources])
     return Image(path, path.read_bytes())

@@ -7,7 +7,8 @@ import struct
 import time
 
 from vmonty.base.ram import Ram
-from vmonty.bench.payload import IMAGE_BASE, NAMES, Image, PayloadError
+from vmonty.bench.compiler import PayloadError
+from vmonty.bench.payload import IMAGE_BASE, NAMES, Image
 from vmonty.cpu.core import Cpu
 from vmonty.kvm.api import System
 from vmonty.kvm.uapi import Exit

@@ -6,19 +6,16 @@ and the server's. The viewer understands CopyRect and ZRLE; it asks again as soo
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 import socket
 import statistics
 import struct
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from vmonty.base.cachedir import cache_root
-from vmonty.bench.payload import SOURCES, PayloadError
+from vmonty.bench.compiler import PayloadError, compiled
+from vmonty.bench.payload import SOURCES
 from vmonty.bench.process import Process
 from vmonty.bench.qemu import COMMAND
 from vmonty.bench.report import Report, Row, qemu_version
@@ -36,24 +33,6 @@ UNDERSTOOD = (Encoding.COPY_RECT, Encoding.ZRLE, Encoding.RAW, Encoding.DESKTOP_
 LIMIT_S = 60.0
 # Rounds, and seconds of each.
 FULL, QUICK = (3, 10.0), (1, 4.0)
-
-
-def build() -> Path:
-    """Compile the guest, or find it compiled before. Raises PayloadError."""
-    digest = hashlib.sha256(" ".join(GCC).encode() + SOURCE.read_bytes()).hexdigest()
-    path = cache_root() / "bench" / f"scroll-{digest[:16]}.elf"
-    if not path.exists():
-        if shutil.which("gcc") is None:
-            raise PayloadError("the benchmark's guest is compiled by gcc, which is not there: apt-get install gcc")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        done = subprocess.run(
-            [*GCC, "-o", part, SOURCE], capture_output=True, text=True, timeout=120, check=False
-        )  # fmt: skip
-        if done.returncode:
-            raise PayloadError(f"gcc could not build the benchmark's guest: {done.stderr.strip().splitlines()[-1]}")
-        part.replace(path)
-    return path
 
 
 class Viewer:
@@ -113,7 +92,7 @@ class Viewer:
 def measure(quick: bool = False, say: Progress = silent) -> Report:
     """Three rounds of ten seconds, *quick* one of four. Raises PayloadError."""
     rounds, seconds = QUICK if quick else FULL
-    guest = str(build())
+    guest = str(compiled("scroll-*.elf", GCC, [SOURCE]))
     report = Report("VNC: a scrolling text console of 1024x768, one viewer")
     taken: dict[str, list[tuple[float, float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
