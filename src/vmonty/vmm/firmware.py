@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, NamedTuple, cast
 
 from vmonty.base.errors import BootImageError, UsageError
 from vmonty.base.ram import PAGE_SIZE
@@ -137,8 +137,7 @@ def open_store(path: Path) -> BinaryIO:
     return cast("BinaryIO", file)
 
 
-@dataclass(frozen=True)
-class BootOptions:
+class BootOptions(NamedTuple):
     """What firmware starts from, and does it show its menu, and how many milliseconds does it wait for its key?
 
     *order* are media by QEMU's letters (see ``bootorder``), *once* those of the first start alone; *strict* keeps
@@ -158,13 +157,13 @@ class BootOptions:
         for option in filter(None, text.split(",")):
             key, _, value = option.partition("=")
             if key in ("menu", "strict") and value in ("on", "off"):
-                made = replace(made, menu=value == "on") if key == "menu" else replace(made, strict=value == "on")
+                made = made._replace(menu=value == "on") if key == "menu" else made._replace(strict=value == "on")
             elif key == "order":
-                made = replace(made, order=check_order(value))
+                made = made._replace(order=check_order(value))
             elif key == "once":
-                made = replace(made, once=check_order(value))
+                made = made._replace(once=check_order(value))
             elif key == "wait" and value.isdecimal() and int(value) <= MOST_MENU_WAIT_MS:
-                made = replace(made, wait_ms=int(value))
+                made = made._replace(wait_ms=int(value))
             else:
                 raise UsageError(
                     f"--boot: {option!r} is no option; "
@@ -175,4 +174,4 @@ class BootOptions:
 
     def first(self) -> BootOptions:
         """Those of the first start."""
-        return replace(self, order=self.once or self.order)
+        return self._replace(order=self.once or self.order)

@@ -6,7 +6,6 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vmonty.base.errors import UsageError, VmontyError
@@ -167,7 +166,7 @@ def _network(options: str) -> _Maker:
     from vmonty.vmm.peripherals import NO_ROM, Network, add_network
 
     # Firmware has run: no ROM is executed, and the boot order has been told.
-    network = replace(Network.parse(options), boot_index=None, rom=NO_ROM)
+    network = Network.parse(options)._replace(boot_index=None, rom=NO_ROM)
     if network.kind == "none":
         raise UsageError("--net none: there is nothing to add")
     return lambda machine, number: add_network(machine, network, number), "virtio-net"

@@ -10,7 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmonty.base.errors import HandleClosed, KvmError
 from vmonty.kvm.api import Vm
@@ -21,8 +21,7 @@ from vmonty.kvm.uapi.irq import kvm_irq_routing_entry
 MOST_MESSAGES = 128
 
 
-@dataclass(frozen=True)
-class _Line:
+class _Line(NamedTuple):
     gsi: int
     fd: int
 

@@ -6,7 +6,6 @@ Backends are imported where they are opened: a machine without them should not w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,8 +39,7 @@ NO_ROM = Path()  # what an empty path is
 NO_INDEXES: Mapping[Any, int] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class Disk:
+class Disk(NamedTuple):
     """A disk from ``FILE,format=…,ro,snapshot,if=virtio|ide|sata,size=…,bootindex=N``.
 
     With *size* it is made if there is none.
@@ -66,17 +64,17 @@ class Disk:
             key, _, value = option.partition("=")
             match key, value:
                 case "format", _ if value in FORMATS:
-                    disk = replace(disk, format=value)
+                    disk = disk._replace(format=value)
                 case "ro", ("" | "on"):
-                    disk = replace(disk, read_only=True)
+                    disk = disk._replace(read_only=True)
                 case "snapshot", ("" | "on"):
-                    disk = replace(disk, snapshot=True)
+                    disk = disk._replace(snapshot=True)
                 case "if", ("virtio" | "ide" | "sata"):
-                    disk = replace(disk, interface=value)
+                    disk = disk._replace(interface=value)
                 case "bootindex", _:
-                    disk = replace(disk, boot_index=bootorder.check_index(f"--disk {name}", value))
+                    disk = disk._replace(boot_index=bootorder.check_index(f"--disk {name}", value))
                 case "size", _:
-                    disk = replace(disk, size=_disk_size(name, value))
+                    disk = disk._replace(size=_disk_size(name, value))
                 case (("ro" | "snapshot"), "off"):
                     continue
                 case _:
@@ -100,8 +98,7 @@ class Disk:
         )
 
 
-@dataclass(frozen=True)
-class Cdrom:
+class Cdrom(NamedTuple):
     """A disc in a drive of its own, from ``FILE,bootindex=N``."""
 
     path: Path
@@ -118,7 +115,7 @@ class Cdrom:
             key, _, value = option.partition("=")
             if key != "bootindex":
                 raise UsageError(f"--cdrom {name}: {option!r} is no option; there is: bootindex=N")
-            made = replace(made, boot_index=bootorder.check_index(f"--cdrom {name}", value))
+            made = made._replace(boot_index=bootorder.check_index(f"--cdrom {name}", value))
         return made
 
 
@@ -134,8 +131,7 @@ def _disk_size(name: str, text: str) -> int:
     return size
 
 
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """A network card from ``user|tap|none[,mac=…][,pcap=FILE][,bootindex=N][,romfile=FILE][,options of the kind]``.
 
     *rom* None is iPXE's, if the host has it; an empty path is none.
@@ -157,21 +153,21 @@ class Network:
         for option in options:
             key, _, value = option.partition("=")
             if key == "mac":
-                made = replace(made, mac=_mac(value))
+                made = made._replace(mac=_mac(value))
             elif key == "pcap" and value:
-                made = replace(made, capture=Path(value))
+                made = made._replace(capture=Path(value))
             elif key == "bootindex":
-                made = replace(made, boot_index=bootorder.check_index(f"--net {kind}", value))
+                made = made._replace(boot_index=bootorder.check_index(f"--net {kind}", value))
             elif key == "romfile":
-                made = replace(made, rom=Path(value))
+                made = made._replace(rom=Path(value))
             elif key == "ifname" and value and kind == "tap":
-                made = replace(made, interface=value)
+                made = made._replace(interface=value)
             else:
                 rest.append(option)
         if kind == "user":
             from vmonty.vmm.net.user.config import UserConfig
 
-            return replace(made, user=UserConfig.parse(",".join(rest)))
+            return made._replace(user=UserConfig.parse(",".join(rest)))
         if kind not in ("tap", "none"):
             raise UsageError(f"--net {kind}: unknown; there are: user, tap, none")
         if rest or (kind == "none" and options):

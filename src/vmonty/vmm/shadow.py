@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vmonty.base.errors import UsageError
 from vmonty.base.ram import Ram
@@ -28,8 +28,7 @@ SCREEN_SLOT, ROM_SLOT, FIRST_SEGMENT_SLOT = FIRST_FREE_SLOT, FIRST_FREE_SLOT + 1
 NEXT_FREE_SLOT = FIRST_SEGMENT_SLOT + len(SEGMENTS)
 
 
-@dataclass(frozen=True)
-class _Attribute:
+class _Attribute(NamedTuple):
     readable: bool = False
     writable: bool = False
 
