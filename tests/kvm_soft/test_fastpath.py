@@ -17,12 +17,13 @@ from vmonty.base import hostcall
 from vmonty.base.ram import Ram
 from vmonty.kvm.exit_record import ExitRecord
 from vmonty.kvm.soft import fastpath, modules, stats
+from vmonty.kvm.soft.vmx.exits import Handler, VmxExits
 from vmonty.kvm.uapi import Exit
 from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
-from vmonty.kvm.uapi.flags import KVM_MSR_FILTER_READ, KVM_PIO_PAGE_OFFSET
+from vmonty.kvm.uapi.flags import KVM_MP_STATE_RUNNABLE, KVM_MSR_FILTER_READ, KVM_PIO_PAGE_OFFSET
 from vmonty.kvm.uapi.run import kvm_run, kvm_run_u_io
 from vmonty.kvm.uapi.vm import kvm_msr_filter_range
-from vmonty.testing.guests import DATA, RAM_SIZE, Mode, TinyGuest
+from vmonty.testing.guests import DATA, RAM_SIZE, USER_STACK, Mode, TinyGuest, load
 
 APIC_ON = "mov ecx, 0x1b\n rdmsr\n or eax, 0xc00\n wrmsr\n mov ecx, 0x80f\n mov eax, 0x1ff\n xor edx, edx\n wrmsr\n"
 DEADLINE_MODE = "mov ecx, 0x832\n mov eax, 0x400e0\n xor edx, edx\n wrmsr\n"
@@ -126,6 +127,129 @@ def test_the_task_priority_does_not_exit(guest: TinyGuest) -> None:
         assert guest.out()[0] == 0x11
         assert counters.read()["exits"] - before == 1
     assert guest.vcpu.get_sregs().cr8 == 1
+
+
+def noted(handler: Handler, calls: list[object]) -> Handler:
+    """*handler*, with each call in *calls*."""
+
+    def handle(exits: VmxExits) -> bool:
+        calls.append(exits)
+        return handler(exits)
+
+    return handle
+
+
+@pytest.mark.parametrize("icr", [0x40400, 0x4400], ids=["self", "destination"])
+def test_nmis_to_itself(guest: TinyGuest, icr: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is handled one more waits, however many come. kvm-intel needs no Python."""
+    seen: list[object] = []
+    for reason in (8, 32):  # NMI window, WRMSR
+        monkeypatch.setitem(VmxExits.HANDLERS, reason, noted(VmxExits.HANDLERS[reason], seen))
+    send = f"mov ecx, 0x830\n mov eax, {icr:#x}\n xor edx, edx\n wrmsr\n"
+    code = f"""
+        {APIC_ON}
+        out 0x10, al
+        sti
+        mov r15d, 1000
+        again:
+        xor r14d, r14d
+        {send}
+        waits: pause
+        cmp r14d, 2
+        jb waits
+        mov r8d, 100
+        later: dec r8d
+        jnz later
+        cmp r14d, 2
+        jne wrong
+        dec r15d
+        jnz again
+        out 0x11, al
+        wrong: out 0x12, al
+    """
+    handler = f"""
+        inc r14d
+        cmp r14d, 1
+        jne done
+        mov r13d, 10
+        more: {send} dec r13d
+        jnz more
+        done: iretq
+    """
+    guest.load(Mode.LONG, code, handlers={2: handler})
+    assert guest.out()[0] == 0x10
+    seen.clear()
+    with guest.vcpu.stats() as counters:
+        before = counters.read()["nmi_injections"]
+        assert guest.out()[0] == 0x11
+        assert counters.read()["nmi_injections"] - before == 2000
+    assert not seen
+
+
+@pytest.mark.parametrize("waits", ["pause", "hlt"])
+@pytest.mark.parametrize("module", ["kvm_intel", "kvm_amd"])
+def test_nmis_to_another(module: str, waits: str) -> None:
+    """Each arrives, whether the target runs or sleeps."""
+    count = 500
+    with modules.only(module), kvm.open("soft") as system, system.create_vm() as vm:
+        ram = Ram(RAM_SIZE)
+        vm.set_user_memory_region(0, 0, ram)
+        vm.create_irqchip()
+        with vm.create_vcpu(0) as first, vm.create_vcpu(1) as second:
+            for vcpu in (first, second):
+                vcpu.set_cpuid2(system.supported_cpuid())
+            second.set_mp_state(KVM_MP_STATE_RUNNABLE)
+            guest = TinyGuest(vm, first, ram)
+            guest.load(
+                Mode.LONG,
+                f"""
+                {APIC_ON}
+                ready: cmp dword [abs {DATA + 8}], 1
+                jne ready
+                xor r15d, r15d
+                again:
+                inc r15d
+                mov ecx, 0x830
+                mov eax, 0x4400
+                mov edx, 1
+                wrmsr
+                arrives: pause
+                cmp [abs {DATA}], r15d
+                jne arrives
+                cmp r15d, {count}
+                jne again
+                out 0x11, al
+                """,
+            )
+            load(second, ram, Mode.LONG, f"{APIC_ON} mov dword [abs {DATA + 8}], 1\n again: {waits}\n jmp again",
+                 {2: f"inc dword [abs {DATA}]\n iretq"}, code=0x9000, stack=USER_STACK)  # fmt: skip
+            thread = threading.Thread(target=second.run)
+            thread.start()
+            try:
+                assert guest.out()[0] == 0x11
+                assert ram.read_u32(DATA) == count
+            finally:
+                second.kick()
+                thread.join(WAIT_S)
+            assert not thread.is_alive()
+
+
+def test_an_nmi_and_an_interrupt_at_once(guest: TinyGuest) -> None:
+    """The NMI first; the interrupt when it has ended."""
+    send = "mov ecx, 0x830\n xor edx, edx\n mov eax, {:#x}\n wrmsr\n"
+    guest.load(
+        Mode.LONG,
+        f"""
+        {APIC_ON}
+        {send.format(0x40000 | VECTOR)} {send.format(0x40400)}
+        out 0x11, al
+        sti
+        nop
+        out 0x12, al
+        """,
+        handlers={2: "sti\n nop\n out 0x13, al\n iretq", VECTOR: "out 0x14, al\n iretq"},
+    )
+    assert [guest.out()[0] for _ in range(4)] == [0x14, 0x13, 0x11, 0x12]
 
 
 def test_cr8_and_the_x2apics_tpr(guest: TinyGuest) -> None:

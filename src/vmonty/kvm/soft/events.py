@@ -38,7 +38,7 @@ class EventIoctls(VcpuState):
 
     @answers(Requests.KVM_NMI)
     def nmi(self, argument: Argument) -> None:
-        self.nmi_pending = min(self.nmi_pending + 1, 2)
+        self.arch.inject_nmi()
 
     @answers(Requests.KVM_GET_MP_STATE)
     def get_mp_state(self, argument: Argument) -> None:
@@ -96,7 +96,7 @@ class EventIoctls(VcpuState):
         if self.kvm.triple_fault_event:
             events.triple_fault.pending = int(self.triple_fault_pending)
         events.nmi.injected = int(self.nmi_injected)
-        events.nmi.pending = int(self.nmi_pending > 0)
+        events.nmi.pending = int(self.arch.nmi_pending > 0)
         events.nmi.masked = int(self.vendor.get_nmi_mask())
         return events
 
@@ -125,5 +125,5 @@ class EventIoctls(VcpuState):
             self.vendor.set_interrupt_shadow(events.interrupt.shadow)
         self.nmi_injected = bool(events.nmi.injected)
         if events.flags & flags.KVM_VCPUEVENT_VALID_NMI_PENDING:
-            self.nmi_pending = int(bool(events.nmi.pending))
+            self.arch.nmi_pending = int(bool(events.nmi.pending))
         self.vendor.set_nmi_mask(bool(events.nmi.masked))

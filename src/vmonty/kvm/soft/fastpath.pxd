@@ -33,6 +33,7 @@ cdef enum:
 # ICR. SDM, "Interrupt Command Register (ICR)".
 cdef enum:
     ICR_MODE = 0x700
+    ICR_NMI = 0x400
     ICR_LOGICAL = 0x800
     ICR_BUSY = 0x1000
     ICR_LEVEL_TRIGGERED = 0x8000
@@ -63,9 +64,11 @@ cdef enum:
     COUNT_EXITS = 113
     COUNT_IO_EXITS = 114
     COUNT_IRQ_WINDOW_EXITS = 117
+    COUNT_NMI_WINDOW_EXITS = 118
     COUNT_HALT_EXITS = 120
     COUNT_IRQ_EXITS = 122
     COUNT_IRQ_INJECTIONS = 128
+    COUNT_NMI_INJECTIONS = 129
     COUNT_REQ_EVENT = 130
 
 cdef int fastpath_cpuid(KvmVcpuArch *a, CpuState *s) noexcept nogil
@@ -94,4 +97,4 @@ cdef bint _write_deadline(KvmVcpuArch *a, uint64_t value) noexcept nogil
 cdef bint _timer_is_plain(KvmLapic *l) noexcept nogil
 cdef void _timer_fires(KvmLapic *l) noexcept nogil
 cdef bint _send_ipi(KvmVcpuArch *a, uint64_t icr) noexcept nogil
-cdef void _deliver(KvmVcpuArch *a, KvmLapic *target, uint32_t vector) noexcept nogil
+cdef void _deliver(KvmVcpuArch *a, KvmLapic *target, uint64_t icr) noexcept nogil

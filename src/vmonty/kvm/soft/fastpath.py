@@ -38,7 +38,12 @@ from cython.cimports.vmonty.kvm.soft.lapic_regs import (
     kvm_lapic_set_irr,
 )
 from cython.cimports.vmonty.kvm.soft.msr_table import stored_msr
-from cython.cimports.vmonty.kvm.soft.vcpu_arch import kvm_cpuid, kvm_take_requests, kvm_vcpu_kick
+from cython.cimports.vmonty.kvm.soft.vcpu_arch import (
+    kvm_cpuid,
+    kvm_inject_nmi,
+    kvm_take_requests,
+    kvm_vcpu_kick,
+)
 
 
 def skip_emulated_instruction(s):
@@ -146,26 +151,32 @@ def _write_deadline(a, value):
     return value == 0 or (armed != 0 and armed <= value)
 
 
-def _deliver(a, target, vector):
-    """kvm_apic_set_irq() of an edge. What is off drops it."""
-    if not apic_enabled(target) or (target.regs[WORD_SVR] & SVR_ENABLED) == 0:
+def _deliver(a, target, icr):
+    """kvm_apic_set_irq() of an edge. What is off drops it, but an NMI."""
+    if icr & ICR_MODE:
+        kvm_inject_nmi(target.vcpu)
+    elif not apic_enabled(target) or (target.regs[WORD_SVR] & SVR_ENABLED) == 0:
         return
-    kvm_lapic_set_irr(target, vector, False)
+    else:
+        kvm_lapic_set_irr(target, icr & 0xFF, False)
     if target.vcpu != a:
         kvm_vcpu_kick(target.vcpu, REQUEST_EVENT)
 
 
 def _send_ipi(a, icr):
-    """kvm_irq_delivery_to_apic_fast(): fixed interrupts to one APIC, or to some of a cluster, all in x2APIC mode."""
+    """kvm_irq_delivery_to_apic_fast(): fixed interrupts and NMIs, to one APIC or some of a cluster, in x2APIC mode."""
     k: cython.pointer(KvmArch) = a.kvm
     destination: uint32_t = cython.cast(uint32_t, icr >> 32)
-    vector: uint32_t = icr & 0xFF
     number: uint32_t
     bits: uint32_t
-    if icr & (ICR_MODE | ICR_LEVEL_TRIGGERED) or vector < 16:
+    if icr & ICR_LEVEL_TRIGGERED:
+        return False
+    if (icr & ICR_MODE) != ICR_NMI if icr & ICR_MODE else (icr & 0xFF) < 16:
+        return False
+    if icr & ICR_MODE and not a.fast_nmi:
         return False
     if (icr & ICR_SHORTHAND) == ICR_SELF:
-        _deliver(a, a.apic, vector)
+        _deliver(a, a.apic, icr)
         return True
     if icr & ICR_SHORTHAND or k.apics == 0 or k.apics != k.x2apics:
         return False
@@ -174,14 +185,14 @@ def _send_ipi(a, icr):
         return False
     if (icr & ICR_LOGICAL) == 0:
         if destination < APIC_LIMIT and k.apic_map[destination] != cython.NULL:
-            _deliver(a, k.apic_map[destination], vector)
+            _deliver(a, k.apic_map[destination], icr)
         return True
     # SDM, "Logical Destination Mode in x2APIC Mode": a cluster of sixteen, a bit for each.
     bits = destination & 0xFFFF
     number = destination >> 16 << 4
     while bits and number < APIC_LIMIT:
         if bits & 1 and k.apic_map[number] != cython.NULL:
-            _deliver(a, k.apic_map[number], vector)
+            _deliver(a, k.apic_map[number], icr)
         bits >>= 1
         number += 1
     return True

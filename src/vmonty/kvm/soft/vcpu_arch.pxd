@@ -15,6 +15,10 @@ cdef void kvm_enter_guest_mode(KvmVcpuArch *a, CpuState *s) noexcept nogil
 cdef void kvm_leave_guest_mode(KvmVcpuArch *a) noexcept nogil
 # What was asked for since the last time.
 cdef uint32_t kvm_take_requests(KvmVcpuArch *a, uint32_t which) noexcept nogil
+# An NMI more; one less; no more than one, behind one that is in progress.
+cdef void kvm_inject_nmi(KvmVcpuArch *a) noexcept nogil
+cdef void kvm_take_nmi(KvmVcpuArch *a) noexcept nogil
+cdef void kvm_limit_nmi(KvmVcpuArch *a) noexcept nogil
 cdef void kvm_cpuid(KvmVcpuArch *a, uint32_t function, uint32_t index, uint32_t *out) noexcept nogil
 
 cdef int _find_cpuid(KvmVcpuArch *a, uint32_t function, uint32_t index) noexcept nogil

@@ -75,6 +75,27 @@ def kvm_take_requests(a, which):
     return taken
 
 
+def kvm_inject_nmi(a):
+    """Any thread, which kicks the vCPU then."""
+    pthread_mutex_lock(cython.address(a.lock))
+    a.nmi_pending = min(a.nmi_pending + 1, cython.cast(uint32_t, 2))
+    pthread_mutex_unlock(cython.address(a.lock))
+
+
+def kvm_take_nmi(a):
+    """It is injected."""
+    pthread_mutex_lock(cython.address(a.lock))
+    a.nmi_pending -= 1
+    pthread_mutex_unlock(cython.address(a.lock))
+
+
+def kvm_limit_nmi(a):
+    """process_nmi(), while NMIs are blocked."""
+    pthread_mutex_lock(cython.address(a.lock))
+    a.nmi_pending = min(a.nmi_pending, cython.cast(uint32_t, 1))
+    pthread_mutex_unlock(cython.address(a.lock))
+
+
 def _find_cpuid(a, function, index):
     """An entry with this index, else one for all; of equal ones the last."""
     k: cython.int
@@ -220,6 +241,32 @@ class VcpuArch:
     def request_event(self) -> None:
         """KVM_REQ_EVENT and a kick: an interrupt is in the IRR. Any thread."""
         kvm_vcpu_kick(cython.address(self.a), REQUEST_EVENT)
+
+    @property
+    def nmi_pending(self) -> int:
+        """How many NMIs wait."""
+        return self.a.nmi_pending
+
+    @nmi_pending.setter
+    def nmi_pending(self, value: cython.uint) -> None:
+        self.a.nmi_pending = value
+
+    @property
+    def fast_nmi(self) -> bool:
+        """Whether NMIs are delivered without Python."""
+        return self.a.fast_nmi != 0
+
+    def inject_nmi(self) -> None:
+        """One more, of which two wait at most. Any thread, which kicks the vCPU then."""
+        kvm_inject_nmi(cython.address(self.a))
+
+    def take_nmi(self) -> None:
+        """It is injected."""
+        kvm_take_nmi(cython.address(self.a))
+
+    def limit_nmi(self) -> None:
+        """NMIs are blocked: one waits at most."""
+        kvm_limit_nmi(cython.address(self.a))
 
     def take_requests(self) -> None:
         """Whatever was asked for up to now is looked at next."""

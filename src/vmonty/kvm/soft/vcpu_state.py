@@ -140,7 +140,6 @@ class VcpuState(KvmFile):
         self.interrupt_injected: int | None = None
         # Split irqchip: what user space's PIC has acknowledged.
         self.external_vector: int | None = None
-        self.nmi_pending = 0
         self.nmi_injected = False
         self.mp_state = 0
         # KVM_SET_GUEST_DEBUG: KVM_GUESTDBG_*, 0 when off; and an instruction was emulated that was to be stepped.

@@ -173,7 +173,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
 
     def inject_nmi(self) -> None:
         """kvm_inject_nmi()."""
-        self.nmi_pending = min(self.nmi_pending + 1, 2)
+        self.arch.inject_nmi()
         self.kick()
 
     def guest_tsc(self) -> int:
@@ -616,7 +616,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
             return False
         return (
             self.pv_unhalted
-            or bool(self.nmi_pending)
+            or bool(self.arch.nmi_pending)
             or (bool(self.vendor.get_rflags() & RFLAGS_IF) and self._has_interrupt())
         )
 
@@ -726,7 +726,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         kvm, apic = self.kvm, self.apic
         plain = (
             kvm.tracer is None
-            and not (self.guest_debug or self._vapic_addr or self.nmi_pending or self.pv.eoi_told)
+            and not (self.guest_debug or self._vapic_addr or self.pv.eoi_told)
+            and (self.arch.fast_nmi or not self.arch.nmi_pending)
             and (apic is None or not (self._has_extint(apic) or kvm.irqs.has_extint(apic)))
             and not (self.run.request_interrupt_window and self._user_space_injects())
         )
@@ -786,15 +787,15 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
             vendor.inject_nmi()
         else:
             injected = False
-        if self.nmi_pending:
+        if self.arch.nmi_pending:
             if vendor.get_nmi_mask():  # process_nmi(): one in progress, one behind it
-                self.nmi_pending = 1
+                self.arch.limit_nmi()
             if not injected and vendor.nmi_allowed():
-                self.nmi_pending -= 1
+                self.arch.take_nmi()
                 self.stats.values[NMI_INJECTIONS] += 1
                 vendor.inject_nmi()
                 injected = True
-            if self.nmi_pending:
+            if self.arch.nmi_pending:
                 vendor.enable_nmi_window()
         if self.guest_debug & flags.KVM_GUESTDBG_BLOCKIRQ:
             return

@@ -12,4 +12,5 @@ cdef int64_t vmx_vcpu_reenter(KvmVcpuArch *a) noexcept nogil
 cdef int vmx_exit_handlers_fastpath(KvmVcpuArch *a, CpuState *s, VmxState *v) noexcept nogil
 cdef void _inject_pending_event(KvmVcpuArch *a, uint8_t *m) noexcept nogil
 cdef void _set_tpr_threshold(KvmVcpuArch *a, uint8_t *m, uint32_t threshold) noexcept nogil
-cdef void _window(uint8_t *m, bint on) noexcept nogil
+cdef bint _inject_nmi(KvmVcpuArch *a, uint8_t *m) noexcept nogil
+cdef void _window(uint8_t *m, uint32_t control, bint on) noexcept nogil

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import cython
 from cython.cimports.vmonty.cpu.hosttraps import prepare_thread
-from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM, FLAG_TF, RAX
+from cython.cimports.vmonty.cpu.state import BLOCKED_NMI, EXIT_NONE, EXIT_VM, FLAG_TF, RAX
 from cython.cimports.vmonty.cpu.vmcs import (
     CPU_BASED_VM_EXEC_CONTROL,
     EXIT_QUALIFICATION,
@@ -30,12 +30,14 @@ from cython.cimports.vmonty.cpu.vmx import RUN_STOPPED, Vmx, vmx_run_guest
 from cython.cimports.vmonty.cpu.vmx_entry import ENTRY_FAILED, ENTRY_NO_VMCS, enter_guest, leave_guest
 from cython.cimports.vmonty.cpu.vmx_exit import (
     PROC_INTERRUPT_WINDOW,
+    PROC_NMI_WINDOW,
     REASON_CPUID,
     REASON_EPT_VIOLATION,
     REASON_EXTERNAL_INTERRUPT,
     REASON_HLT,
     REASON_INTERRUPT_WINDOW,
     REASON_IO,
+    REASON_NMI_WINDOW,
     REASON_RDMSR,
     REASON_TPR_BELOW_THRESHOLD,
     REASON_WRMSR,
@@ -46,6 +48,8 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     COUNT_EXITS,
     COUNT_IRQ_INJECTIONS,
     COUNT_IRQ_WINDOW_EXITS,
+    COUNT_NMI_INJECTIONS,
+    COUNT_NMI_WINDOW_EXITS,
     FAST_NONE,
     FAST_REENTER,
     FAST_RESUME,
@@ -73,6 +77,8 @@ from cython.cimports.vmonty.kvm.soft.vcpu_arch import (
     VcpuArch,
     kvm_enter_guest_mode,
     kvm_leave_guest_mode,
+    kvm_limit_nmi,
+    kvm_take_nmi,
     kvm_take_requests,
 )
 
@@ -112,33 +118,55 @@ def vmx_exit_handlers_fastpath(a, s, v):
         a.counters[COUNT_IRQ_WINDOW_EXITS] += 1
         a.counters[COUNT_EXITS] += 1
         return FAST_REENTER
+    elif reason == REASON_NMI_WINDOW:
+        a.counters[COUNT_NMI_WINDOW_EXITS] += 1
+        a.counters[COUNT_EXITS] += 1
+        return FAST_REENTER
     elif reason == REASON_TPR_BELOW_THRESHOLD:
         a.counters[COUNT_EXITS] += 1
         return FAST_REENTER
     if done == FAST_NONE:
         return FAST_NONE
     a.counters[COUNT_EXITS] += 1
+    if a.nmi_pending:
+        if s.interruptibility & BLOCKED_NMI:
+            kvm_limit_nmi(a)
+        if (v.processor & PROC_NMI_WINDOW) == 0:
+            return FAST_REENTER
     return fastpath_events(a, (v.processor & PROC_INTERRUPT_WINDOW) != 0)
 
 
-def _window(m, on):
-    """vmx_enable_irq_window(), and its end."""
+def _window(m, control, on):
+    """vmx_enable_irq_window(), vmx_enable_nmi_window(), and their ends."""
     old: uint64_t = get(m, CPU_BASED_VM_EXEC_CONTROL)
-    put(
-        m,
-        CPU_BASED_VM_EXEC_CONTROL,
-        old | PROC_INTERRUPT_WINDOW if on else old & ~cython.cast(uint64_t, PROC_INTERRUPT_WINDOW),
-    )
+    put(m, CPU_BASED_VM_EXEC_CONTROL, old | control if on else old & ~cython.cast(uint64_t, control))
+
+
+def _inject_nmi(a, m):
+    """Whether one that waits goes in; what is left has a window, as what is blocked."""
+    blocked: uint64_t = get(m, GUEST_INTERRUPTIBILITY_INFO)
+    goes: cython.bint = a.nmi_pending != 0 and (blocked & (SHADOWS | BLOCKED_NMI)) == 0
+    if blocked & BLOCKED_NMI:
+        kvm_limit_nmi(a)
+    if goes:
+        kvm_take_nmi(a)
+        put(m, VM_ENTRY_INTR_INFO_FIELD, cython.cast(uint64_t, 0x80000202))
+        a.counters[COUNT_NMI_INJECTIONS] += 1
+    _window(m, PROC_NMI_WINDOW, a.nmi_pending != 0)
+    return goes
 
 
 def _inject_pending_event(a, m):
-    """The local APIC's interrupt, or a window for it."""
+    """An NMI, or the local APIC's interrupt, or a window for it."""
+    injected: cython.bint = False
+    if a.nmi_pending or get(m, CPU_BASED_VM_EXEC_CONTROL) & PROC_NMI_WINDOW:
+        injected = _inject_nmi(a, m)
     if a.apic == cython.NULL or kvm_apic_has_interrupt(a.apic) < 0:
-        _window(m, False)
-    elif (get(m, GUEST_RFLAGS) & 0x200) == 0 or get(m, GUEST_INTERRUPTIBILITY_INFO) & SHADOWS:
-        _window(m, True)
+        _window(m, PROC_INTERRUPT_WINDOW, False)
+    elif injected or (get(m, GUEST_RFLAGS) & 0x200) == 0 or get(m, GUEST_INTERRUPTIBILITY_INFO) & SHADOWS:
+        _window(m, PROC_INTERRUPT_WINDOW, True)
     else:
-        _window(m, False)
+        _window(m, PROC_INTERRUPT_WINDOW, False)
         put(
             m,
             VM_ENTRY_INTR_INFO_FIELD,
@@ -217,6 +245,7 @@ def attach(vmx: Vmx, arch: VcpuArch, seat: Seat) -> None:
     """The vCPU, whose VMCS is current there, is on a processor."""
     arch.a.processor = vmx.s
     arch.a.enter = vmx_vcpu_reenter
+    arch.a.fast_nmi = 1
     arch.cpu = vmx.cpu
     arch.seat = seat
 
