@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 ENABLED = 1
 STEAL_VERSION, STEAL_PREEMPTED, VCPU_PREEMPTED = 8, 16, 1
-# A page is written when there is something to tell, and not more often than this.
-STEAL_PERIOD_NS = 1_000_000
+# A page is written when there is something to tell, and not more often than this: Linux reads it once a tick.
+STEAL_PERIOD_NS = 4_000_000
 ASYNC_PF_EN_VALID, ASYNC_PF_ALIGNED = 0xF, 0x30
 MSRS = (
     flags.MSR_KVM_STEAL_TIME, flags.MSR_KVM_PV_EOI_EN, flags.MSR_KVM_POLL_CONTROL, flags.MSR_KVM_ASYNC_PF_EN,
