@@ -46,6 +46,9 @@ class Context(Protocol):
     def store(self) -> None:
         """Take them out again: nothing of the vCPU stays in the processor; ``pcpu`` becomes None."""
 
+    def destroy(self) -> None:
+        """The vCPU is gone, or never came to be."""
+
     def kick(self) -> None:
         """Out of guest mode, soon. Any thread."""
 
@@ -240,6 +243,19 @@ class PhysicalCpus(Seats):
             self._free.notify_all()
 
     # ---- the scheduler ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def creation(self, context: Context) -> Iterator[None]:
+        """A processor for a new vCPU, on which its registers are set up; it is destroyed when that fails."""
+        try:
+            self.sched_in(context, brief=True)
+            try:
+                yield
+            finally:
+                self.sched_out(context)
+        except BaseException:
+            context.destroy()
+            raise
 
     def sched_in(self, context: Context, brief: bool = False) -> None:
         """Give *context* a processor, its own if that is still warm; wait for one when all are busy.

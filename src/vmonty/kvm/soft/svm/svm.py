@@ -76,16 +76,9 @@ class Svm(SvmExits):
         self.shadow = MmuContext(vcpu, mmu) if isinstance(mmu, ShadowMmu) else None
         # The guest's DR0 to DR3 and DR7, while user space's debugger has the processor's.
         self._guest_debug_registers: dict[int, int] | None = None
-        try:
-            pcpus.POOL.sched_in(self, brief=True)
-            try:
-                self._init_vmcb()
-                self.reset(init=False)
-            finally:
-                pcpus.POOL.sched_out(self)
-        except BaseException:
-            self.destroy()
-            raise
+        with pcpus.POOL.creation(self):
+            self._init_vmcb()
+            self.reset(init=False)
 
     # ---- scheduling ------------------------------------------------------------------------------------
 

@@ -68,16 +68,9 @@ class Vmx(VmxExits):
         self._vpid = module.allocate_vpid()
         # The guest's DR0 to DR3 and DR7, while user space's debugger has the processor's.
         self._guest_debug_registers: dict[int, int] | None = None
-        try:
-            pcpus.POOL.sched_in(self, brief=True)
-            try:
-                self._setup_controls()
-                self.reset(init=False)
-            finally:
-                pcpus.POOL.sched_out(self)
-        except BaseException:
-            self.destroy()
-            raise
+        with pcpus.POOL.creation(self):
+            self._setup_controls()
+            self.reset(init=False)
 
     # ---- scheduling ------------------------------------------------------------------------------------
 
