@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import vmonty
+from vmonty.guests import busybox
 from vmonty.vmm.optionrom import IPXE_VIRTIO
 
 LIMIT_S = 240.0
@@ -42,6 +43,35 @@ def test_the_installers_first_screen() -> None:
             # The mode may have fewer bits per colour than the picture.
             pairs = list(zip(shown.tobytes(), wanted.tobytes(), strict=True))
             alike = sum(abs(a - b) <= 8 for a, b in pairs) / len(pairs)
+
+
+CONFIGURATION = """\
+SERIAL 0
+DEFAULT it
+LABEL it
+ KERNEL linux
+ APPEND console=ttyS0 earlyprintk=serial
+"""
+
+
+@pytest.mark.skipif(
+    not (FOLDER / "ldlinux.c32").exists() or not IPXE_VIRTIO.exists(),
+    reason="debian-installer-12-netboot-amd64 or ipxe-qemu is not installed",
+)
+def test_a_kernel_by_tftp(tmp_path: Path) -> None:
+    """All of a kernel's blocks come, in order: it says its first line, and checks itself before that."""
+    for name in ("pxelinux.0", "ldlinux.c32"):
+        (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
+    (tmp_path / "linux").write_bytes(busybox.build().kernel.read_bytes())
+    (tmp_path / "pxelinux.cfg").mkdir()
+    (tmp_path / "pxelinux.cfg" / "default").write_text(CONFIGURATION)
+    with vmonty.VM(
+        memory="256M", accel="soft", firmware="bios", boot="order=n",
+        net=f"user,tftp={tmp_path},bootfile=pxelinux.0",
+    ) as machine:  # fmt: skip
+        machine.start()
+        machine.console.expect("Loading linux", timeout=LIMIT_S)
+        machine.console.expect("Linux version", timeout=LIMIT_S)
 
 
 GRUB = FOLDER / "debian-installer" / "amd64" / "grub" / "grub.cfg"
