@@ -297,3 +297,19 @@ def test_operands_that_share_a_check_fault_in_their_turn(source: str, rights: in
         ends.append(outcome(m, reason))
     assert ends[0] == ends[1]
     assert ends[0]["event"]
+
+
+def test_an_instruction_across_the_border_does_not_split_a_loop() -> None:
+    """The loop is as many blocks as inside of a page, once the second page is known."""
+    body = "add eax, 1\n inc edx\n add ebx, 0x01010101\n dec ecx\n jnz again"
+    source = f"mov ecx, 300\n jmp short again\n again: {body}\n hlt"
+    blocks = []
+    for start in (CODE + 0x100, CODE + 4096 - 14):
+        m = machine(0, faults=False)
+        m.load(assemble(source, 64, start), start)
+        m.load(assemble(f"jmp {start}", 64, CODE + 4200), CODE + 4200)
+        m.cpu["rip"], m.cpu["rax"] = CODE + 4200, 0
+        assert m.cpu.run() == "halt"
+        assert m.cpu["rax"] == 300
+        blocks.append(m.cpu.statistics["blocks"])
+    assert blocks[0] == blocks[1]

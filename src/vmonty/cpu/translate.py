@@ -212,8 +212,9 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
         at += n
         if _ends_block(i):
             break
-    if at > 4096 - 15 and w.code_size == 8 and w.count > 1 and not w.single and not _ends_block(i):
-        at = _loop_beyond(w, code, at)
+    if at > 4096 - 15 and w.code_size == 8 and w.count > 1 and not w.single:
+        if not _ends_block(cython.address(w.insns[w.count - 1])):
+            at = _loop_beyond(w, code, at)
     n = _loop_inside(w)
     if n:
         w.count = n
