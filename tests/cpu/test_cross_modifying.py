@@ -64,6 +64,21 @@ done:
 """
 
 
+def run_together(*machines: Machine) -> None:
+    """Each on a thread of its own, to its end."""
+    threads = [threading.Thread(target=machine.cpu.run) for machine in machines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    stuck = any(thread.is_alive() for thread in threads)
+    for machine in machines:
+        machine.cpu.kick()
+    for thread in threads:
+        thread.join(5)
+    assert not stuck
+
+
 @pytest.mark.parametrize("writes", [1, 2, 40, 300])
 @pytest.mark.parametrize("pause", ["", "imul r9, r9\n imul r9, r9"], ids=["at-once", "slowly"])
 def test_what_was_published_is_executed(writes: int, pause: str) -> None:
@@ -77,17 +92,7 @@ def test_what_was_published_is_executed(writes: int, pause: str) -> None:
     calling.load(assemble(f"default abs\n{CALLER.format(**names)}", 64, CODE))
     calling.load(assemble(f"default abs\n{WRITER.format(**names)}", 64, CODE + 0x3000), CODE + 0x3000)
     writing.cpu["rip"], writing.cpu["rsp"] = CODE + 0x3000, 0x70000
-    threads = [threading.Thread(target=machine.cpu.run) for machine in (calling, writing)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    stuck = any(thread.is_alive() for thread in threads)
-    for machine in (calling, writing):
-        machine.cpu.kick()
-    for thread in threads:
-        thread.join(5)
-    assert not stuck
+    run_together(calling, writing)
     assert calling.cpu["rbx"] == 0
 
 
@@ -104,15 +109,5 @@ def test_locked_operations_in_a_page_with_code(instruction: str) -> None:
     first.load(assemble(f"default abs\n{source}", 64, CODE))
     first.load(assemble(f"default abs\n{source}", 64, CODE + 0x400), CODE + 0x400)
     second.cpu["rip"], second.cpu["rsp"] = CODE + 0x400, 0x70000
-    threads = [threading.Thread(target=machine.cpu.run) for machine in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    stuck = any(thread.is_alive() for thread in threads)
-    for machine in (first, second):
-        machine.cpu.kick()
-    for thread in threads:
-        thread.join(5)
-    assert not stuck
+    run_together(first, second)
     assert first.get64(at) == 2 * rounds

@@ -138,6 +138,20 @@ def _end_host_function(a: cython.pointer(Assembler)) -> cython.void:
     put8(a, 0xC3)
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _repeat(a: cython.pointer(Assembler), k: cython.int, opcode: cython.int) -> cython.void:
+    """REP MOVS or STOS of elements of 1 << k bytes, by the opcode for bytes; and return."""
+    if k == 1:
+        put8(a, 0x66)
+    put8(a, 0xF3)
+    if k == 3:
+        put8(a, 0x48)
+    put8(a, opcode if k == 0 else opcode + 1)
+    put8(a, 0xC3)
+
+
 def make_stubs(c, s):
     a: cython.pointer(Assembler) = cython.address(c.a)
     code: uint64_t
@@ -430,23 +444,11 @@ def _memory_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), sav
     for k in range(4):
         c.copy[k] = here(a)
         mov_rr(a, 1, 2)
-        if k == 1:
-            put8(a, 0x66)
-        put8(a, 0xF3)
-        if k == 3:
-            put8(a, 0x48)
-        put8(a, 0xA4 if k == 0 else 0xA5)
-        put8(a, 0xC3)
+        _repeat(a, k, 0xA4)
         c.fill[k] = here(a)
         mov_rr(a, 1, 6)
         mov_rr(a, 0, 2)
-        if k == 1:
-            put8(a, 0x66)
-        put8(a, 0xF3)
-        if k == 3:
-            put8(a, 0x48)
-        put8(a, 0xAA if k == 0 else 0xAB)
-        put8(a, 0xC3)
+        _repeat(a, k, 0xAA)
     _make_checks(c, s)
     _fpu_stubs(c)
     # void load_vectors(CpuState *): the caller's control words are kept, the guest's state comes in

@@ -56,12 +56,9 @@ class Disk(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Disk:
         """Raises UsageError that names the option. Two commas are one in the file's name."""
-        name, *options = split_options(text)
-        if not name:
-            raise UsageError(f"--disk {text}: it begins with the image's file name")
+        name, options = _image_options("--disk", text)
         disk = cls(Path(name))
-        for option in options:
-            key, _, value = option.partition("=")
+        for option, key, value in options:
             match key, value:
                 case "format", _ if value in FORMATS:
                     disk = disk._replace(format=value)
@@ -107,16 +104,21 @@ class Cdrom(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Cdrom:
         """Raises UsageError that names the option. Two commas are one in the file's name."""
-        name, *options = split_options(text)
-        if not name:
-            raise UsageError(f"--cdrom {text}: it begins with the image's file name")
+        name, options = _image_options("--cdrom", text)
         made = cls(Path(name))
-        for option in options:
-            key, _, value = option.partition("=")
+        for option, key, value in options:
             if key != "bootindex":
                 raise UsageError(f"--cdrom {name}: {option!r} is no option; there is: bootindex=N")
             made = made._replace(boot_index=bootorder.check_index(f"--cdrom {name}", value))
         return made
+
+
+def _image_options(command: str, text: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """The image's file name, and of each option all of it, its key, its value. Raises UsageError."""
+    name, *options = split_options(text)
+    if not name:
+        raise UsageError(f"{command} {text}: it begins with the image's file name")
+    return name, [(option, *option.partition("=")[::2]) for option in options]
 
 
 def split_options(text: str) -> list[str]:
