@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kvm_soft.conftest import own_pool
 
 from vmonty import kvm
 from vmonty.base.errors import KvmError
@@ -82,15 +83,8 @@ def line(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[pcpu.PhysicalCpus]:
     """Two processors of three that there can be, and no module."""
-    monkeypatch.setattr(modules, "_loaded", None)
-    made = pcpu.PhysicalCpus(limit=3)
-    made.online(0)
-    made.online(1)
-    monkeypatch.setattr(pcpu, "POOL", made)
-    yield made
-    made.thaw()
-    if (module := modules.loaded()) is not None:
-        modules.unload(module.name)
+    with own_pool(monkeypatch, limit=3, online=2) as made:
+        yield made
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from tests.kvm_soft.conftest import own_pool
 
 from vmonty import kvm
 from vmonty.base.errors import KvmError
@@ -36,14 +37,8 @@ busy:
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[pcpu.PhysicalCpus]:
     """A pool with room for two, one of them online; no module yet."""
-    monkeypatch.setattr(modules, "_loaded", None)
-    made = pcpu.PhysicalCpus(limit=2)
-    made.online(0)
-    monkeypatch.setattr(pcpu, "POOL", made)
-    yield made
-    made.thaw()
-    if (module := modules.loaded()) is not None:
-        modules.unload(module.name)
+    with own_pool(monkeypatch, limit=2, online=1) as made:
+        yield made
 
 
 @pytest.fixture(params=["kvm_intel", "kvm_amd", "kvm_intel ept=0", "kvm_amd npt=0"])

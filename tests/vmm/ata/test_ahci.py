@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from vmonty.base.errors import GuestMemoryError
 from vmonty.vmm.block.device import BlockDevice
-from vmonty.vmm.block.image import open_image
 from vmonty.vmm.block.tray import Tray
 from vmonty.vmm.hw.ata import AtaDisk, CdRom
 from vmonty.vmm.hw.ata.ahci_port import CI, CMD, IE, IS, SACT, SCTL, SERR, SIG, SSTS, TFD
@@ -21,25 +19,12 @@ from vmonty.vmm.hw.ata.drive import Aborted
 from vmonty.vmm.peripherals import open_cdrom
 
 from .ahci_driver import BUFFER, LIST, RECEIVED, TABLE_SIZE, TABLES, AhciDriver
+from .conftest import SECTORS
 
-SECTORS = 2048
 READY, FAILED = 0x50, 0x51
 BY_REGISTER, BY_PIO, DEVICE_BITS, OVERFLOW, INTERFACE, HOST_BUS, TASK_FILE = 1, 2, 8, 1 << 24, 1 << 27, 1 << 29, 1 << 30
 IDENTIFY, READ_DMA_EXT, WRITE_DMA_EXT, READ_SECTORS, WRITE_SECTORS, FLUSH = 0xEC, 0x25, 0x35, 0x24, 0x34, 0xEA
 READ_QUEUED, WRITE_QUEUED, READ_LOG, PACKET = 0x60, 0x61, 0x2F, 0xA0
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk"
-    path.write_bytes(random.Random(5).randbytes(SECTORS * 512))
-    return path
-
-
-@pytest.fixture
-def disk(image: Path) -> Iterator[BlockDevice]:
-    with open_image(image, format="raw") as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,29 +14,16 @@ from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.block.image import open_image
 from vmonty.vmm.hw.ata import AtaDisk
 
+from .conftest import SECTORS
 from .driver import BUFFER, PORTS, Driver
 
-SECTORS = 4096
 READY, ERROR = 0x50, 0x51
 ABORT, NOT_FOUND = 4, 0x10
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk"
-    path.write_bytes(random.Random(1).randbytes(SECTORS * 512))
-    return path
-
-
-@pytest.fixture
-def backend(image: Path) -> Iterator[BlockDevice]:
-    with open_image(image, format="raw") as opened:
-        yield opened
-
-
-@pytest.fixture
-def driver(backend: BlockDevice) -> Driver:
-    return Driver([AtaDisk(backend, serial="A serial"), None])
+def driver(disk: BlockDevice) -> Driver:
+    return Driver([AtaDisk(disk, serial="A serial"), None])
 
 
 def words(data: bytes) -> tuple[int, ...]:
