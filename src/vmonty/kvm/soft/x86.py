@@ -38,9 +38,9 @@ from vmonty.kvm.soft.stats import (
     TLB_FLUSH,
 )
 from vmonty.kvm.soft.timer import Timer
-from vmonty.kvm.soft.tsc import check_tsc_khz, host_tsc_khz, read_tsc
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.soft.user_exits import PIO_DATA_OFFSET, UserExits, run_offset
+from vmonty.kvm.soft.vcpu_tsc import TscIoctls
 from vmonty.kvm.uapi import Cap, Exit, Requests, flags
 from vmonty.kvm.uapi.irq import kvm_vapic_addr
 from vmonty.kvm.uapi.vcpu import (
@@ -53,7 +53,7 @@ from vmonty.kvm.uapi.vcpu import (
     kvm_tpr_access_ctl,
     kvm_translation,
 )
-from vmonty.kvm.uapi.vm import kvm_device_attr, kvm_enable_cap, kvm_pre_fault_memory
+from vmonty.kvm.uapi.vm import kvm_enable_cap, kvm_pre_fault_memory
 
 if TYPE_CHECKING:
     from vmonty.kvm.soft.kvm_main import Kvm
@@ -69,13 +69,10 @@ RUN_SAVED, RUN_SAVED_AT = struct.Struct("<BB2xQQ"), run_offset("ready_for_interr
 SYNC_REGS, SYNC_REGS_AT = struct.Struct("<QQ"), run_offset("kvm_valid_regs")
 IMMEDIATE_EXIT_AT = run_offset("immediate_exit")
 GP_VECTOR = 13
-# The TSC multiplier's fixed point. SDM, "Time-Stamp Counter Multiplier".
-TSC_FRACTION_BITS = 48
-TSC_UNITY = 1 << TSC_FRACTION_BITS
 DR6_ACTIVE_LOW, DR6_BS = 0xFFFF_0FF0, 1 << 14
 
 
-class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
+class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserExits):
     """A vCPU of whichever vendor module is loaded."""
 
     def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
@@ -85,9 +82,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         self.need_resched = False
         self.dirty_ring: DirtyRing | None = None
         self.vendor = kvm.module.ops.vcpu_create(self)
-        self._tsc_offset = 0
-        self._tsc_ratio = TSC_UNITY
-        self.tsc_khz = host_tsc_khz()
+        self.init_tsc()
         self._cr8 = 0
         self.pending_ioapic_eoi: list[int] = []
         # KVM_TPR_ACCESS_REPORTING: rip and whether a write, of an access that user space must see.
@@ -176,34 +171,6 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         self.arch.inject_nmi()
         self.kick()
 
-    def guest_tsc(self) -> int:
-        """The guest's time-stamp counter now."""
-        return self.scale_tsc(read_tsc())
-
-    def scale_tsc(self, host_tsc: int) -> int:
-        """The guest's time-stamp counter when the host's is *host_tsc*."""
-        return (host_tsc * self._tsc_ratio >> TSC_FRACTION_BITS) + self._tsc_offset & 0xFFFF_FFFF_FFFF_FFFF
-
-    def set_guest_tsc(self, value: int) -> None:
-        """Set the guest's time-stamp counter by its offset to the host's."""
-        now = read_tsc() * self._tsc_ratio >> TSC_FRACTION_BITS
-        self._set_tsc_offset(value - now & 0xFFFF_FFFF_FFFF_FFFF)
-
-    def _set_tsc_offset(self, offset: int) -> None:
-        self._tsc_offset = offset
-        self.vendor.set_tsc_offset(offset)
-        self._tsc_changed()
-
-    def _tsc_changed(self) -> None:
-        self.arch.set_tsc(self._tsc_offset, self._tsc_ratio != TSC_UNITY)
-        if self.apic is not None:
-            self.apic.tsc_changed()
-        self.pvclock.update()
-
-    def tsc_deadline_to_ns(self, deadline: int) -> int:
-        """When, in the host's monotonic nanoseconds, the guest's TSC reaches *deadline*."""
-        return time.monotonic_ns() + (deadline - self.guest_tsc()) * 1_000_000 // self.tsc_khz
-
     # ---- APIC base and task priority ------------------------------------------------------------------
 
     def get_apic_base(self) -> int:
@@ -226,7 +193,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
             self.apic.set_cr8(value)
         self._cr8 = value & 15
 
-    # ---- CPUID, TSC ------------------------------------------------------------------------------------
+    # ---- CPUID ----------------------------------------------------------------------------------------
 
     @answers(Requests.KVM_SET_CPUID2)
     def set_cpuid2(self, argument: Argument) -> None:
@@ -275,28 +242,6 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         argument.put(kvm_cpuid2(nent=len(self.cpuid)))
         argument.write(b"".join(bytes(entry) for entry in self.cpuid), ctypes.sizeof(kvm_cpuid2))
 
-    @answers(Requests.KVM_GET_TSC_KHZ)
-    def get_tsc_khz(self, argument: Argument) -> int:
-        return self.tsc_khz
-
-    @answers(Requests.KVM_SET_TSC_KHZ)
-    def set_tsc_khz(self, argument: Argument) -> None:
-        """kvm_set_tsc_khz(): the guest's TSC runs at that frequency from now on; 0 means the host's."""
-        self.set_tsc_frequency(check_tsc_khz(argument.number & 0xFFFF_FFFF))
-
-    def set_tsc_frequency(self, khz: int) -> None:
-        """Scale, unless it is the host's within the module's tolerance."""
-        khz = khz or host_tsc_khz()
-        module = self.kvm.module
-        ratio = TSC_UNITY
-        if abs(khz - host_tsc_khz()) * 1_000_000 > host_tsc_khz() * module.kvm.tsc_tolerance_ppm:
-            if not module.ops.tsc_scaling:
-                raise OSError(errno.EINVAL, "the guest's TSC runs at the host's frequency")
-            ratio = (khz << TSC_FRACTION_BITS) // host_tsc_khz()
-        self.tsc_khz, self._tsc_ratio = khz, ratio
-        self.vendor.set_tsc_multiplier(self._tsc_ratio)
-        self._tsc_changed()
-
     @answers(Requests.KVM_SET_GUEST_DEBUG)
     def set_guest_debug(self, argument: Argument) -> None:
         """kvm_arch_vcpu_ioctl_set_guest_debug()."""
@@ -322,27 +267,6 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, UserExits):
         arch.exception, arch.dr6, arch.dr7 = vector, dr6, dr7
         arch.pc = self.vendor.get_rip() + self.vendor.get_segment("cs").base
         return False
-
-    @staticmethod
-    def _attribute(argument: Argument) -> Argument:
-        """Where the value of KVM_VCPU_TSC_OFFSET is, which is the only attribute."""
-        attribute = argument.get(kvm_device_attr)
-        if attribute.group != flags.KVM_VCPU_TSC_CTRL or attribute.attr != flags.KVM_VCPU_TSC_OFFSET:
-            raise OSError(errno.ENXIO, "no such attribute")
-        return Argument(attribute.addr, 8)
-
-    @answers(Requests.KVM_HAS_DEVICE_ATTR)
-    def has_device_attr(self, argument: Argument) -> None:
-        self._attribute(argument)
-
-    @answers(Requests.KVM_GET_DEVICE_ATTR)
-    def get_device_attr(self, argument: Argument) -> None:
-        self._attribute(argument).put(ctypes.c_uint64(self._tsc_offset))
-
-    @answers(Requests.KVM_SET_DEVICE_ATTR)
-    def set_device_attr(self, argument: Argument) -> None:
-        offset = int.from_bytes(self._attribute(argument).read(8), "little")
-        self._set_tsc_offset(offset)
 
     @answers(Requests.KVM_TPR_ACCESS_REPORTING)
     def tpr_access_reporting(self, argument: Argument) -> None:
