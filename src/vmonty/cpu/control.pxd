@@ -22,20 +22,8 @@ cdef int invpcid(CpuState *s, uint64_t kind, uint64_t linear, uint32_t length, u
                  uint64_t displacement) noexcept nogil
 cdef int wbinvd(CpuState *s, uint32_t length) noexcept nogil
 cdef int invd(CpuState *s, uint32_t length) noexcept nogil
-cdef int rdtsc(CpuState *s, uint32_t length) noexcept nogil
-cdef int rdtscp(CpuState *s, uint32_t length) noexcept nogil
-cdef int rdpid(CpuState *s, uint32_t register) noexcept nogil
-cdef int rdpmc(CpuState *s, uint32_t length) noexcept nogil
 cdef int xgetbv(CpuState *s) noexcept nogil
 cdef int xsetbv(CpuState *s, uint32_t length) noexcept nogil
-cdef int pause(CpuState *s, uint32_t length) noexcept nogil
-cdef int random(CpuState *s, bint seed, uint32_t register, uint32_t size, uint32_t length) noexcept nogil
-cdef int monitor(CpuState *s, uint64_t linear, uint32_t length) noexcept nogil
-cdef int mwait(CpuState *s, uint32_t length) noexcept nogil
-cdef int cpuid(CpuState *s, uint32_t length) noexcept nogil
-cdef int rdmsr(CpuState *s, uint32_t length) noexcept nogil
-cdef int wrmsr(CpuState *s, uint32_t length) noexcept nogil
-cdef int vmcall(CpuState *s, uint32_t length) noexcept nogil
 
 # Without any intercept: for VM entry and exit, task switches, and the host's own writes.
 cdef int check_cr0(CpuState *s, uint64_t value) noexcept nogil
@@ -44,24 +32,19 @@ cdef int set_cr0(CpuState *s, uint64_t value) noexcept nogil
 cdef int set_cr3(CpuState *s, uint64_t value) noexcept nogil
 cdef int set_cr4(CpuState *s, uint64_t value) noexcept nogil
 cdef int load_pdptes(CpuState *s, uint64_t cr0, uint64_t cr3, uint64_t cr4) noexcept nogil
-cdef uint64_t tsc(CpuState *s) noexcept nogil
 cdef int apply_cr0(CpuState *s, uint64_t value) noexcept nogil
 cdef int apply_cr4(CpuState *s, uint64_t value) noexcept nogil
 
-cdef extern from *:
-    # Compiler built-ins.
-    ctypedef unsigned long long uint128_t "unsigned __int128"
-    uint64_t host_tsc "__builtin_ia32_rdtsc" () noexcept nogil
+cdef inline bint privileged(CpuState *s) noexcept nogil:
+    """CPL 0? Real mode counts as 0; virtual-8086 mode as 3."""
+    return s.cpl == 0
 
 
-cdef bint _privileged(CpuState *s) noexcept nogil
 cdef int _cr_exit(CpuState *s, uint64_t cr, uint64_t kind, uint64_t register, uint32_t length) noexcept nogil
 cdef uint64_t _operand(CpuState *s, uint32_t register) noexcept nogil
 cdef void _result(CpuState *s, uint32_t register, uint64_t value) noexcept nogil
 cdef int _guest_cr0(CpuState *s, uint64_t value) noexcept nogil
 cdef int _write_cr8(CpuState *s, uint64_t value, uint32_t length) noexcept nogil
 cdef int _debug_checks(CpuState *s, uint32_t dr, uint32_t register, uint32_t load, uint32_t length) noexcept nogil
-cdef bint _msr_intercepted(CpuState *s, uint32_t index, uint32_t write) noexcept nogil
 cdef bint _selective(CpuState *s, uint64_t value) noexcept nogil
-cdef int _give_tsc(CpuState *s) noexcept nogil
 cdef int _pdpte_fault(CpuState *s) noexcept nogil

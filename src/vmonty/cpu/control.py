@@ -6,9 +6,8 @@ Exits".
 
 import cython
 from cython.cimports.vmonty.cpu.breakpoints import debug_changed
-from cython.cimports.vmonty.cpu.cpuid import cr4_allowed, lookup, xcr0_allowed
+from cython.cimports.vmonty.cpu.cpuid import cr4_allowed, xcr0_allowed
 from cython.cimports.vmonty.cpu.fpu import components_in_use
-from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
 from cython.cimports.vmonty.cpu.paging import NESTED_READ, Translation, nested_host, record_fault
 from cython.cimports.vmonty.cpu.state import (
     AR_L,
@@ -25,13 +24,11 @@ from cython.cimports.vmonty.cpu.state import (
     CR4_LA57,
     CR4_OSXSAVE,
     CR4_PAE,
-    CR4_PCE,
     CR4_PCIDE,
     CR4_PGE,
     CR4_PSE,
     CR4_SMAP,
     CR4_SMEP,
-    CR4_TSD,
     CR4_UMIP,
     CR4_VMXE,
     CS,
@@ -42,7 +39,6 @@ from cython.cimports.vmonty.cpu.state import (
     LEAVE_NEXT,
     MODE_LONG64,
     RAX,
-    RBX,
     RCX,
     RDX,
     has_feature,
@@ -54,26 +50,15 @@ from cython.cimports.vmonty.cpu.svm_exit import (
     V_INTR_MASKING,
     V_TPR,
     svm_exit,
-    svm_msr_intercepted,
     svm_of,
-    svm_pause_exits,
     svm_wants,
 )
 from cython.cimports.vmonty.cpu.tlb import flush_all, flush_non_global, flush_page, mode_changed, read_value
 from cython.cimports.vmonty.cpu.vmcb import (
-    SVM_CPUID,
     SVM_CR0_SEL_WRITE,
     SVM_INVD,
     SVM_INVLPG,
     SVM_INVPCID,
-    SVM_MONITOR,
-    SVM_MSR,
-    SVM_MWAIT,
-    SVM_MWAIT_CONDITIONAL,
-    SVM_PAUSE,
-    SVM_RDPMC,
-    SVM_RDTSC,
-    SVM_RDTSCP,
     SVM_READ_CR0,
     SVM_READ_DR0,
     SVM_WBINVD,
@@ -81,7 +66,7 @@ from cython.cimports.vmonty.cpu.vmcb import (
     SVM_WRITE_DR0,
     SVM_XSETBV,
 )
-from cython.cimports.vmonty.cpu.vmcs import GUEST_LINEAR_ADDRESS, PLE_GAP, PLE_WINDOW, get, put
+from cython.cimports.vmonty.cpu.vmcs import GUEST_LINEAR_ADDRESS, put
 from cython.cimports.vmonty.cpu.vmx_exit import (
     GUEST_SVM,
     GUEST_VMX,
@@ -90,37 +75,17 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     PROC_CR8_LOAD,
     PROC_CR8_STORE,
     PROC_INVLPG,
-    PROC_MONITOR,
     PROC_MOV_DR,
-    PROC_MSR_BITMAPS,
-    PROC_MWAIT,
-    PROC_PAUSE,
-    PROC_RDPMC,
-    PROC_RDTSC,
     PROC_TPR_SHADOW,
-    REASON_CPUID,
     REASON_CR_ACCESS,
     REASON_DR_ACCESS,
     REASON_INVD,
     REASON_INVLPG,
     REASON_INVPCID,
-    REASON_MONITOR,
-    REASON_MWAIT,
-    REASON_PAUSE,
-    REASON_RDMSR,
-    REASON_RDPMC,
-    REASON_RDRAND,
-    REASON_RDSEED,
-    REASON_RDTSC,
-    REASON_RDTSCP,
     REASON_TPR_BELOW_THRESHOLD,
-    REASON_VMCALL,
     REASON_WBINVD,
-    REASON_WRMSR,
     REASON_XSETBV,
     SECOND_INVPCID,
-    SECOND_PAUSE_LOOP,
-    SECOND_RDTSCP,
     SECOND_UNRESTRICTED,
     SECOND_WBINVD,
     VmxState,
@@ -135,19 +100,6 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
 from vmonty.cpu import opcodes
 
 _XGETBV1 = cython.declare(cython.int, opcodes.FEATURES.index("xgetbv1"))
-
-
-def tsc(s):
-    """The time-stamp counter as software on this processor reads it. SDM, "Time-Stamp Counter Multiplier"."""
-    now: uint64_t = host_tsc()
-    if s.tsc_multiplier:
-        now = cython.cast(uint64_t, cython.cast(uint128_t, now) * s.tsc_multiplier >> 48)
-    return now + s.tsc_offset
-
-
-def _privileged(s):
-    """CPL 0? Real mode counts as 0; virtual-8086 mode as 3."""
-    return s.cpl == 0
 
 
 def _operand(s, register):
@@ -359,7 +311,7 @@ def mov_to_cr(s, cr, register, length):
     i: uint32_t
     if cr != 0 and cr != 2 and cr != 3 and cr != 4 and cr != 8:
         return raise_exception(s, 6)
-    if not _privileged(s):
+    if not privileged(s):
         return raise_error(s, 13, 0)
     if s.guest_mode == GUEST_SVM:
         if svm_wants(s, SVM_WRITE_CR0 + cr):
@@ -398,7 +350,7 @@ def mov_from_cr(s, cr, register, length):
     value: uint64_t
     if cr != 0 and cr != 2 and cr != 3 and cr != 4 and cr != 8:
         return raise_exception(s, 6)
-    if not _privileged(s):
+    if not privileged(s):
         return raise_error(s, 13, 0)
     if svm_wants(s, SVM_READ_CR0 + cr):
         return svm_exit(s, SVM_READ_CR0 + cr, (cython.cast(uint64_t, 1) << 63) | register, 0, length)
@@ -434,7 +386,7 @@ def _selective(s, value):
 def clts(s, length):
     """CLTS. SDM, "CLTS—Clear Task-Switched Flag in CR0"."""
     v: cython.pointer(VmxState) = vmx_of(s)
-    if not _privileged(s):
+    if not privileged(s):
         return raise_error(s, 13, 0)
     if s.guest_mode == GUEST_VMX and (v.cr0_mask & CR0_TS):
         if v.cr0_shadow & CR0_TS:
@@ -449,7 +401,7 @@ def lmsw(s, value, is_memory, linear, length):
     """LMSW: bits 3..0 of CR0; PE can only be set."""
     v: cython.pointer(VmxState) = vmx_of(s)
     relevant: uint64_t = CR0_MP | CR0_EM | CR0_TS
-    if not _privileged(s):
+    if not privileged(s):
         return raise_error(s, 13, 0)
     if s.guest_mode == GUEST_VMX:
         if value & CR0_PE:
@@ -509,7 +461,7 @@ def xsetbv(s, length):
     if s.cpl == 0 and svm_wants(s, SVM_XSETBV):
         return svm_exit(s, SVM_XSETBV, 0, 0, length)
     if (
-        not _privileged(s)
+        not privileged(s)
         or (s.gpr[RCX] & cython.cast(uint64_t, 0xFFFFFFFF))
         or (value & 1) == 0
         or (value & 6) == 4
@@ -526,7 +478,7 @@ def xsetbv(s, length):
 
 def _debug_checks(s, dr, register, load, length):
     """Common checks of both directions; the register number after aliasing is the caller's to compute."""
-    if not _privileged(s):
+    if not privileged(s):
         return raise_error(s, 13, 0)
     if (dr == 4 or dr == 5) and (s.cr4 & CR4_DE):
         return raise_exception(s, 6)
@@ -578,7 +530,7 @@ def mov_from_dr(s, dr, register, length):
 
 def invlpg(s, linear, length):
     """INVLPG of a linear address."""
-    if not _privileged(s):
+    if not privileged(s):
         return raise_error(s, 13, 0)
     if vmx_wants(s, PROC_INVLPG):
         return vm_exit(s, REASON_INVLPG, linear, length)
@@ -595,7 +547,7 @@ def invpcid(s, kind, linear, length, info, displacement):
     r: cython.int
     if vmx_lacks(s, SECOND_INVPCID):
         return raise_exception(s, 6)
-    if not _privileged(s):
+    if not privileged(s):
         return raise_error(s, 13, 0)
     if vmx_wants(s, PROC_INVLPG):
         return vm_exit_information(s, REASON_INVPCID, displacement, length, info)
@@ -621,7 +573,7 @@ def invpcid(s, kind, linear, length, info, displacement):
 
 def wbinvd(s, length):
     """WBINVD: memory is always coherent here."""
-    if not _privileged(s):
+    if not privileged(s):
         return raise_error(s, 13, 0)
     if vmx_second(s, SECOND_WBINVD):
         return vm_exit(s, REASON_WBINVD, 0, length)
@@ -632,208 +584,10 @@ def wbinvd(s, length):
 
 def invd(s, length):
     """INVD."""
-    if not _privileged(s):
+    if not privileged(s):
         return raise_error(s, 13, 0)
     if s.guest_mode == GUEST_VMX:
         return vm_exit(s, REASON_INVD, 0, length)
     if svm_wants(s, SVM_INVD):
         return svm_exit(s, SVM_INVD, 0, 0, length)
     return GO_ON
-
-
-# ---- time, identification, model-specific registers --------------------------------------------------------------
-
-
-def rdtsc(s, length):
-    """RDTSC. SDM, "RDTSC—Read Time-Stamp Counter"."""
-    if (s.cr4 & CR4_TSD) and s.cpl > 0:
-        return raise_error(s, 13, 0)
-    if vmx_wants(s, PROC_RDTSC):
-        return vm_exit(s, REASON_RDTSC, 0, length)
-    if svm_wants(s, SVM_RDTSC):
-        return svm_exit(s, SVM_RDTSC, 0, 0, length)
-    return _give_tsc(s)
-
-
-def _give_tsc(s):
-    """EDX:EAX."""
-    value: uint64_t
-    value = tsc(s)
-    s.gpr[RAX] = value & cython.cast(uint64_t, 0xFFFFFFFF)
-    s.gpr[RDX] = value >> 32
-    return GO_ON
-
-
-def rdtscp(s, length):
-    """RDTSCP."""
-    r: cython.int
-    if vmx_lacks(s, SECOND_RDTSCP):
-        return raise_exception(s, 6)
-    if vmx_wants(s, PROC_RDTSC) and ((s.cr4 & CR4_TSD) == 0 or s.cpl == 0):
-        return vm_exit(s, REASON_RDTSCP, 0, length)
-    if (s.cr4 & CR4_TSD) and s.cpl > 0:
-        return raise_error(s, 13, 0)
-    if svm_wants(s, SVM_RDTSCP):
-        return svm_exit(s, SVM_RDTSCP, 0, 0, length)
-    r = _give_tsc(s)
-    if r == GO_ON:
-        s.gpr[RCX] = s.tsc_aux & cython.cast(uint64_t, 0xFFFFFFFF)
-    return r
-
-
-def rdpid(s, register):
-    """RDPID."""
-    if vmx_lacks(s, SECOND_RDTSCP):
-        return raise_exception(s, 6)
-    s.gpr[register] = s.tsc_aux & cython.cast(uint64_t, 0xFFFFFFFF)
-    return GO_ON
-
-
-def rdpmc(s, length):
-    """RDPMC: there are no counters."""
-    if s.cpl > 0 and (s.cr4 & CR4_PCE) == 0:
-        return raise_error(s, 13, 0)
-    if vmx_wants(s, PROC_RDPMC):
-        return vm_exit(s, REASON_RDPMC, 0, length)
-    if svm_wants(s, SVM_RDPMC):
-        return svm_exit(s, SVM_RDPMC, 0, 0, length)
-    return raise_error(s, 13, 0)
-
-
-def cpuid(s, length):
-    """CPUID; always exits from VMX non-root operation."""
-    out: uint32_t[4]
-    if s.guest_mode == GUEST_VMX:
-        return vm_exit(s, REASON_CPUID, 0, length)
-    if svm_wants(s, SVM_CPUID):
-        return svm_exit(s, SVM_CPUID, 0, 0, length)
-    lookup(
-        s,
-        cython.cast(uint32_t, s.gpr[RAX]),
-        cython.cast(uint32_t, s.gpr[RCX]),
-        cython.cast(cython.pointer(uint32_t), out),
-    )
-    s.gpr[RAX] = out[0]
-    s.gpr[RBX] = out[1]
-    s.gpr[RCX] = out[2]
-    s.gpr[RDX] = out[3]
-    return GO_ON
-
-
-def _msr_intercepted(s, index, write):
-    """SDM, "MSR-Bitmap Address": read low, read high, write low, write high, 1 KByte each."""
-    v: cython.pointer(VmxState) = vmx_of(s)
-    at: uint32_t
-    if s.guest_mode != GUEST_VMX:
-        return False
-    if (v.processor & PROC_MSR_BITMAPS) == 0:
-        return True
-    if index < 0x2000:
-        at = index
-    elif index - cython.cast(uint64_t, 0xC0000000) < 0x2000:
-        at = (index - cython.cast(uint64_t, 0xC0000000)) + 0x2000
-    else:
-        return True
-    if write:
-        at += 0x4000
-    return (v.msr_bitmap[at >> 3] >> (at & 7)) & 1
-
-
-def rdmsr(s, length):
-    """RDMSR of ECX into EDX:EAX."""
-    value: uint64_t
-    index: uint32_t = cython.cast(uint32_t, s.gpr[RCX])
-    if not _privileged(s):
-        return raise_error(s, 13, 0)
-    if _msr_intercepted(s, index, 0):
-        return vm_exit(s, REASON_RDMSR, 0, length)
-    if svm_msr_intercepted(s, index, 0):
-        return svm_exit(s, SVM_MSR, 0, 0, length)
-    if not read_msr(s, index, cython.address(value)):
-        return raise_error(s, 13, 0)
-    s.gpr[RAX] = value & cython.cast(uint64_t, 0xFFFFFFFF)
-    s.gpr[RDX] = value >> 32
-    return GO_ON
-
-
-def wrmsr(s, length):
-    """WRMSR of EDX:EAX."""
-    index: uint32_t = cython.cast(uint32_t, s.gpr[RCX])
-    value: uint64_t = (s.gpr[RDX] << 32) | (s.gpr[RAX] & cython.cast(uint64_t, 0xFFFFFFFF))
-    if not _privileged(s):
-        return raise_error(s, 13, 0)
-    if _msr_intercepted(s, index, 1):
-        return vm_exit(s, REASON_WRMSR, 0, length)
-    if svm_msr_intercepted(s, index, 1):
-        return svm_exit(s, SVM_MSR, 1, 0, length)
-    if not write_msr(s, index, value):
-        return raise_error(s, 13, 0)
-    return LEAVE_NEXT
-
-
-def vmcall(s, length):
-    """VMCALL: an exit from non-root operation; #UD elsewhere (no SMM monitor)."""
-    if s.guest_mode == GUEST_VMX:
-        return vm_exit(s, REASON_VMCALL, 0, length)
-    return raise_exception(s, 6)
-
-
-# ---- waiting -----------------------------------------------------------------------------------------------------
-
-
-def pause(s, length):
-    """PAUSE. SDM, "Changes to Instruction Behavior in VMX Non-Root Operation"."""
-    v: cython.pointer(VmxState) = vmx_of(s)
-    now: uint64_t
-    if vmx_wants(s, PROC_PAUSE):
-        return vm_exit(s, REASON_PAUSE, 0, length)
-    if svm_wants(s, SVM_PAUSE) and svm_pause_exits(s, host_tsc()):
-        return svm_exit(s, SVM_PAUSE, 0, 0, length)
-    if s.cpl == 0 and vmx_second(s, SECOND_PAUSE_LOOP):
-        now = host_tsc()
-        if now - v.last_pause > get(v.vmcs, PLE_GAP):
-            v.first_pause = now
-        elif now - v.first_pause > get(v.vmcs, PLE_WINDOW):
-            v.last_pause = 0
-            return vm_exit(s, REASON_PAUSE, 0, length)
-        v.last_pause = now
-    return GO_ON
-
-
-def random(s, seed, register, size, length):
-    """RDRAND and RDSEED where they exit; translated code executes them itself elsewhere.
-
-    SDM, "Format of the VM-Exit Instruction-Information Field as Used for RDRAND and RDSEED".
-    """
-    return vm_exit_information(
-        s, REASON_RDSEED if seed else REASON_RDRAND, 0, length, (register << 3) | ((size >> 2) << 11)
-    )
-
-
-def monitor(s, linear, length):
-    """MONITOR: the range is not watched; MWAIT returns at once, as it may at any time."""
-    value: uint64_t
-    if not _privileged(s):
-        return raise_exception(s, 6)
-    if s.gpr[RCX] & cython.cast(uint64_t, 0xFFFFFFFF):
-        return raise_error(s, 13, 0)
-    if vmx_wants(s, PROC_MONITOR):
-        return vm_exit(s, REASON_MONITOR, 0, length)
-    if svm_wants(s, SVM_MONITOR):
-        return svm_exit(s, SVM_MONITOR, 0, 0, length)
-    return read_value(s, linear, 1, 0, cython.address(value))
-
-
-def mwait(s, length):
-    """MWAIT: wakes at once. SDM, "MWAIT—Monitor Wait"."""
-    if not _privileged(s):
-        return raise_exception(s, 6)
-    if s.gpr[RCX] & cython.cast(uint64_t, 0xFFFFFFFE):
-        return raise_error(s, 13, 0)
-    if vmx_wants(s, PROC_MWAIT):
-        return vm_exit(s, REASON_MWAIT, 0, length)
-    if svm_wants(s, SVM_MWAIT_CONDITIONAL):  # the monitor is never armed: MWAIT would not wait
-        return svm_exit(s, SVM_MWAIT_CONDITIONAL, 0, 0, length)
-    if svm_wants(s, SVM_MWAIT):
-        return svm_exit(s, SVM_MWAIT, 0, 0, length)
-    return LEAVE_NEXT

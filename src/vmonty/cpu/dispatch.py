@@ -8,7 +8,9 @@ registers, as the guest's are live from the first block to the last.
 from __future__ import annotations
 
 import cython
+from cython.cimports.vmonty.cpu.boundary import attention, data_trap, instruction_done, poll, stepping
 from cython.cimports.vmonty.cpu.breakpoints import breakpoint_fault
+from cython.cimports.vmonty.cpu.careful import careful_access, careful_commit
 from cython.cimports.vmonty.cpu.codecache import (
     OUT_FAULT,
     OUT_INDIRECT,
@@ -35,7 +37,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     vector_function,
 )
 from cython.cimports.vmonty.cpu.decode import Insn
-from cython.cimports.vmonty.cpu.events import attention, data_trap, deliver, instruction_done, poll, stepping
+from cython.cimports.vmonty.cpu.events import deliver
 from cython.cimports.vmonty.cpu.hosttraps import (
     SIGFPE,
     SIGILL,
@@ -96,8 +98,6 @@ from cython.cimports.vmonty.cpu.svm_exit import svm_of
 from cython.cimports.vmonty.cpu.system import execute
 from cython.cimports.vmonty.cpu.tlb import (
     SLOW_OFFSET,
-    careful_access,
-    careful_commit,
     fetch_ahead,
     fetch_page,
     flush_all,

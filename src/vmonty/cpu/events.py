@@ -7,7 +7,6 @@ a fault on the way combines with it (double fault, triple fault), and a VM exit 
 """
 
 import cython
-from cython.cimports.vmonty.cpu.control import host_tsc
 from cython.cimports.vmonty.cpu.mmio import mmio_done
 from cython.cimports.vmonty.cpu.segments import (
     canonical,
@@ -22,7 +21,6 @@ from cython.cimports.vmonty.cpu.segments import (
     stack_segment,
     unpack,
 )
-from cython.cimports.vmonty.cpu.startup import take_startup
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_IMPLICIT,
     ACCESS_WRITE,
@@ -35,12 +33,10 @@ from cython.cimports.vmonty.cpu.state import (
     DS,
     ES,
     EVENT_EXCEPTION,
-    EVENT_EXTERNAL,
     EVENT_NMI,
     EVENT_PRIVILEGED,
     EVENT_SOFT_EXCEPTION,
     EVENT_SOFT_INTERRUPT,
-    EXIT_HALT,
     EXIT_MMIO,
     EXIT_SHUTDOWN,
     FLAG_AC,
@@ -70,11 +66,6 @@ from cython.cimports.vmonty.cpu.state import (
     raise_exception,
 )
 from cython.cimports.vmonty.cpu.svm_exit import (
-    V_IGN_TPR,
-    V_INTR_MASKING,
-    V_INTR_PRIO_SHIFT,
-    V_IRQ,
-    SvmState,
     svm_exit,
     svm_of,
     svm_wants,
@@ -86,31 +77,15 @@ from cython.cimports.vmonty.cpu.vmcb import (
     SVM_FERR_FREEZE,
     SVM_HLT,
     SVM_ICEBP,
-    SVM_INTR,
-    SVM_NMI,
     SVM_SHUTDOWN,
     SVM_SWINT,
-    SVM_VINTR,
 )
-from cython.cimports.vmonty.cpu.vmcs import VM_EXIT_INTR_INFO, put
 from cython.cimports.vmonty.cpu.vmx_exit import (
-    EXIT_ACKNOWLEDGE,
     GUEST_SVM,
     GUEST_VMX,
-    PIN_EXTERNAL_INTERRUPT,
-    PIN_NMI,
-    PIN_PREEMPTION_TIMER,
     PROC_HLT,
-    PROC_INTERRUPT_WINDOW,
-    PROC_NMI_WINDOW,
-    REASON_EXTERNAL_INTERRUPT,
     REASON_HLT,
-    REASON_INTERRUPT_WINDOW,
-    REASON_MONITOR_TRAP,
-    REASON_NMI_WINDOW,
-    REASON_PREEMPTION_TIMER,
     REASON_TRIPLE_FAULT,
-    VmxState,
     exception_intercepted,
     vm_exit,
     vm_exit_event,
@@ -721,134 +696,4 @@ def pushf(s, size, value):
         value[0] = (value[0] & ~cython.cast(uint64_t, FLAG_IF)) | FLAG_IOPL
         if s.rflags & FLAG_VIF:
             value[0] |= FLAG_IF
-    return GO_ON
-
-
-# ---- between instructions ----------------------------------------------------------------------------------------
-
-
-def _debug_trap(s):
-    """#DB for what the finished instruction left. SDM, "Debug Exceptions"."""
-    raise_exception(s, 1)
-    s.event.payload = s.pending_debug & 0xE00F
-    s.pending_debug = 0
-    return deliver(s)
-
-
-def instruction_done(s, before):
-    """RF lasts for one instruction (the one that IRET sets it for); TF traps behind it. SDM, "Debug Exceptions"."""
-    s.retired += 1
-    if before & FLAG_RF:
-        s.rflags &= ~cython.cast(uint64_t, FLAG_RF)
-    if before & FLAG_TF:
-        s.pending_debug |= 0x4000
-    if s.monitor_trap:
-        s.monitor_trap = 2
-
-
-def _interrupts_open(s):
-    return (s.rflags & FLAG_IF) != 0 and (s.interruptibility & (SHADOW_STI | SHADOW_MOV_SS)) == 0
-
-
-def _poll_svm(s):
-    """What an SVM guest leaves for, and its virtual interrupt. APM, "Interrupt Support"; LEAVE_NEXT: nothing waits."""
-    v: cython.pointer(SvmState) = svm_of(s)
-    if s.pending_debug and (s.interruptibility & SHADOW_MOV_SS) == 0 and s.activity == 0:
-        return _debug_trap(s)
-    if s.nmi_line and svm_wants(s, SVM_NMI):
-        if v.guest_code == 0:
-            s.nmi_line = 0  # the host takes it
-        return svm_exit(s, SVM_NMI, 0, 0, 0)
-    open_: cython.bint = _interrupts_open(s)
-    if v.int_ctl & V_INTR_MASKING:
-        open_ = v.host_interrupts != 0
-    if s.interrupt_line and open_ and svm_wants(s, SVM_INTR):
-        return svm_exit(s, SVM_INTR, 0, 0, 0)
-    if (
-        (v.int_ctl & V_IRQ)
-        and s.activity < 2
-        and _interrupts_open(s)
-        and ((v.int_ctl & V_IGN_TPR) or ((v.int_ctl >> V_INTR_PRIO_SHIFT) & 15) > (v.int_ctl & 15))
-    ):
-        if svm_wants(s, SVM_VINTR):
-            return svm_exit(s, SVM_VINTR, 0, 0, 0)
-        v.int_ctl &= ~cython.cast(uint32_t, V_IRQ)
-        raise_exception(s, v.int_vector)
-        s.event.kind = EVENT_EXTERNAL
-        return deliver(s)
-    return LEAVE_NEXT
-
-
-def _exits(s, pin, code):
-    """Does the guest's hypervisor intercept these events?"""
-    if s.guest_mode == GUEST_VMX:
-        return (vmx_of(s).pin & pin) != 0
-    return svm_wants(s, code)
-
-
-def poll(s):
-    """Take what waits, in order of priority. SDM, "Priority Among Concurrent Events"."""
-    v: cython.pointer(VmxState)
-    r: cython.int
-    if s.init_line | s.startup_line:
-        r = take_startup(s)
-        if r != LEAVE_NEXT:
-            return r
-    if s.guest_mode == GUEST_VMX:
-        v = vmx_of(s)
-        if s.monitor_trap == 2:
-            return vm_exit(s, REASON_MONITOR_TRAP, 0, 0)
-        if s.pending_debug and (s.interruptibility & SHADOW_MOV_SS) == 0 and s.activity < 2:
-            return _debug_trap(s)
-        if (v.pin & PIN_PREEMPTION_TIMER) and host_tsc() >= v.timer_deadline:
-            return vm_exit(s, REASON_PREEMPTION_TIMER, 0, 0)
-        if (
-            (v.processor & PROC_NMI_WINDOW)
-            and (s.interruptibility & (BLOCKED_NMI | SHADOW_MOV_SS | SHADOW_STI)) == 0
-            and s.activity != 3
-        ):
-            return vm_exit(s, REASON_NMI_WINDOW, 0, 0)
-        if s.nmi_line and (v.pin & PIN_NMI):
-            s.nmi_line = 0
-            return vm_exit_event(s, 2 | (EVENT_NMI << 8), 0, 0, 0)
-        if (v.processor & PROC_INTERRUPT_WINDOW) and s.activity < 2 and _interrupts_open(s):
-            return vm_exit(s, REASON_INTERRUPT_WINDOW, 0, 0)
-        if s.interrupt_line and (v.pin & PIN_EXTERNAL_INTERRUPT):
-            vm_exit(s, REASON_EXTERNAL_INTERRUPT, 0, 0)
-            if v.exit_controls & EXIT_ACKNOWLEDGE:
-                put(v.vmcs, VM_EXIT_INTR_INFO, s.interrupt_vector | cython.cast(uint64_t, 0x80000000))
-            return LEAVE_EXIT
-    elif s.guest_mode == GUEST_SVM:
-        r = _poll_svm(s)
-        if r != LEAVE_NEXT:
-            return r
-    elif s.pending_debug and (s.interruptibility & SHADOW_MOV_SS) == 0:
-        return _debug_trap(s)
-    if s.svm != cython.NULL and svm_of(s).gif == 0 and s.activity < 2:
-        # APM, "Global Interrupt Flag": interrupts and NMIs wait.
-        if s.activity == 0:
-            return GO_ON
-        s.exit.reason = EXIT_HALT
-        return LEAVE_EXIT
-    # Asked again, since other threads assert the lines at any moment: what exits is never delivered.
-    if (
-        s.nmi_line
-        and not _exits(s, PIN_NMI, SVM_NMI)
-        and (s.interruptibility & (BLOCKED_NMI | SHADOW_MOV_SS)) == 0
-        and s.activity < 2
-    ):
-        s.nmi_line = 0
-        raise_exception(s, 2)
-        s.event.kind = EVENT_NMI
-        return deliver(s)
-    if s.interrupt_line and not _exits(s, PIN_EXTERNAL_INTERRUPT, SVM_INTR) and s.activity < 2 and _interrupts_open(s):
-        s.interrupt_line = 0
-        raise_exception(s, s.interrupt_vector)
-        s.event.kind = EVENT_EXTERNAL
-        return deliver(s)
-    if s.activity:
-        s.exit.reason = EXIT_HALT
-        if s.activity == 2:
-            s.exit.reason = EXIT_SHUTDOWN
-        return LEAVE_EXIT
     return GO_ON

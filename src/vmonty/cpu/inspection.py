@@ -6,9 +6,10 @@ Nothing here is called while a guest runs.
 from __future__ import annotations
 
 import cython
+from cython.cimports.vmonty.cpu.boundary import poll
 from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.cpuid import lookup
-from cython.cimports.vmonty.cpu.events import deliver, poll
+from cython.cimports.vmonty.cpu.events import deliver
 from cython.cimports.vmonty.cpu.paging import Translation, walk
 from cython.cimports.vmonty.cpu.segments import load_segment, ltr
 from cython.cimports.vmonty.cpu.state import raise_error, raise_exception, raise_page_fault

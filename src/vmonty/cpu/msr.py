@@ -4,7 +4,6 @@ What an interrupt controller or hypervisor owns (x2APIC, kvmclock, …) isn't he
 """
 
 import cython
-from cython.cimports.vmonty.cpu.control import tsc
 from cython.cimports.vmonty.cpu.cpuid import (
     MSRS_APIC,
     MSRS_ARCH_CAPABILITIES,
@@ -24,6 +23,7 @@ from cython.cimports.vmonty.cpu.cpuid import (
     efer_allowed,
     msrs_allowed,
 )
+from cython.cimports.vmonty.cpu.information import tsc
 from cython.cimports.vmonty.cpu.state import (
     EFER_LMA,
     EFER_LME,

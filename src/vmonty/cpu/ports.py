@@ -1,8 +1,8 @@
 """IN, OUT, INS, OUTS. SDM, "I/O Port Access Protection"; "Exit Qualification for I/O Instructions"."""
 
 import cython
+from cython.cimports.vmonty.cpu.boundary import data_trap
 from cython.cimports.vmonty.cpu.breakpoints import port_access
-from cython.cimports.vmonty.cpu.events import data_trap
 from cython.cimports.vmonty.cpu.mmio import mmio_done
 from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.segments import implicit_read

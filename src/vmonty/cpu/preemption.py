@@ -6,8 +6,8 @@ by the list that the trap handler keeps.
 """
 
 import cython
-from cython.cimports.vmonty.cpu.control import host_tsc
 from cython.cimports.vmonty.cpu.hosttraps import is_watched
+from cython.cimports.vmonty.cpu.information import host_tsc
 
 _ticks_per_ms = 0
 

@@ -5,9 +5,9 @@ and then the dispatcher need not be asked. Whatever is out of the ordinary is le
 """
 
 import cython
+from cython.cimports.vmonty.cpu.boundary import data_trap
 from cython.cimports.vmonty.cpu.codecache import CodeCache, jump_cache_clear, shadow_reset
 from cython.cimports.vmonty.cpu.decode import Insn
-from cython.cimports.vmonty.cpu.events import data_trap
 from cython.cimports.vmonty.cpu.mmio import mmio_done
 from cython.cimports.vmonty.cpu.state import (
     FLAG_RF,

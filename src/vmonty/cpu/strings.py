@@ -6,8 +6,8 @@ SDM, "REP/REPE/REPZ/REPNE/REPNZ - Repeat String Operation Prefix".
 """
 
 import cython
+from cython.cimports.vmonty.cpu.boundary import data_trap
 from cython.cimports.vmonty.cpu.codecache import CodeCache, string_function
-from cython.cimports.vmonty.cpu.events import data_trap
 from cython.cimports.vmonty.cpu.mmio import mmio_done
 from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.state import (

@@ -1,12 +1,20 @@
 """Instructions that are executed by compiled helpers: which function does which, with what operands.
 
 ``execute`` is called by the dispatcher or by translated code with the guest's state complete and rip at the
-instruction. What the instructions mean is in ``segments``, ``control``, ``events``, ``syscalls``, ``ports``,
-``strings``, ``fpu``; here is only where their operands come from and go to.
+instruction. What the instructions mean is in ``segments``, ``control``, ``information``, ``events``, ``syscalls``,
+``ports``, ``strings``, ``fpu``; here is only where their operands come from and go to.
 """
 
 import cython
-from cython.cimports.vmonty.cpu import control, events, ports, segments, svm_code, syscalls, transfers, vmx_code
+from cython.cimports.vmonty.cpu import (
+    control,
+    events,
+    information,
+    ports,
+    segments,
+    syscalls,
+    transfers,
+)
 from cython.cimports.vmonty.cpu.decode import (
     C_CLI,
     C_DF,
@@ -17,12 +25,19 @@ from cython.cimports.vmonty.cpu.decode import (
     C_POPF,
     C_PUSHF,
     C_STRING,
-    RIP_BASE,
     ROW,
 )
 from cython.cimports.vmonty.cpu.fpu import fpu_instruction
 from cython.cimports.vmonty.cpu.gather import gather_instruction, masked_bytes, masked_instruction
 from cython.cimports.vmonty.cpu.legacy import legacy_instruction
+from cython.cimports.vmonty.cpu.modrm import (
+    displacement,
+    get_register,
+    instruction_info,
+    put_register,
+    read_rm,
+    write_rm,
+)
 from cython.cimports.vmonty.cpu.segmentation import effective_address, linear_address, operand_address
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_READ,
@@ -53,81 +68,16 @@ from cython.cimports.vmonty.cpu.state import (
 from cython.cimports.vmonty.cpu.strings import string_instruction
 from cython.cimports.vmonty.cpu.svm_exit import svm_exit, svm_wants
 from cython.cimports.vmonty.cpu.tlb import mode_changed, probe_write, read_value, write_value
-from cython.cimports.vmonty.cpu.vmcb import SVM_POPF, SVM_PUSHF
-from cython.cimports.vmonty.cpu.vmx_exit import (
-    REASON_INVEPT,
-    REASON_INVVPID,
-    REASON_VMCALL,
-    REASON_VMCLEAR,
-    REASON_VMLAUNCH,
-    REASON_VMPTRLD,
-    REASON_VMPTRST,
-    REASON_VMREAD,
-    REASON_VMRESUME,
-    REASON_VMWRITE,
-    REASON_VMXOFF,
-    REASON_VMXON,
+from cython.cimports.vmonty.cpu.virtualization import (
+    svm_instruction,
+    vmx_field,
+    vmx_invalidate,
+    vmx_pointer,
+    vmx_register,
 )
+from cython.cimports.vmonty.cpu.vmcb import SVM_POPF, SVM_PUSHF
 
-# ---- operands -------------------------------------------------------------------------------------------
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _get(s: cython.pointer(CpuState), g: cython.int, size: cython.int) -> uint64_t:
-    if size == 8:
-        return s.gpr[g]
-    if size == 4:
-        return cython.cast(uint32_t, s.gpr[g])
-    if size == 2:
-        return s.gpr[g] & 0xFFFF
-    return s.gpr[g] & 0xFF
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _put(s: cython.pointer(CpuState), g: cython.int, value: uint64_t, size: cython.int) -> cython.void:
-    if size == 8:
-        s.gpr[g] = value
-    elif size == 4:
-        s.gpr[g] = cython.cast(uint32_t, value)
-    elif size == 2:
-        s.gpr[g] = (s.gpr[g] & ~cython.cast(uint64_t, 0xFFFF)) | (value & 0xFFFF)
-    else:
-        s.gpr[g] = (s.gpr[g] & ~cython.cast(uint64_t, 0xFF)) | (value & 0xFF)
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _read_rm(s: cython.pointer(CpuState), i: cython.pointer(Insn), size: cython.int,
-             value: cython.pointer(uint64_t)) -> cython.int:  # fmt: skip
-    linear: uint64_t = 0
-    r: cython.int
-    if not i.has_memory:
-        value[0] = _get(s, i.rm, size)
-        return 0
-    r = operand_address(s, i, size, 0, cython.address(linear))
-    if r:
-        return r
-    return read_value(s, linear, size, ACCESS_READ, value)
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _write_rm(s: cython.pointer(CpuState), i: cython.pointer(Insn), size: cython.int, value: uint64_t) -> cython.int:
-    linear: uint64_t = 0
-    r: cython.int
-    if not i.has_memory:
-        _put(s, i.rm, value, size)
-        return 0
-    r = operand_address(s, i, size, 1, cython.address(linear))
-    if r:
-        return r
-    return write_value(s, linear, size, ACCESS_WRITE, value)
+# ---- the stack -------------------------------------------------------------------------------------------
 
 
 @cython.cfunc
@@ -169,43 +119,6 @@ def _top(s: cython.pointer(CpuState), size: cython.int, value: cython.pointer(ui
     if r:
         return r
     return read_value(s, linear, size, ACCESS_READ, value)
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _displacement(i: cython.pointer(Insn)) -> uint64_t:
-    """Give what a VM exit reports as the exit qualification of a memory operand."""
-    if not i.has_memory:
-        return 0
-    if i.base == RIP_BASE:
-        return cython.cast(uint64_t, i.displacement) + i.rip + i.length
-    return cython.cast(uint64_t, i.displacement)
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _info(i: cython.pointer(Insn)) -> uint32_t:
-    """Give the VM-exit instruction information. SDM, "Information for VM Exits Due to Instruction Execution"."""
-    word: uint32_t = 0
-    digit: uint32_t = i.modrm >> 3 & 7
-    if i.has_memory:
-        word = i.scale | (0 if i.address_size == 2 else (1 << 7 if i.address_size == 4 else 2 << 7))
-        word |= cython.cast(uint32_t, i.segment & 7) << 15
-        word |= (cython.cast(uint32_t, i.index) << 18) if i.index >= 0 else (1 << 22)
-        word |= (cython.cast(uint32_t, i.base) << 23) if i.base >= 0 and i.base < 16 else (1 << 27)
-    else:
-        word = (1 << 10) | (cython.cast(uint32_t, i.rm) << 3)
-    if i.map == 2:  # INVPCID and its like: the register operand
-        word |= cython.cast(uint32_t, i.reg) << 28
-    elif i.opcode == 1:  # SGDT, SIDT, LGDT, LIDT
-        word |= (digit & 3) << 28
-        if i.operand_size != 2:
-            word |= 1 << 11
-    else:  # SLDT, STR, LLDT, LTR
-        word |= (digit & 3) << 28
-    return word
 
 
 # ---- flags and stack ----------------------------------------------------------------------------------------
@@ -277,7 +190,7 @@ def _enter(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
     if r:
         s.gpr[RSP] = old
         return r
-    _put(s, RBP, frame, size)
+    put_register(s, RBP, frame, size)
     _move_rsp(s, 0 - bytes_)
     return 0
 
@@ -331,7 +244,7 @@ def _load_pointer(s: cython.pointer(CpuState), i: cython.pointer(Insn), index: c
     if not r:
         r = segments.load_segment(s, index, cython.cast(uint32_t, selector))
     if not r:
-        _put(s, i.reg, offset, i.operand_size)
+        put_register(s, i.reg, offset, i.operand_size)
     return r
 
 
@@ -345,9 +258,9 @@ def _arpl(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
     r: cython.int
     if s.mode < 2:  # real and virtual-8086 mode
         return raise_exception(s, 6)
-    r = _read_rm(s, i, 2, cython.address(selector))
+    r = read_rm(s, i, 2, cython.address(selector))
     if not r and (selector & 3) < rpl:
-        r = _write_rm(s, i, 2, (selector & ~cython.cast(uint64_t, 3)) | rpl)
+        r = write_rm(s, i, 2, (selector & ~cython.cast(uint64_t, 3)) | rpl)
         if not r:
             s.rflags |= FLAG_ZF
     elif not r:
@@ -368,7 +281,7 @@ def _one_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
     selector: uint64_t = 0
     r: cython.int
     if op == 0x90:
-        return control.pause(s, i.length)
+        return information.pause(s, i.length)
     if op == 0xFB:
         return events.sti(s)
     if op == 0xFA:
@@ -390,7 +303,7 @@ def _one_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
     if op == 0x6E or op == 0x6F:
         return ports.string_out(s, size, i.address_size, i.rep, i.segment if i.segment_override else DS, i.length)
     if op == 0x8E:
-        r = _read_rm(s, i, 2, cython.address(value))
+        r = read_rm(s, i, 2, cython.address(value))
         if r:
             return r
         if (i.modrm >> 3 & 7) == CS or (i.modrm >> 3 & 7) > GS:
@@ -402,7 +315,7 @@ def _one_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
     if op == 0x8C:
         if (i.modrm >> 3 & 7) > GS:
             return raise_exception(s, 6)
-        return _write_rm(s, i, 2 if i.has_memory else i.operand_size, s.segs[i.modrm >> 3 & 7].selector)
+        return write_rm(s, i, 2 if i.has_memory else i.operand_size, s.segs[i.modrm >> 3 & 7].selector)
     if op == 0xCC:
         return events.software_interrupt(s, 3, EVENT_SOFT_EXCEPTION, i.length)
     if op == 0xCD:
@@ -431,7 +344,7 @@ def _one_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
     if op == 0x63:
         return _arpl(s, i)
     if op == 0x90:
-        return control.pause(s, i.length)
+        return information.pause(s, i.length)
     if op == 0xC4:
         return _load_pointer(s, i, ES)
     if op == 0xC5:
@@ -453,156 +366,20 @@ def _group_6(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int
     if s.mode < 2:  # real and virtual-8086 mode
         return raise_exception(s, 6)
     if reg < 2:
-        r = segments.store_selector(s, reg, cython.address(value), i.length, _info(i), _displacement(i))
+        r = segments.store_selector(s, reg, cython.address(value), i.length, instruction_info(i), displacement(i))
         if r:
             return r
-        return _write_rm(s, i, 2 if i.has_memory else i.operand_size, value)
+        return write_rm(s, i, 2 if i.has_memory else i.operand_size, value)
     if reg < 4 and s.cpl:
         return raise_error(s, 13, 0)
-    r = _read_rm(s, i, 2, cython.address(value))
+    r = read_rm(s, i, 2, cython.address(value))
     if r:
         return r
     if reg == 2:
-        return segments.lldt(s, cython.cast(uint32_t, value), i.length, _info(i), _displacement(i))
+        return segments.lldt(s, cython.cast(uint32_t, value), i.length, instruction_info(i), displacement(i))
     if reg == 3:
-        return segments.ltr(s, cython.cast(uint32_t, value), i.length, _info(i), _displacement(i))
+        return segments.ltr(s, cython.cast(uint32_t, value), i.length, instruction_info(i), displacement(i))
     return segments.verify(s, cython.cast(uint32_t, value), reg == 5)
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _vmx_register(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
-    """VMCALL, VMLAUNCH, VMRESUME, VMXOFF."""
-    reason: uint32_t = REASON_VMXOFF
-    r: cython.int
-    if i.modrm == 0xC1:
-        if s.guest_mode != 0 or s.vmx == cython.NULL:
-            return control.vmcall(s, i.length)
-        reason = REASON_VMCALL
-    elif i.modrm == 0xC2:
-        reason = REASON_VMLAUNCH
-    elif i.modrm == 0xC3:
-        reason = REASON_VMRESUME
-    r = vmx_code.refused(s, reason, i.length, 0, 0)
-    if r:
-        return r
-    if i.modrm == 0xC1:
-        return vmx_code.vmcall_root(s)
-    if i.modrm == 0xC4:
-        return vmx_code.vmxoff(s)
-    return vmx_code.vmenter(s, 1 if i.modrm == 0xC2 else 0, i.length)
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _vmx_pointer(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
-    """VMPTRLD, VMCLEAR, VMXON, VMPTRST: 64 bits of memory."""
-    reason: uint32_t = REASON_VMPTRLD
-    store: cython.int = 1 if (i.modrm >> 3 & 7) == 7 else 0
-    linear: uint64_t = 0
-    region: uint64_t = 0
-    r: cython.int
-    if store:
-        reason = REASON_VMPTRST
-    elif i.pp == 1:
-        reason = REASON_VMCLEAR
-    elif i.pp == 2:
-        reason = REASON_VMXON
-    r = vmx_code.refused(s, reason, i.length, _info(i), _displacement(i))
-    if not r:
-        r = operand_address(s, i, 8, store, cython.address(linear))
-    if r:
-        return r
-    if store:
-        r = write_value(s, linear, 8, ACCESS_WRITE, vmx_code.vmptrst(s))
-        if r:
-            return r
-        vmx_code.succeed(s)
-        return LEAVE_NEXT
-    r = read_value(s, linear, 8, ACCESS_READ, cython.address(region))
-    if r:
-        return r
-    if i.pp == 1:
-        return vmx_code.vmclear(s, region)
-    if i.pp == 2:
-        return vmx_code.vmxon(s, region)
-    return vmx_code.vmptrld(s, region)
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _vmx_field(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
-    """VMREAD and VMWRITE: always 64 bits in 64-bit mode, else 32."""
-    size: cython.int = 8 if s.mode == MODE_LONG64 else 4
-    value: uint64_t = 0
-    info: uint32_t = (_info(i) & 0x0FFFFFFF) | (cython.cast(uint32_t, i.reg) << 28)
-    r: cython.int = vmx_code.refused(
-        s, REASON_VMREAD if i.opcode == 0x78 else REASON_VMWRITE, i.length, info, _displacement(i)
-    )
-    if r:
-        return r
-    if i.opcode == 0x79:
-        r = _read_rm(s, i, size, cython.address(value))
-        if r:
-            return r
-        return vmx_code.vmwrite(s, _get(s, i.reg, size), value)
-    if not vmx_code.vmread(s, _get(s, i.reg, size), cython.address(value)):
-        return LEAVE_NEXT
-    r = _write_rm(s, i, size, value)
-    if r:
-        return r
-    vmx_code.succeed(s)
-    return LEAVE_NEXT
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _vmx_invalidate(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
-    """INVEPT and INVVPID: a type in a register, a descriptor of 128 bits."""
-    low: uint64_t = 0
-    high: uint64_t = 0
-    linear: uint64_t = 0
-    r: cython.int = vmx_code.refused(
-        s, REASON_INVEPT if i.opcode == 0x80 else REASON_INVVPID, i.length, _info(i), _displacement(i)
-    )
-    if not r:
-        r = operand_address(s, i, 16, 0, cython.address(linear))
-    if not r:
-        r = read_value(s, linear, 8, ACCESS_READ, cython.address(low))
-    if not r:
-        r = read_value(s, linear + 8, 8, ACCESS_READ, cython.address(high))
-    if r:
-        return r
-    return vmx_code.invalidate(
-        s, _get(s, i.reg, 8 if s.mode == MODE_LONG64 else 4), 2 if i.opcode == 0x80 else 3, low, high
-    )
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _svm_instruction(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int:
-    """0F 01 D8 to DF. Addresses come from rAX in the address size."""
-    address: uint64_t = _get(s, RAX, i.address_size)
-    if i.modrm == 0xD8:
-        return svm_code.vmrun(s, address, i.length)
-    if i.modrm == 0xD9:
-        return svm_code.vmmcall(s, i.length)
-    if i.modrm == 0xDA:
-        return svm_code.vmload(s, address, i.length)
-    if i.modrm == 0xDB:
-        return svm_code.vmsave(s, address, i.length)
-    if i.modrm == 0xDC:
-        return svm_code.stgi(s, i.length)
-    if i.modrm == 0xDD:
-        return svm_code.clgi(s, i.length)
-    if i.modrm == 0xDF:
-        return svm_code.invlpga(s, address, i.length)
-    return raise_exception(s, 6)  # SKINIT isn't offered
 
 
 @cython.cfunc
@@ -615,7 +392,7 @@ def _group_7_register(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> c
     if byte == 0xF8:
         return syscalls.swapgs(s)
     if byte == 0xF9:
-        return control.rdtscp(s, i.length)
+        return information.rdtscp(s, i.length)
     if byte == 0xCA or byte == 0xCB:
         if s.cpl:  # CR4.SMAP does not matter. SDM, "STAC—Set AC Flag in EFLAGS Register"
             return raise_exception(s, 6)
@@ -630,24 +407,24 @@ def _group_7_register(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> c
     if byte == 0xD1:
         return control.xsetbv(s, i.length)
     if byte == 0xC8:
-        value = _get(s, RAX, i.address_size)
+        value = get_register(s, RAX, i.address_size)
         r = linear_address(s, i.segment if i.segment_override else DS, value, 1, 0, cython.address(value))
         if r:
             return r
-        return control.monitor(s, value, i.length)
+        return information.monitor(s, value, i.length)
     if byte == 0xC9:
-        return control.mwait(s, i.length)
+        return information.mwait(s, i.length)
     if byte >= 0xC1 and byte <= 0xC4:
-        return _vmx_register(s, i)
+        return vmx_register(s, i)
     if byte >= 0xD8 and byte <= 0xDF:
-        return _svm_instruction(s, i)
+        return svm_instruction(s, i)
     if (byte & 0x38) == 0x20:
         r = control.smsw(s, i.length, cython.address(value))
         if r:
             return r
-        return _write_rm(s, i, i.operand_size, value)
+        return write_rm(s, i, i.operand_size, value)
     if (byte & 0x38) == 0x30:
-        return control.lmsw(s, cython.cast(uint32_t, _get(s, i.rm, 2)), 0, 0, i.length)
+        return control.lmsw(s, cython.cast(uint32_t, get_register(s, i.rm, 2)), 0, 0, i.length)
     return raise_exception(s, 6)
 
 
@@ -672,9 +449,9 @@ def _group_7(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int
     if r:
         return r
     if reg < 2:
-        return segments.store_table(s, reg, linear, i.length, _info(i), _displacement(i))
+        return segments.store_table(s, reg, linear, i.length, instruction_info(i), displacement(i))
     if reg < 4:
-        return segments.load_table(s, reg == 3, linear, size, i.length, _info(i), _displacement(i))
+        return segments.load_table(s, reg == 3, linear, size, i.length, instruction_info(i), displacement(i))
     if reg == 4:
         r = control.smsw(s, i.length, cython.address(value))
         if r:
@@ -697,9 +474,9 @@ def _fs_gs_base(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.
     if not s.cr4 >> 16 & 1:
         return raise_exception(s, 6)
     if reg < 2:
-        _put(s, i.rm, s.segs[k].base, 8 if i.w else 4)
+        put_register(s, i.rm, s.segs[k].base, 8 if i.w else 4)
         return 0
-    value = _get(s, i.rm, 8 if i.w else 4)
+    value = get_register(s, i.rm, 8 if i.w else 4)
     if (value + (cython.cast(uint64_t, 1) << 47)) >> 48:
         return raise_error(s, 13, 0)
     s.segs[k].base = value
@@ -716,7 +493,7 @@ def _limit_or_rights(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cy
     r: cython.int
     if s.mode < 2:
         return raise_exception(s, 6)
-    r = _read_rm(s, i, 2, cython.address(selector))
+    r = read_rm(s, i, 2, cython.address(selector))
     if r:
         return r
     if i.opcode == 2:
@@ -724,7 +501,7 @@ def _limit_or_rights(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cy
     else:
         r = segments.lsl(s, cython.cast(uint32_t, selector), cython.address(value))
     if not r and s.rflags & FLAG_ZF:
-        _put(s, i.reg, value, i.operand_size)
+        put_register(s, i.reg, value, i.operand_size)
     return r
 
 
@@ -737,7 +514,12 @@ def _invpcid(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.int
     if r:
         return r
     return control.invpcid(
-        s, _get(s, i.reg, 8 if s.mode == MODE_LONG64 else 4), linear, i.length, _info(i), _displacement(i)
+        s,
+        get_register(s, i.reg, 8 if s.mode == MODE_LONG64 else 4),
+        linear,
+        i.length,
+        instruction_info(i),
+        displacement(i),
     )
 
 
@@ -751,15 +533,15 @@ def _two_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
     if op == 0x07:
         return syscalls.sysret(s, i.operand_size)
     if op == 0x31:
-        return control.rdtsc(s, i.length)
+        return information.rdtsc(s, i.length)
     if op == 0x01:
         return _group_7(s, i)
     if op == 0x32:
-        return control.rdmsr(s, i.length)
+        return information.rdmsr(s, i.length)
     if op == 0x30:
-        return control.wrmsr(s, i.length)
+        return information.wrmsr(s, i.length)
     if op == 0xA2:
-        return control.cpuid(s, i.length)
+        return information.cpuid(s, i.length)
     if op == 0x20:
         return control.mov_from_cr(s, i.reg, i.rm, i.length)
     if op == 0x21:
@@ -781,7 +563,7 @@ def _two_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
     if op == 0x09:
         return control.wbinvd(s, i.length)
     if op == 0x33:
-        return control.rdpmc(s, i.length)
+        return information.rdpmc(s, i.length)
     if op == 0x34:
         return syscalls.sysenter(s)
     if op == 0x35:
@@ -795,13 +577,13 @@ def _two_byte(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.in
     if op == 0xB4 or op == 0xB5:
         return _load_pointer(s, i, (op & 1 and GS) or FS)
     if op == 0x78 or op == 0x79:
-        return _vmx_field(s, i)
+        return vmx_field(s, i)
     if op == 0xC7 and i.has_memory and (i.modrm >> 3 & 7) >= 6:
-        return _vmx_pointer(s, i)
+        return vmx_pointer(s, i)
     if op == 0xC7 and i.rep == 0xF3 and not i.has_memory:
-        return control.rdpid(s, i.rm)
+        return information.rdpid(s, i.rm)
     if op == 0xC7 and not i.has_memory:
-        return control.random(s, (i.modrm >> 3 & 7) == 7, i.rm, i.operand_size, i.length)
+        return information.random(s, (i.modrm >> 3 & 7) == 7, i.rm, i.operand_size, i.length)
     return raise_exception(s, 6)
 
 
@@ -832,7 +614,7 @@ def execute(s, i):
     if i.map == 1:
         return _two_byte(s, i)
     if i.map == 2 and (i.opcode == 0x80 or i.opcode == 0x81):
-        return _vmx_invalidate(s, i)
+        return vmx_invalidate(s, i)
     if i.map == 2 and i.opcode == 0x82:
         return _invpcid(s, i)
     return raise_exception(s, 6)

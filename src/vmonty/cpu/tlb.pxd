@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from vmonty.cpu.paging cimport Translation
 from vmonty.cpu.state cimport CpuState, FetchEntry
 
 # What memory_slow and careful_access are told about the access, in one word.
@@ -20,8 +21,6 @@ cdef enum:
 
 cdef uint64_t memory_slow(CpuState *s, uint64_t va, uint32_t what, uint64_t host_rip) noexcept nogil
 cdef uint64_t to_linear(CpuState *s, uint64_t offset, uint32_t what, uint64_t host_rip) noexcept nogil
-cdef uint64_t careful_access(CpuState *s, uint64_t va, uint32_t what, uint64_t host_rip) noexcept nogil
-cdef int careful_commit(CpuState *s) noexcept nogil
 
 # Linear memory for helpers: current privilege unless ``access`` adds ACCESS_IMPLICIT; any size up to 512 bytes;
 # crossing pages, MMIO and code pages are handled. 0, or LEAVE_* with the reason recorded.
@@ -46,6 +45,17 @@ cdef void flush_page(CpuState *s, uint64_t va) noexcept nogil
 # To be called after cr0, cr3 (mode bits only), cr4, efer, cpl, cs, ss or EFLAGS.VM/AC changed: recomputes mode, tlb_set
 # and block_key. Flushes nothing.
 cdef void mode_changed(CpuState *s) noexcept nogil
+
+# For careful blocks too. look: one page, entered into the tables where it may. leave_block: 0, with rip and the reason
+# set. refuse: the same for a careful block, but for an x87 store. bounce_buffer: one of four, aligned as the operand.
+cdef void copy_bytes(unsigned char *to, unsigned char *source, uint32_t size) noexcept nogil
+cdef void note_access(CpuState *s, uint64_t va, uint64_t physical, unsigned char *data, uint32_t size,
+                      uint32_t kind) noexcept nogil
+cdef int check_canonical(CpuState *s, uint64_t va, int stack) noexcept nogil
+cdef int look(CpuState *s, uint64_t va, int access, Translation *t) noexcept nogil
+cdef uint64_t leave_block(CpuState *s, int code, uint32_t what, uint64_t host_rip) noexcept nogil
+cdef uint64_t refuse(CpuState *s, int code, uint32_t what, uint64_t host_rip) noexcept nogil
+cdef unsigned char *bounce_buffer(CpuState *s, uint32_t k, uint64_t va) noexcept nogil
 
 # A page of ones lies in it.
 cdef unsigned char _open_bus[8192]

@@ -44,7 +44,6 @@ from cython.cimports.vmonty.cpu.state import (
     LARGE_ENTRIES,
     LEAVE_CAREFUL,
     LEAVE_EVENT,
-    LEAVE_EXIT,
     LEAVE_PLAIN,
     LOCAL_FETCH,
     LOCAL_LOG,
@@ -89,10 +88,7 @@ def _page(va: uint64_t) -> uint64_t:
     return va & ~cython.cast(uint64_t, 0xFFF)
 
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def copy_bytes(to: cython.p_uchar, source: cython.p_uchar, size: uint32_t) -> cython.void:
+def copy_bytes(to, source, size):
     """Copy without libc: vector registers belong to the guest."""
     k: uint32_t = 0
     while k + 8 <= size:
@@ -103,11 +99,7 @@ def copy_bytes(to: cython.p_uchar, source: cython.p_uchar, size: uint32_t) -> cy
         k += 1
 
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def note_access(s: cython.pointer(CpuState), va: uint64_t, physical: uint64_t, data: cython.p_uchar, size: uint32_t,
-                kind: uint32_t) -> cython.void:  # fmt: skip
+def note_access(s, va, physical, data, size, kind):
     """Keep an access for the observer. ``kind``: 1 for a write, with ACCESS_IMPLICIT."""
     k: uint32_t = s.access_count
     if k >= 128 or s.access_bytes + size > 8192:
@@ -124,10 +116,7 @@ def note_access(s: cython.pointer(CpuState), va: uint64_t, physical: uint64_t, d
     s.access_count = k + 1
 
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _canonical(s: cython.pointer(CpuState), va: uint64_t, stack: cython.int) -> cython.int:
+def check_canonical(s, va, stack):
     if s.cr0 >> 31 & 1 and s.efer >> 10 & 1 and (va + (cython.cast(uint64_t, 1) << 47)) >> 48:
         return raise_error(s, 12 if stack else 13, 0)
     return 0
@@ -159,10 +148,7 @@ def _enter_large(s: cython.pointer(CpuState), set_: cython.int, page: uint64_t, 
     s.large_used = 1
 
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _look(s: cython.pointer(CpuState), va: uint64_t, access: cython.int, t: cython.pointer(Translation)) -> cython.int:
+def look(s, va, access, t):
     """Translate one page, entering what may enter into the tables.
 
     Implicit accesses are those of a supervisor without EFLAGS.AC, whatever the CPL: table set 0.
@@ -223,19 +209,13 @@ def _set_rip(s: cython.pointer(CpuState), what: uint32_t, host_rip: uint64_t) ->
         s.rip = b.rip + (what & SLOW_OFFSET)
 
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _leave(s: cython.pointer(CpuState), code: cython.int, what: uint32_t, host_rip: uint64_t) -> uint64_t:
+def leave_block(s, code, what, host_rip):
     _set_rip(s, what, host_rip)
     s.leave_code = code
     return 0
 
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _bounce(s: cython.pointer(CpuState), k: uint32_t, va: uint64_t) -> cython.p_uchar:
+def bounce_buffer(s, k, va):
     """Give the buffer for an operand, aligned as the operand is: instructions that demand it look at the buffer."""
     start: uint64_t = (cython.cast(uint64_t, cython.address(s.bounce[k][0])) + 63) & ~cython.cast(uint64_t, 63)
     return cython.cast(cython.p_uchar, start + (va & 63))
@@ -271,7 +251,7 @@ def _leader_faults(s: cython.pointer(CpuState), what: uint32_t, host_rip: uint64
     s.event.pending = 0
     if i.memory_access & 2:
         access |= ACCESS_WRITE
-    return _look(s, linear, access, cython.address(t)) == LEAVE_EVENT
+    return look(s, linear, access, cython.address(t)) == LEAVE_EVENT
 
 
 def memory_slow(s, va, what, host_rip):
@@ -294,11 +274,11 @@ def memory_slow(s, va, what, host_rip):
         if (va & 0xFFF) + size > 4096:
             r = 1
         else:
-            r = _canonical(s, va, 0)
+            r = check_canonical(s, va, 0)
         if not r:
-            r = _look(s, va, access, cython.address(t))
+            r = look(s, va, access, cython.address(t))
             if r == LEAVE_EVENT and what & SLOW_GROUP and _leader_faults(s, what, host_rip):
-                return _leave(s, r, what, host_rip)
+                return leave_block(s, r, what, host_rip)
         if (
             r
             or t.host == 0
@@ -306,43 +286,40 @@ def memory_slow(s, va, what, host_rip):
             or (s.watch and watch_meets(s, va, size, 1))
         ):
             s.event.pending = 0
-            return _leave(s, LEAVE_PLAIN if what & SLOW_GROUP else LEAVE_CAREFUL, what, host_rip)
+            return leave_block(s, LEAVE_PLAIN if what & SLOW_GROUP else LEAVE_CAREFUL, what, host_rip)
         return t.host + (va & 0xFFF)
     if what & SLOW_ALIGNED and va & (size - 1):
         r = raise_error(s, 13, 0)
     if not r:
-        r = _canonical(s, va, what & SLOW_STACK)
+        r = check_canonical(s, va, what & SLOW_STACK)
     if r:
-        return _leave(s, r, what, host_rip)
-    r = _look(s, va, access, cython.address(t))
+        return leave_block(s, r, what, host_rip)
+    r = look(s, va, access, cython.address(t))
     if r:
-        return _leave(s, r, what, host_rip)
+        return leave_block(s, r, what, host_rip)
     if t.host == 0 or (s.watch and watch_meets(s, va, size, access & ACCESS_WRITE)):
-        return _leave(s, LEAVE_CAREFUL, what, host_rip)
+        return leave_block(s, LEAVE_CAREFUL, what, host_rip)
     if (va & 0xFFF) + size <= 4096:
         if access & ACCESS_WRITE and is_code_page(s, t.host):
-            return _leave(s, LEAVE_CAREFUL, what, host_rip)
+            return leave_block(s, LEAVE_CAREFUL, what, host_rip)
         return t.host + (va & 0xFFF)
     if access & ACCESS_WRITE:
-        return _leave(s, LEAVE_CAREFUL, what, host_rip)
+        return leave_block(s, LEAVE_CAREFUL, what, host_rip)
     first = 4096 - (va & 0xFFF)
-    r = _canonical(s, va + size - 1, what & SLOW_STACK)
+    r = check_canonical(s, va + size - 1, what & SLOW_STACK)
     if not r:
-        r = _look(s, va + first, access, cython.address(u))
+        r = look(s, va + first, access, cython.address(u))
     if r:
-        return _leave(s, r, what, host_rip)
+        return leave_block(s, r, what, host_rip)
     if u.host == 0:
-        return _leave(s, LEAVE_CAREFUL, what, host_rip)
-    to = _bounce(s, 0, va)
+        return leave_block(s, LEAVE_CAREFUL, what, host_rip)
+    to = bounce_buffer(s, 0, va)
     copy_bytes(to, cython.cast(cython.p_uchar, t.host + (va & 0xFFF)), first)
     copy_bytes(to + first, cython.cast(cython.p_uchar, u.host), size - first)
     return cython.cast(uint64_t, to)
 
 
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _refuse(s: cython.pointer(CpuState), code: cython.int, what: uint32_t, host_rip: uint64_t) -> uint64_t:
+def refuse(s, code, what, host_rip):
     """Leave a careful block, but for an x87 store whose fault counts only if it stores: the commit finds out."""
     save: string_function
     _set_rip(s, what, host_rip)
@@ -353,9 +330,9 @@ def _refuse(s: cython.pointer(CpuState), code: cython.int, what: uint32_t, host_
         string_function,
         cython.cast(cython.p_void, cython.cast(cython.pointer(CodeCache), s.translator).fpu[0]),
     )
-    save(cython.cast(uint64_t, _bounce(s, 1, 0)), 0, 0)
+    save(cython.cast(uint64_t, bounce_buffer(s, 1, 0)), 0, 0)
     s.careful_late = 1
-    return cython.cast(uint64_t, _bounce(s, 0, 0))
+    return cython.cast(uint64_t, bounce_buffer(s, 0, 0))
 
 
 def to_linear(s, offset, what, host_rip):
@@ -375,132 +352,8 @@ def to_linear(s, offset, what, host_rip):
         s.event.pending = 0
         r = LEAVE_CAREFUL
     if r:
-        return _refuse(s, r, what, host_rip)
+        return refuse(s, r, what, host_rip)
     return linear | (cython.cast(uint64_t, 1) << 63)
-
-
-def careful_access(s, va, what, host_rip):
-    """Give translated code of a careful block an address for one operand; writes take effect at the commit."""
-    size: uint32_t = (what >> SLOW_SIZE_SHIFT) & 0x3FF
-    write: cython.int = 1 if what & SLOW_WRITE else 0
-    access: cython.int = (ACCESS_WRITE if write else 0) | (ACCESS_USER if s.cpl == 3 else 0)
-    k: uint32_t = s.careful_count
-    t: Translation
-    u: Translation
-    r: cython.int
-    first: uint32_t = size
-    to: cython.p_uchar
-    s.slow_host_rip = host_rip
-    s.slow_what = what
-    if s.careful_late:
-        return cython.cast(uint64_t, _bounce(s, 0, 0))
-    if k >= 4 or size > 448:  # the last buffer's room behind an aligned start
-        return _leave(s, LEAVE_EXIT, what, host_rip)
-    r = 0
-    if what & SLOW_ALIGNED and va & (size - 1):
-        r = raise_error(s, 13, 0)
-    if not r:
-        r = _canonical(s, va, what & SLOW_STACK)
-    if not r and misaligned(s, va, size):
-        r = raise_error(s, 17, 0)
-    if not r:
-        r = _look(s, va, access, cython.address(t))
-    if r:
-        return _refuse(s, r, what, host_rip)
-    u.host = 0
-    u.physical = 0
-    if (va & 0xFFF) + size > 4096:
-        first = 4096 - (va & 0xFFF)
-        r = _canonical(s, va + size - 1, what & SLOW_STACK)
-        if not r:
-            r = _look(s, va + first, access, cython.address(u))
-        if r:
-            return _refuse(s, r, what, host_rip)
-    if s.watch:
-        watch_access(s, va, size, write)
-    if write and what & SLOW_READ and first == size and t.host and not s.observe and is_code_page(s, t.host):
-        code_written(s, t.host)  # its only operand: it may be locked, so the host's instruction does it where it is
-        return t.host + (va & 0xFFF)
-    if first == size and t.host and not s.observe and not (write and is_code_page(s, t.host)):
-        return t.host + (va & 0xFFF)
-    to = _bounce(s, k, va)
-    if what & SLOW_READ or not write:
-        r = 0
-        if t.host:
-            copy_bytes(to, cython.cast(cython.p_uchar, t.host + (va & 0xFFF)), first)
-        else:
-            r = mmio_read(s, t.physical | (va & 0xFFF), to, first)
-        if not r and first < size:
-            if u.host:
-                copy_bytes(to + first, cython.cast(cython.p_uchar, u.host), size - first)
-            else:
-                r = mmio_read(s, u.physical, to + first, size - first)
-        if r:
-            return _leave(s, r, what, host_rip)
-        if s.observe & OBSERVE_MEMORY:
-            note_access(s, va, t.physical | (va & 0xFFF), to, size, 0)
-    if write:
-        s.careful_va[k] = va
-        s.careful_size[k] = size
-        s.careful_write[k] = first
-        s.careful_host[k] = t.host
-        s.careful_physical[k] = t.physical
-        s.careful_va2[k] = u.host
-        s.careful_physical2[k] = u.physical
-        s.careful_count = k + 1
-    return cython.cast(uint64_t, to)
-
-
-@cython.cfunc
-@cython.nogil
-@cython.exceptval(check=False)
-def _commit_part(s: cython.pointer(CpuState), host: uint64_t, physical: uint64_t, offset: uint32_t,
-                 data: cython.p_uchar, size: uint32_t) -> cython.void:  # fmt: skip
-    if host:
-        if is_code_page(s, host):
-            code_written(s, host)
-        copy_bytes(cython.cast(cython.p_uchar, host + offset), data, size)
-    else:
-        mmio_write(s, physical | offset, data, size)
-
-
-def careful_commit(s):
-    """Carry out the writes of a careful block; those to device memory are queued.
-
-    An x87 store with an unmasked exception (but that of precision) leaves its operand alone: it is reported by the
-    next x87 instruction. Its operand is not even looked at then. SDM, "Overview of x87 FPU Exceptions".
-    """
-    restore: string_function
-    k: uint32_t
-    first: uint32_t
-    data: cython.p_uchar
-    if s.careful_x87:
-        s.careful_x87 = 0
-        if s.careful_fsw & ~s.careful_fcw & 0x1F:
-            s.careful_count = 0
-            if s.careful_late:
-                s.careful_late = 0
-                s.event.pending = 0
-    if s.careful_late:
-        s.careful_late = 0
-        restore = cython.cast(
-            string_function,
-            cython.cast(cython.p_void, cython.cast(cython.pointer(CodeCache), s.translator).fpu[1]),
-        )
-        restore(cython.cast(uint64_t, _bounce(s, 1, 0)), 0, 0)
-        return LEAVE_EVENT
-    for k in range(s.careful_count):
-        first = s.careful_write[k]
-        data = _bounce(s, k, s.careful_va[k])
-        if s.observe & OBSERVE_MEMORY:
-            note_access(
-                s, s.careful_va[k], s.careful_physical[k] | (s.careful_va[k] & 0xFFF), data, s.careful_size[k], 1
-            )
-        _commit_part(s, s.careful_host[k], s.careful_physical[k], s.careful_va[k] & 0xFFF, data, first)
-        if first < s.careful_size[k]:
-            _commit_part(s, s.careful_va2[k], s.careful_physical2[k], 0, data + first, s.careful_size[k] - first)
-    s.careful_count = 0
-    return 0
 
 
 @cython.cfunc
@@ -519,16 +372,16 @@ def read_linear(s, va, data, size, access):
     part: uint32_t
     if s.watch and not access & ACCESS_IMPLICIT:
         watch_access(s, va, size, 0)
-    if misaligned(s, va, size) and not access & (ACCESS_IMPLICIT | ACCESS_UNALIGNED) and not _canonical(s, va, 0):
+    if misaligned(s, va, size) and not access & (ACCESS_IMPLICIT | ACCESS_UNALIGNED) and not check_canonical(s, va, 0):
         return raise_error(s, 17, 0)
     access = _access(s, access)
     while size:
         part = 4096 - (va & 0xFFF)
         if part > size:
             part = size
-        r = _canonical(s, va, 0)
+        r = check_canonical(s, va, 0)
         if not r:
-            r = _look(s, va, access, cython.address(t))
+            r = look(s, va, access, cython.address(t))
         if r:
             return r
         if t.host:
@@ -548,16 +401,16 @@ def read_linear(s, va, data, size, access):
 def probe_write(s, va, size, access):
     """Check a write of a helper; nothing is written."""
     t: Translation
-    r: cython.int = _canonical(s, va, 0)
+    r: cython.int = check_canonical(s, va, 0)
     if not r and misaligned(s, va, size) and not access & (ACCESS_IMPLICIT | ACCESS_UNALIGNED):
         r = raise_error(s, 17, 0)
     access = _access(s, access | ACCESS_WRITE)
     if not r:
-        r = _look(s, va, access, cython.address(t))
+        r = look(s, va, access, cython.address(t))
     if not r and (va & 0xFFF) + size > 4096:
-        r = _canonical(s, va + size - 1, 0)
+        r = check_canonical(s, va + size - 1, 0)
         if not r:
-            r = _look(s, _page(va + size - 1), access, cython.address(t))
+            r = look(s, _page(va + size - 1), access, cython.address(t))
     return r
 
 
@@ -577,7 +430,7 @@ def write_linear(s, va, data, size, access):
         part = 4096 - (va & 0xFFF)
         if part > size:
             part = size
-        r = _look(s, va, access, cython.address(t))
+        r = look(s, va, access, cython.address(t))
         if r:
             return r
         if t.host:
@@ -612,9 +465,9 @@ def host_of(s, va, access, where):
     t: Translation
     r: cython.int
     access = _access(s, access)
-    r = _canonical(s, va, 0)
+    r = check_canonical(s, va, 0)
     if not r:
-        r = _look(s, va, access, cython.address(t))
+        r = look(s, va, access, cython.address(t))
     if r:
         return r
     where[0] = t.host + (va & 0xFFF) if t.host else 0
@@ -654,7 +507,7 @@ def fetch_page(s, va, why):
     t: Translation
     if e.tag == (_page(va) | 1):
         return e
-    why[0] = _canonical(s, va, 0)
+    why[0] = check_canonical(s, va, 0)
     if not why[0]:
         why[0] = translate(s, va, ACCESS_EXEC | (ACCESS_USER if user else 0), cython.address(t))
     if why[0]:

@@ -7,7 +7,8 @@ runs, physical addresses in EPT entries, bitmaps and MSR areas are addresses of 
 
 import cython
 from cython.cimports.vmonty.cpu.breakpoints import load_dr7
-from cython.cimports.vmonty.cpu.control import host_tsc, load_pdptes
+from cython.cimports.vmonty.cpu.control import load_pdptes
+from cython.cimports.vmonty.cpu.information import host_tsc
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
 from cython.cimports.vmonty.cpu.paging import physical_to_host
 from cython.cimports.vmonty.cpu.preemption import preemption_arm, preemption_disarm

@@ -7,7 +7,7 @@ Whatever is not plain, FAST_NONE leaves to the Python side, which handles everyt
 from __future__ import annotations
 
 import cython
-from cython.cimports.vmonty.cpu.control import host_tsc
+from cython.cimports.vmonty.cpu.information import host_tsc
 from cython.cimports.vmonty.cpu.state import RAX, RBX, RCX, RDX
 from cython.cimports.vmonty.kvm.soft.kvm_host import (
     APIC_LIMIT,
