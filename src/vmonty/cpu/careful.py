@@ -8,6 +8,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     is_code_page,
     string_function,
 )
+from cython.cimports.vmonty.cpu.exclusive import exclusive_begin, exclusive_end
 from cython.cimports.vmonty.cpu.mmio import mmio_read, mmio_write
 from cython.cimports.vmonty.cpu.paging import Translation
 from cython.cimports.vmonty.cpu.state import (
@@ -21,6 +22,7 @@ from cython.cimports.vmonty.cpu.state import (
 )
 from cython.cimports.vmonty.cpu.tlb import (
     SLOW_ALIGNED,
+    SLOW_LOCK,
     SLOW_READ,
     SLOW_SIZE_SHIFT,
     SLOW_STACK,
@@ -74,9 +76,8 @@ def careful_access(s, va, what, host_rip):
             return refuse(s, r, what, host_rip)
     if s.watch:
         watch_access(s, va, size, write)
-    if write and what & SLOW_READ and first == size and t.host and not s.observe and is_code_page(s, t.host):
-        code_written(s, t.host)  # its only operand: it may be locked, so the host's instruction does it where it is
-        return t.host + (va & 0xFFF)
+    if what & SLOW_LOCK and t.host and (first == size or u.host):
+        return _locked(s, va, size, first, cython.address(t), cython.address(u))
     if first == size and t.host and not s.observe and not (write and is_code_page(s, t.host)):
         return t.host + (va & 0xFFF)
     to = bounce_buffer(s, k, va)
@@ -96,15 +97,55 @@ def careful_access(s, va, what, host_rip):
         if s.observe & OBSERVE_MEMORY:
             note_access(s, va, t.physical | (va & 0xFFF), to, size, 0)
     if write:
-        s.careful_va[k] = va
-        s.careful_size[k] = size
-        s.careful_write[k] = first
-        s.careful_host[k] = t.host
-        s.careful_physical[k] = t.physical
-        s.careful_va2[k] = u.host
-        s.careful_physical2[k] = u.physical
-        s.careful_count = k + 1
+        _keep_write(s, va, size, first, cython.address(t), cython.address(u))
     return cython.cast(uint64_t, to)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _locked(s: cython.pointer(CpuState), va: uint64_t, size: uint32_t, first: uint32_t,
+            t: cython.pointer(Translation), u: cython.pointer(Translation)) -> uint64_t:  # fmt: skip
+    """Give the operand of a locked instruction, its only one: where it is, or a copy while this processor is alone.
+
+    An observer is told what was there just before and just behind the instruction.
+    """
+    to: cython.p_uchar = cython.cast(cython.p_uchar, t.host + (va & 0xFFF))
+    s.careful_locked = 1
+    if is_code_page(s, t.host):
+        code_written(s, t.host)
+    if first < size and is_code_page(s, u.host):
+        code_written(s, u.host)
+    if first < size and u.host != t.host + 4096:
+        exclusive_begin(s)
+        s.careful_locked = 0
+        to = bounce_buffer(s, s.careful_count, va)
+        copy_bytes(to, cython.cast(cython.p_uchar, t.host + (va & 0xFFF)), first)
+        copy_bytes(to + first, cython.cast(cython.p_uchar, u.host), size - first)
+    elif not s.observe:
+        s.careful_locked = 0
+        return cython.cast(uint64_t, to)
+    if s.observe & OBSERVE_MEMORY:
+        note_access(s, va, t.physical | (va & 0xFFF), to, size, 0)
+    _keep_write(s, va, size, first, t, u)
+    return cython.cast(uint64_t, to)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _keep_write(s: cython.pointer(CpuState), va: uint64_t, size: uint32_t, first: uint32_t,
+                t: cython.pointer(Translation), u: cython.pointer(Translation)) -> cython.void:  # fmt: skip
+    """Note a write for the commit."""
+    k: uint32_t = s.careful_count
+    s.careful_va[k] = va
+    s.careful_size[k] = size
+    s.careful_write[k] = first
+    s.careful_host[k] = t.host
+    s.careful_physical[k] = t.physical
+    s.careful_va2[k] = u.host
+    s.careful_physical2[k] = u.physical
+    s.careful_count = k + 1
 
 
 @cython.cfunc
@@ -148,12 +189,19 @@ def careful_commit(s):
     for k in range(s.careful_count):
         first = s.careful_write[k]
         data = bounce_buffer(s, k, s.careful_va[k])
+        if s.careful_locked:
+            data = cython.cast(cython.p_uchar, s.careful_host[k] + (s.careful_va[k] & 0xFFF))
         if s.observe & OBSERVE_MEMORY:
             note_access(
                 s, s.careful_va[k], s.careful_physical[k] | (s.careful_va[k] & 0xFFF), data, s.careful_size[k], 1
             )
+        if s.careful_locked:
+            continue
         _commit_part(s, s.careful_host[k], s.careful_physical[k], s.careful_va[k] & 0xFFF, data, first)
         if first < s.careful_size[k]:
             _commit_part(s, s.careful_va2[k], s.careful_physical2[k], 0, data + first, s.careful_size[k] - first)
     s.careful_count = 0
+    s.careful_locked = 0
+    if s.exclusive:
+        exclusive_end(s)
     return 0

@@ -31,6 +31,8 @@ from cython.cimports.vmonty.cpu.codecache import (
     enter_function,
     guard_function,
     link_to,
+    lock_drop,
+    lock_take,
     register_processor,
     shadow_reset,
     unregister_processor,
@@ -38,6 +40,13 @@ from cython.cimports.vmonty.cpu.codecache import (
 )
 from cython.cimports.vmonty.cpu.decode import Insn
 from cython.cimports.vmonty.cpu.events import deliver
+from cython.cimports.vmonty.cpu.exclusive import (
+    exclusive_aside,
+    exclusive_back,
+    exclusive_end,
+    exclusive_lock,
+    exclusive_wait,
+)
 from cython.cimports.vmonty.cpu.hosttraps import (
     SIGFPE,
     SIGILL,
@@ -192,7 +201,9 @@ def _observe(s: cython.pointer(CpuState), kind: uint32_t) -> cython.void:
         return
     cython.cast(vector_function, cython.cast(cython.p_void, c.save_vectors))(s)
     s.guard_thread = 0  # what Python meets is its own
+    exclusive_aside(s)
     cython.cast(observer_function, s.observer)(s, kind)
+    exclusive_back(s)
     s.guard_thread = pthread_self()
     cython.cast(vector_function, cython.cast(cython.p_void, c.load_vectors))(s)
     s.access_count = 0
@@ -334,6 +345,7 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             # A locked operation: what the kicker wrote before it cleared the flag is seen below.
             swap32(cython.address(s.run), 0, 1)
             link = -1
+            exclusive_wait(s)
             if s.code_queue_count | s.fresh_count:
                 drain_writes(s)
             if s.kick:
@@ -576,6 +588,9 @@ def run_cpu(s):
         guard(s, _run)
         cython.cast(vector_function, cython.cast(cython.p_void, c.save_vectors))(s)
         s.in_run = 0
+        if s.exclusive:  # what it did alone met host memory that is gone
+            exclusive_end(s)
+        s.parked = 0
     s.guard_thread = 0
     if s.host_fault:
         _host_fault(s)
@@ -621,6 +636,9 @@ def cpu_free(s):
     """Give everything back."""
     unwatch(s)
     preemption_free(s)
+    while lock_take(cython.address(exclusive_lock), 1):  # who is about to be alone looks at all of them
+        pass
     unregister_processor(s)
+    lock_drop(cython.address(exclusive_lock))
     cache_free(s)
     state_free(s)

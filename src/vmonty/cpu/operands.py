@@ -61,6 +61,7 @@ from cython.cimports.vmonty.cpu.tlb import (
     SLOW_ALIGNED,
     SLOW_GROUP,
     SLOW_LATE,
+    SLOW_LOCK,
     SLOW_MASKED,
     SLOW_OFFSET,
     SLOW_READ,
@@ -382,6 +383,8 @@ def emit_access(w, i, ea, size, access, stack):
     ea.what = what
     emit_ea(w, ea)
     if w.single:
+        if i.lock or (access == 3 and i.map == 0 and (i.opcode & 0xFE) == 0x86):
+            what |= SLOW_LOCK
         push_imm32(a, what)
         call_to(a, w.c.careful_access)
         w.base = S0

@@ -461,6 +461,7 @@ cdef struct CpuState:
     uint32_t careful_x87     # 1: careful_fsw and careful_fcw say whether the x87 store took place
     uint16_t careful_fsw
     uint16_t careful_fcw
+    uint32_t careful_locked  # 1: the operand is where it belongs; the commit only tells an observer
     uint32_t careful_late    # 1: the x87 store's operand faults, if it is stored at all
     uint32_t code_page_written
     uint64_t shadow_base
@@ -469,6 +470,8 @@ cdef struct CpuState:
     uint32_t last_key        # block_key at the last dispatch
     uint32_t careful_next    # the next instruction goes through a careful block
     uint32_t in_run
+    uint32_t exclusive       # this processor is alone, or waits until it is
+    uint32_t parked          # in run(), but waiting for who is alone, or in an observer's code
     uint32_t code_queue_count    # pages with code that others wrote; guarded by codecache.processors_lock
     uint32_t code_queue_all      # the queue ran over: every page
     uint64_t code_queue[64]

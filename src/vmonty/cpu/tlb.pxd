@@ -17,6 +17,7 @@ cdef enum:
     SLOW_LATE = 0x4000000    # the same bit in a careful block: an x87 store, which faults only if it stores
     SLOW_MASKED = 0x8000000  # perhaps only some of its elements: a careful block finds out when not all are there
     SLOW_SEGMENT_SHIFT = 28  # to_linear: the segment register
+    SLOW_LOCK = 0x80000000   # in a careful block: LOCK, or XCHG
     TLB_INVALID = 1          # low bits of a negated tag that never match
 
 cdef uint64_t memory_slow(CpuState *s, uint64_t va, uint32_t what, uint64_t host_rip) noexcept nogil
