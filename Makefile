@@ -17,6 +17,8 @@ test: packages $(VENV)/built check
 	@$(PY) -m pytest
 	@for provider in $(MATRIX); do echo "==> the ABI suite on $$provider"; \
 		$(PY) -m pytest -q tests/kvm_abi --provider=$$provider || exit 1; done
+	@for provider in soft $(MATRIX); do echo "==> the ABI suite on $$provider, two vCPUs"; \
+		$(PY) -m pytest -q tests/kvm_abi --provider=$$provider --vcpus 2 || exit 1; done
 	@echo "==> the Debian guest"
 	@$(MAKE) --no-print-directory test-debian
 

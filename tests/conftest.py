@@ -22,6 +22,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the KVM under test: linux, soft, soft-svm, soft-vmx-shadow, soft-svm-shadow; by default linux and soft",
     )
     group.addoption(
+        "--vcpus",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="2: a second vCPU runs beside that of each test of the ABI suite that has one of the fixtures'",
+    )
+    group.addoption(
         "--try-known-gaps",
         action="store_true",
         help="run also the tests that the KVM under test is known to fail, to see whether it still does",

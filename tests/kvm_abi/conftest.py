@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -20,9 +21,12 @@ from vmonty.testing.guests import RAM_SIZE, Mode, TinyGuest
 
 from .known_gaps import SOFT_UNFINISHED, why_skip
 from .runner import Runner
+from .second_vcpu import second_vcpu
 from .watched import WatchedProvider
 
 CATALOGUE = "test_catalogue.py"
+# The fixtures that create a vCPU, and beside it a second one with --vcpus 2.
+WITH_VCPU = {"vcpu", "chipped"}
 _WATCHED: dict[str, WatchedProvider] = {}
 
 
@@ -48,6 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if reason := why_unfinished(item):
             item.add_marker(pytest.mark.xfail(strict=True, reason=f"soft: {reason}"))
+    if config.getoption("--vcpus") == 2:
+        _give_second_vcpu(config, items)
     folder = Path(__file__).parent
     collected = {item.path.name for item in items if item.path.parent == folder}
     options = config.option
@@ -55,7 +61,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         collected == {path.name for path in folder.glob("test_*.py")}
         and not (options.keyword or options.markexpr or options.deselect or getattr(options, "lf", False))
         and not any("::" in argument for argument in config.args)
+        and config.getoption("--vcpus") == 1
     )
+
+
+def _give_second_vcpu(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Only tests with a vCPU of the fixtures can have another one beside it; others would be what they are without."""
+    chosen = [item for item in items if not WITH_VCPU.isdisjoint(getattr(item, "fixturenames", ()))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 def why_unfinished(item: pytest.Item) -> str | None:
@@ -146,10 +160,15 @@ def configured(vm: Vm, ram: Ram) -> Vm:
     return vm
 
 
+def others(request: pytest.FixtureRequest, vm: Vm, chipped: bool = False) -> AbstractContextManager[object]:
+    """The second vCPU, if there is to be one."""
+    return second_vcpu(vm, chipped) if request.config.getoption("--vcpus") == 2 else nullcontext()
+
+
 @pytest.fixture
-def vcpu(configured: Vm) -> Iterator[Vcpu]:
+def vcpu(configured: Vm, request: pytest.FixtureRequest) -> Iterator[Vcpu]:
     """vCPU 0 in its reset state, in a VM with RAM and no irqchip."""
-    with configured.create_vcpu() as made:
+    with configured.create_vcpu() as made, others(request, configured):
         yield made
 
 
@@ -160,10 +179,10 @@ def guest(configured: Vm, vcpu: Vcpu, ram: Ram) -> TinyGuest:
 
 
 @pytest.fixture
-def chipped(configured: Vm, ram: Ram) -> Iterator[TinyGuest]:
+def chipped(configured: Vm, ram: Ram, request: pytest.FixtureRequest) -> Iterator[TinyGuest]:
     """A guest whose VM has the in-kernel irqchip."""
     configured.create_irqchip()
-    with configured.create_vcpu() as made:
+    with configured.create_vcpu() as made, others(request, configured, chipped=True):
         yield TinyGuest(configured, made, ram)
 
 

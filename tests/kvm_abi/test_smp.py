@@ -18,6 +18,7 @@ from vmonty.testing.nasm import assemble
 from .irq_guests import APIC, APIC_ICR, APIC_ICR2, APIC_ID, APIC_ON, IPI_VECTOR, READY, apic_write, handler, out_of
 from .refusals import outcome, refused
 from .runner import Runner
+from .second_vcpu import PAGES, SecondVcpu, second_vcpu
 
 Start = Callable[[Vcpu], Runner]
 INIT, SIPI, ASSERT = 5 << 8, 6 << 8, 1 << 14
@@ -93,6 +94,28 @@ def test_one_vcpu_from_several_threads(guest: TinyGuest, runner: Start) -> None:
         assert thread.next() == (0x10, expected)
         assert thread.next() is Exit.HLT
         thread.join()
+
+
+@pytest.mark.parametrize("chipped", [False, True], ids=["bare", "irqchip"])
+def test_the_second_vcpu_of_the_suite(configured: Vm, ram: Ram, chipped: bool) -> None:
+    """What --vcpus 2 puts beside each test: it writes its pages, is interrupted, and goes on without the test's RAM."""
+    if chipped:
+        configured.create_irqchip()
+    with configured.create_vcpu(), second_vcpu(configured, chipped) as second:
+        while chipped and not second.ticks:
+            second.turn()
+        _goes_on(second)
+        configured.set_user_memory_region(0, 0, None)
+        for _ in range(2):
+            second.turn()
+        configured.set_user_memory_region(0, 0, ram)
+        _goes_on(second)
+
+
+def _goes_on(second: SecondVcpu) -> None:
+    rounds = second.ram.read_u32(PAGES)
+    while second.ram.read_u32(PAGES) == rounds:
+        second.turn()
 
 
 @pytest.fixture
