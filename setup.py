@@ -151,7 +151,12 @@ GENERAL_REGS_ONLY = {
     "vmonty.cpu.vmx_checks",
     "vmonty.cpu.legacy",
 }
-GENERAL_REGS_ARGS = ["-mgeneral-regs-only", "-fno-tree-loop-distribute-patterns"]
+GENERAL_REGS_ARGS = [
+    "-mgeneral-regs-only",
+    "-fno-tree-loop-distribute-patterns",
+    # Skylake to Cascade Lake decode a jump anew each time that crosses or ends at such a border: 2 % of translation.
+    "-Wa,-mbranches-within-32B-boundaries",
+]
 
 # -z now: translated guest code may call compiled functions, and a lazily bound call would go through
 # the dynamic linker, which uses vector registers that belong to the guest.
