@@ -3,7 +3,7 @@
 For the dispatcher: ``poll(s)`` when ``attention(s)``. It returns what ``events.deliver`` does.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from vmonty.cpu.state cimport CpuState
 
@@ -22,6 +22,7 @@ cdef inline bint stepping(CpuState *s) noexcept nogil:
 
 
 # After one that ran alone; before: RFLAGS when it began. Data breakpoints that any instruction met: data_trap().
+cdef void note_step(CpuState *s, uint64_t code) noexcept nogil
 cdef void instruction_done(CpuState *s, uint64_t before) noexcept nogil
 
 # An instruction, or one iteration of it, is done: the data breakpoints that it met wait for the boundary.

@@ -1,11 +1,14 @@
 """What happens between instructions: traps, exits and interrupts that wait. SDM, "Priority Among Concurrent Events"."""
 
 import cython
+from cython.cimports.vmonty.cpu.codecache import Block, CodeCache, block_at_host
+from cython.cimports.vmonty.cpu.decode import C_CALL, C_CALLI, C_JMP, C_JMPI, C_RET, ROW, Insn, decode
 from cython.cimports.vmonty.cpu.events import deliver
 from cython.cimports.vmonty.cpu.information import host_tsc
 from cython.cimports.vmonty.cpu.startup import take_startup
 from cython.cimports.vmonty.cpu.state import (
     BLOCKED_NMI,
+    DEBUGCTL_BTF,
     EVENT_EXTERNAL,
     EVENT_NMI,
     EXIT_HALT,
@@ -16,6 +19,9 @@ from cython.cimports.vmonty.cpu.state import (
     GO_ON,
     LEAVE_EXIT,
     LEAVE_NEXT,
+    MODE_COMPAT32,
+    MODE_LONG64,
+    MODE_PROT32,
     SHADOW_MOV_SS,
     SHADOW_STI,
     raise_exception,
@@ -65,12 +71,53 @@ def _debug_trap(s):
     return deliver(s)
 
 
+def note_step(s, code):
+    """Before an instruction with TF set: does it trap whatever it does, or, with BTF, only if it branches?
+
+    SDM, "Single-Stepping on Branches". A conditional branch to what follows it anyway counts as not taken.
+    """
+    b: cython.pointer(Block) = block_at_host(cython.cast(cython.pointer(CodeCache), s.translator), code)
+    bytes_: uint8_t[16]
+    i: Insn
+    k: cython.int
+    at: uint64_t
+    mode: uint32_t
+    s.step_always = 1
+    if s.debugctl & DEBUGCTL_BTF == 0 or b == cython.NULL:
+        return
+    for k in range(16):
+        at = (b.linear & 0xFFF) + k
+        bytes_[k] = 0
+        if at < 4096:
+            bytes_[k] = cython.cast(cython.p_uchar, b.host_page + at)[0]
+        elif b.host_page2:
+            bytes_[k] = cython.cast(cython.p_uchar, b.host_page2 + at - 4096)[0]
+    mode = b.key & 7
+    k = 2
+    if mode == MODE_LONG64:
+        k = 8
+    elif mode in (MODE_PROT32, MODE_COMPAT32):
+        k = 4
+    if decode(cython.address(bytes_[0]), 16, b.rip, k, cython.address(i)) <= 0:
+        return
+    if ROW[i.row].cls in (C_JMP, C_CALL, C_JMPI, C_CALLI, C_RET):
+        return
+    if i.map == 0 and i.opcode in (0x9A, 0xCA, 0xCB, 0xCF, 0xEA, 0xFF):  # FF: its far forms
+        return
+    if i.map == 1 and i.opcode in (0x05, 0x07, 0x34, 0x35):
+        return
+    s.step_always = 0
+    s.step_next = b.rip + b.length
+    if mode != MODE_LONG64:
+        s.step_next &= cython.cast(uint64_t, 0xFFFFFFFF)
+
+
 def instruction_done(s, before):
     """RF lasts for one instruction (the one that IRET sets it for); TF traps behind it. SDM, "Debug Exceptions"."""
     s.retired += 1
     if before & FLAG_RF:
         s.rflags &= ~cython.cast(uint64_t, FLAG_RF)
-    if before & FLAG_TF:
+    if before & FLAG_TF and (s.step_always or s.step_next != s.rip):
         s.pending_debug |= 0x4000
     if s.monitor_trap:
         s.monitor_trap = 2

@@ -8,7 +8,7 @@ registers, as the guest's are live from the first block to the last.
 from __future__ import annotations
 
 import cython
-from cython.cimports.vmonty.cpu.boundary import attention, data_trap, instruction_done, poll, stepping
+from cython.cimports.vmonty.cpu.boundary import attention, data_trap, instruction_done, note_step, poll, stepping
 from cython.cimports.vmonty.cpu.breakpoints import breakpoint_fault
 from cython.cimports.vmonty.cpu.careful import careful_access, careful_commit
 from cython.cimports.vmonty.cpu.codecache import (
@@ -388,6 +388,8 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             continue
         if single:
             s.careful_count = 0
+            if before & FLAG_TF:
+                note_step(s, code)
             if s.observe:
                 s.access_count = 0
                 s.access_bytes = 0

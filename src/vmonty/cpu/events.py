@@ -239,6 +239,7 @@ def _through_idt(s, external):
     if vector == 1 and (kind in (EVENT_EXCEPTION, EVENT_PRIVILEGED)):
         s.dr[6] = (s.dr[6] & ~cython.cast(uint64_t, 0xF)) | payload
         s.dr[7] &= ~cython.cast(uint64_t, 0x2000)
+        s.debugctl = 0  # SDM, "Single-Stepping on Branches": to be set again for the next one
     elif kind == EVENT_NMI:
         s.interruptibility |= BLOCKED_NMI
     if kind != EVENT_SOFT_INTERRUPT and kind != EVENT_SOFT_EXCEPTION:

@@ -20,8 +20,8 @@ from vmonty.cpu.walks import FAULTS, SegmentState, Walk
 
 WIDE = (
     "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "xcr0", "star", "lstar", "cstar", "fmask",
-    "kernel_gs_base", "sysenter_cs", "sysenter_esp", "sysenter_eip", "pat", "tsc_aux", "apic_base", "tsc_offset",
-    "nested_root", "physical_bits", "gdtr_base", "idtr_base", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7",
+    "kernel_gs_base", "sysenter_cs", "sysenter_esp", "sysenter_eip", "debugctl", "pat", "tsc_aux", "apic_base",
+    "tsc_offset", "nested_root", "physical_bits", "gdtr_base", "idtr_base", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7",
 )  # fmt: skip
 SHORT = (
     "cpl", "mode", "interruptibility", "activity", "interrupt_line", "nmi_line", "interrupt_vector", "pending_debug",
@@ -69,6 +69,8 @@ def _field(s, name):
         return cython.address(s.sysenter_esp)
     if name == "sysenter_eip":
         return cython.address(s.sysenter_eip)
+    if name == "debugctl":
+        return cython.address(s.debugctl)
     if name == "pat":
         return cython.address(s.pat)
     if name == "tsc_aux":

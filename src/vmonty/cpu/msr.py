@@ -25,6 +25,7 @@ from cython.cimports.vmonty.cpu.cpuid import (
 )
 from cython.cimports.vmonty.cpu.information import tsc
 from cython.cimports.vmonty.cpu.state import (
+    DEBUGCTL_BTF,
     EFER_LMA,
     EFER_LME,
     EFER_NXE,
@@ -189,6 +190,8 @@ def read_msr(s, index, value):
         value[0] = s.mcg_status
     elif index == 0x1A0:
         value[0] = s.misc_enable
+    elif index == 0x1D9:
+        value[0] = s.debugctl
     elif index == 0x277:
         value[0] = s.pat
     elif index == 0x2FF:
@@ -230,7 +233,6 @@ def read_msr(s, index, value):
         or index == 0x8B  # microcode revision
         or index == 0xCE  # platform information
         or index == 0x179  # machine-check capability: no banks
-        or index == 0x1D9  # debug control
         or 0x1DB <= index <= 0x1DE  # last branch
         or index == 0x34  # SMI count
         or index == 0x10A  # architecture capabilities
@@ -271,8 +273,12 @@ def write_msr(s, index, value):
         s.spec_ctrl = value
     elif index == 0x49:
         return (value & ~cython.cast(uint64_t, 1)) == 0
-    elif index == 0x79 or index == 0x8B or index == 0x1D9:
+    elif index == 0x79 or index == 0x8B:
         return True
+    elif index == 0x1D9:
+        if value >> 16:
+            return False
+        s.debugctl = value & DEBUGCTL_BTF  # nothing is recorded
     elif index == 0x174:
         s.sysenter_cs = value & cython.cast(uint64_t, 0xFFFFFFFF)
     elif index == 0x175:

@@ -8,6 +8,7 @@ from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.segments import implicit_read
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_WRITE,
+    DEBUGCTL_BTF,
     ES,
     EXIT_PIO,
     FLAG_DF,
@@ -84,7 +85,7 @@ def _trap(s, port, size, repeats):
     """What waits at the boundary behind a port instruction, or behind an iteration of one that *repeats*."""
     if s.port_watch:
         port_access(s, port, size)
-    if s.rflags & FLAG_TF:
+    if s.rflags & FLAG_TF and not s.debugctl & DEBUGCTL_BTF:
         s.pending_debug |= 0x4000
     if s.monitor_trap:
         s.monitor_trap = 2

@@ -53,6 +53,10 @@ cdef enum:
     FLAG_ID = 0x200000
     ARITHMETIC_FLAGS = 0x8D5
 
+# IA32_DEBUGCTL
+cdef enum:
+    DEBUGCTL_BTF = 2
+
 # Control registers and EFER (bits below 2^31 only: larger constants are no C ints).
 cdef enum:
     CR0_PE = 0x1
@@ -350,6 +354,7 @@ cdef struct CpuState:
     uint64_t apic_base
     uint64_t misc_enable
     uint64_t spec_ctrl
+    uint64_t debugctl        # DEBUGCTL_BTF alone: there are no branch records
     uint64_t tsc_adjust
     uint64_t tsc_deadline
     uint64_t mtrr_def_type
@@ -394,6 +399,9 @@ cdef struct CpuState:
     void *observer_object
     uint64_t observed_rip    # of the instruction whose accesses are kept
     uint64_t fetch_second    # host address of the page that its bytes reach into, or 0
+    uint64_t step_next       # with BTF: where the instruction that is stepped does not trap
+    uint32_t step_always     # it traps wherever it goes
+    uint32_t step_pad
     uint64_t retired         # instructions that were completed while somebody observed
     uint32_t access_count
     uint32_t access_bytes

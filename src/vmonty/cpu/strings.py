@@ -15,6 +15,7 @@ from cython.cimports.vmonty.cpu.state import (
     ACCESS_WRITE,
     AR_DB,
     ARITHMETIC_FLAGS,
+    DEBUGCTL_BTF,
     ES,
     FLAG_AF,
     FLAG_CF,
@@ -369,7 +370,7 @@ def string_instruction(s, i):
             data_trap(s)
             s.observe_again = s.observe
             s.rflags |= FLAG_RF
-            if s.rflags & FLAG_TF:
+            if s.rflags & FLAG_TF and not s.debugctl & DEBUGCTL_BTF:
                 s.pending_debug |= 0x4000
             if s.monitor_trap:
                 s.monitor_trap = 2

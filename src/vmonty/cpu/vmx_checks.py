@@ -9,6 +9,7 @@ from cython.cimports.vmonty.cpu.state import (
     CR4_PAE,
     CR4_PCIDE,
     CR4_VMXE,
+    DEBUGCTL_BTF,
     EFER_LMA,
     EFER_LME,
     EVENT_EXCEPTION,
@@ -16,6 +17,7 @@ from cython.cimports.vmonty.cpu.state import (
     EVENT_NMI,
     EVENT_SOFT_INTERRUPT,
     FLAG_IF,
+    FLAG_TF,
     FLAG_VM,
     SHADOW_MOV_SS,
     SHADOW_STI,
@@ -39,6 +41,7 @@ from cython.cimports.vmonty.cpu.vmcs import (
     GUEST_GDTR_BASE,
     GUEST_GDTR_LIMIT,
     GUEST_GS_BASE,
+    GUEST_IA32_DEBUGCTL,
     GUEST_IA32_EFER,
     GUEST_IA32_PAT,
     GUEST_IDTR_BASE,
@@ -194,7 +197,7 @@ def _registers_valid(s):
         return False
     if (v.secondary & SECOND_EPT) and get(m, GUEST_CR3) >> s.physical_bits:
         return False
-    if (v.entry_controls & ENTRY_LOAD_DEBUG) and get(m, GUEST_DR7) >> 32:
+    if (v.entry_controls & ENTRY_LOAD_DEBUG) and (get(m, GUEST_DR7) >> 32 or get(m, GUEST_IA32_DEBUGCTL) >> 16):
         return False
     if not canonical(get(m, GUEST_SYSENTER_ESP)) or not canonical(get(m, GUEST_SYSENTER_EIP)):
         return False
@@ -318,6 +321,7 @@ def _state_valid(s):
     debug: uint64_t = get(m, GUEST_PENDING_DBG_EXCEPTIONS)
     long_guest: cython.bint = (v.entry_controls & ENTRY_IA32E) != 0
     good: cython.bint = True
+    step: cython.bint
     if long_guest and (get(m, GUEST_CS_AR_BYTES) & 0x2000):
         # Bits 63 to 48 are alike; bit 47 may differ: code that runs off the canonical half faults in the guest.
         good = get(m, GUEST_RIP) >> 48 in (0, 0xFFFF)
@@ -335,10 +339,11 @@ def _state_valid(s):
     good = good and (blocked & (SHADOW_STI | SHADOW_MOV_SS)) != (SHADOW_STI | SHADOW_MOV_SS)
     if blocked & SHADOW_STI:
         good = good and (flags & FLAG_IF) != 0
-    # SDM, "Checks on Guest Non-Register State": pending debug exceptions. There is no BTF here.
+    # SDM, "Checks on Guest Non-Register State": pending debug exceptions.
     good = good and (debug & ~cython.cast(uint64_t, 0x1500F)) == 0
     if blocked & (SHADOW_STI | SHADOW_MOV_SS) or activity == 1:
-        good = good and ((debug >> 14) & 1) == ((flags >> 8) & 1)
+        step = (flags & FLAG_TF) != 0 and (get(m, GUEST_IA32_DEBUGCTL) & DEBUGCTL_BTF) == 0
+        good = good and ((debug >> 14) & 1) == step
     if information >> 31:
         if kind == EVENT_EXTERNAL:
             good = good and (flags & FLAG_IF) != 0 and (blocked & (SHADOW_STI | SHADOW_MOV_SS)) == 0

@@ -22,6 +22,7 @@ from cython.cimports.vmonty.cpu.state import (
     CR4_PSE,
     CR4_SMAP,
     CR4_SMEP,
+    DEBUGCTL_BTF,
     EFER_LMA,
     EFER_LME,
     EFER_NXE,
@@ -58,6 +59,7 @@ from cython.cimports.vmonty.cpu.vmcs import (
     GUEST_ES_SELECTOR,
     GUEST_GDTR_BASE,
     GUEST_GDTR_LIMIT,
+    GUEST_IA32_DEBUGCTL,
     GUEST_IA32_EFER,
     GUEST_IA32_PAT,
     GUEST_IDTR_BASE,
@@ -241,6 +243,7 @@ def _load_guest(s):
             return 2
     if v.entry_controls & ENTRY_LOAD_DEBUG:
         load_dr7(s, get(m, GUEST_DR7))
+        s.debugctl = get(m, GUEST_IA32_DEBUGCTL) & DEBUGCTL_BTF
     if v.entry_controls & ENTRY_LOAD_PAT:
         s.pat = get(m, GUEST_IA32_PAT)
     for i in range(6):
@@ -418,6 +421,8 @@ def leave_guest(s):
     put(m, GUEST_CR4, s.cr4)
     if v.exit_controls & EXIT_SAVE_DEBUG:
         put(m, GUEST_DR7, s.dr[7])
+        put(m, GUEST_IA32_DEBUGCTL, s.debugctl)
+    s.debugctl = 0
     put(m, GUEST_RSP, s.gpr[RSP])
     put(m, GUEST_RIP, s.rip)
     put(m, GUEST_RFLAGS, s.rflags)
