@@ -233,12 +233,15 @@ def test_memory_that_is_gone_ends_the_run(code: str) -> None:
 
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize(
-    "code", ["ff e0", "ff 24 25 00 00 20 00", "ff d0", "ff 14 25 00 00 20 00"], ids=["jmp", "jmp-m", "call", "call-m"]
+    "code",
+    ["ff e0", "ff 24 25 00 00 20 00", "ff d0", "ff 14 25 00 00 20 00", "c3", "c2 10 00", "f3 c3"],
+    ids=["jmp", "jmp-m", "call", "call-m", "ret", "ret-n", "rep-ret"],
 )
 @pytest.mark.parametrize("target", [0xAAAAAAAAAAAAAAAA, 0x800000000000])
 def test_branch_to_an_address_that_is_not_canonical(machine: Machine, code: str, stepped: bool, target: int) -> None:
-    """SDM, "JMP—Jump", "CALL—Call Procedure", 64-bit mode exceptions: it is the branch that faults."""
+    """SDM, "JMP—Jump", "CALL—Call Procedure", "RET—Return from Procedure": the branch itself faults."""
     machine.put64(0x200000, target)
+    machine.put64(machine.cpu["rsp"], target)
     machine.cpu["rax"] = target
     machine.cpu.stop_at_events()
     machine.load("90 90" + code)
@@ -250,3 +253,48 @@ def test_branch_to_an_address_that_is_not_canonical(machine: Machine, code: str,
     event = machine.cpu.event
     assert (event["pending"], event["vector"], event["error_code"]) == (1, 13, 0)
     assert (machine.cpu["rip"], machine.cpu["rsp"]) == (CODE + 2, before)
+    pushed = CODE + 2 + len(bytes.fromhex(code)) if code.startswith(("ff d", "ff 14")) else 0
+    assert machine.get64(before - 8) == pushed
+
+
+def test_return_to_what_the_callee_made_of_its_return_address(machine: Machine) -> None:
+    """The return that was predicted faults, not its target."""
+    machine.cpu.stop_at_events()
+    for flip in (0, 0, 1 << 63):  # call f; hlt; f: xor [rsp], rcx; ret
+        machine.cpu["rip"], machine.cpu["rcx"] = CODE, flip
+        stopped = machine.run("e8 01 00 00 00  f4  48 31 0c 24  c3")
+        assert (stopped == "halt") is (flip == 0)
+    event = machine.cpu.event
+    assert (event["pending"], event["vector"], machine.cpu["rip"]) == (1, 13, CODE + 10)
+
+
+BORDER = 0x7FFFFFFFF000  # the last page of the lower half
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize(
+    ("code", "rip"),
+    [
+        ("e9 fb ff 00 00", 0), ("0f 83 fa ff 00 00", 0), ("73 7e", 0), ("e8 fb ff 00 00", 0),
+        ("e3 7e", 0), ("e2 7e", 0), ("90", 1), ("73 00", 2), ("e8 00 00 00 00", 0), ("eb 00", 0),
+    ],
+    ids=["jmp", "jcc", "jcc8", "call", "jrcxz", "loop", "run-on", "jcc-next", "call-next", "jmp-next"],
+)  # fmt: skip
+def test_direct_branches_over_the_border(machine: Machine, code: str, rip: int, stepped: bool) -> None:
+    """They fault themselves; code that runs on faults behind the border. SDM, "Canonical Addressing"."""
+    data = bytes.fromhex(code)
+    start = BORDER + 0x1000 - len(data)
+    for table, entry, shift in ((0x1000, 0x6007, 39), (0x6000, 0x7007, 30), (0x7000, 0x8007, 21), (0x8000, 0x9007, 12)):
+        machine.put64(table + 8 * (BORDER >> shift & 511), entry)
+    machine.memory[0xA000 - len(data) : 0xA000] = data
+    machine.cpu.stop_at_events()
+    machine.cpu["rip"], machine.cpu["rcx"] = start, 0 if code.startswith("e3") else 5
+    before = machine.cpu["rsp"], machine.cpu["rcx"]
+    if stepped:
+        machine.cpu.step(2)
+    else:
+        machine.cpu.run()
+    event = machine.cpu.event
+    assert (event["pending"], event["vector"], event["error_code"]) == (1, 13, 0)
+    assert machine.cpu["rip"] == start + rip
+    assert (machine.cpu["rsp"], machine.cpu["rcx"]) == before

@@ -5,6 +5,8 @@ For the dispatcher: ``poll(s)`` when ``attention(s)``. It returns what ``events.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from vmonty.cpu.codecache cimport Block
+from vmonty.cpu.decode cimport Insn
 from vmonty.cpu.state cimport CpuState
 
 cdef int poll(CpuState *s) noexcept nogil
@@ -22,6 +24,7 @@ cdef inline bint stepping(CpuState *s) noexcept nogil:
 
 
 # After one that ran alone; before: RFLAGS when it began. Data breakpoints that any instruction met: data_trap().
+cdef bint instruction_in(CpuState *s, Block *b, uint64_t offset, Insn *i) noexcept nogil
 cdef void note_step(CpuState *s, uint64_t code) noexcept nogil
 cdef void instruction_done(CpuState *s, uint64_t before) noexcept nogil
 

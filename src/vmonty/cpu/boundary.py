@@ -71,34 +71,36 @@ def _debug_trap(s):
     return deliver(s)
 
 
+def instruction_in(s, b, offset, i):
+    """Decode the instruction of a block that begins ``offset`` bytes behind its start; 0 when it is gone."""
+    code: uint8_t[16]
+    k: cython.int
+    at: uint64_t
+    mode: uint32_t = b.key & 7
+    for k in range(16):
+        at = (b.linear & 0xFFF) + offset + k
+        code[k] = 0
+        if at < 4096:
+            code[k] = cython.cast(cython.p_uchar, b.host_page + at)[0]
+        elif b.host_page2:
+            code[k] = cython.cast(cython.p_uchar, b.host_page2 + at - 4096)[0]
+    k = 2
+    if mode == MODE_LONG64:
+        k = 8
+    elif mode in (MODE_PROT32, MODE_COMPAT32):
+        k = 4
+    return decode(cython.address(code[0]), 16, b.rip + offset, k, i) > 0
+
+
 def note_step(s, code):
     """Before an instruction with TF set: does it trap whatever it does, or, with BTF, only if it branches?
 
     SDM, "Single-Stepping on Branches". A conditional branch to what follows it anyway counts as not taken.
     """
     b: cython.pointer(Block) = block_at_host(cython.cast(cython.pointer(CodeCache), s.translator), code)
-    bytes_: uint8_t[16]
     i: Insn
-    k: cython.int
-    at: uint64_t
-    mode: uint32_t
     s.step_always = 1
-    if s.debugctl & DEBUGCTL_BTF == 0 or b == cython.NULL:
-        return
-    for k in range(16):
-        at = (b.linear & 0xFFF) + k
-        bytes_[k] = 0
-        if at < 4096:
-            bytes_[k] = cython.cast(cython.p_uchar, b.host_page + at)[0]
-        elif b.host_page2:
-            bytes_[k] = cython.cast(cython.p_uchar, b.host_page2 + at - 4096)[0]
-    mode = b.key & 7
-    k = 2
-    if mode == MODE_LONG64:
-        k = 8
-    elif mode in (MODE_PROT32, MODE_COMPAT32):
-        k = 4
-    if decode(cython.address(bytes_[0]), 16, b.rip, k, cython.address(i)) <= 0:
+    if s.debugctl & DEBUGCTL_BTF == 0 or b == cython.NULL or not instruction_in(s, b, 0, cython.address(i)):
         return
     if ROW[i.row].cls in (C_JMP, C_CALL, C_JMPI, C_CALLI, C_RET):
         return
@@ -108,7 +110,7 @@ def note_step(s, code):
         return
     s.step_always = 0
     s.step_next = b.rip + b.length
-    if mode != MODE_LONG64:
+    if b.key & 7 != MODE_LONG64:
         s.step_next &= cython.cast(uint64_t, 0xFFFFFFFF)
 
 

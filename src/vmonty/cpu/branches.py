@@ -64,22 +64,30 @@ def _landing(w: cython.pointer(Work), i: cython.pointer(Insn), poll: cython.p_uc
     poll_end(w, i, poll)
 
 
+@cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _say_where(w: cython.pointer(Work)) -> cython.void:
+    """Leave in r12 where this branch is, for who finds its target wrong."""
+    mov_imm(w.a, S1, w.a.at - w.c.writable)
+
+
 def lookup(w, i, call):
     """Go to the guest address in r15 through the jump cache, unless the run flag is 0.
 
-    The dispatcher gets the branch's own address: a target that is not canonical is its fault.
+    The dispatcher is told where the branch is: a target that is not canonical is its fault.
     """
-    source: uint64_t = i.rip ^ (cython.cast(uint64_t, call) << 62)
     s: cython.pointer(CpuState) = w.s
     a: cython.pointer(Assembler) = w.a
     away: cython.p_uchar
     over: cython.p_uchar = cython.NULL
     if w.single or w.code_size != 8:
-        mov_imm(a, S0, source)
+        _say_where(w)
         if call and not w.single:
             call_to(a, w.c.leave_branch)
         else:
-            jmp_to(a, w.c.leave_branch_next if w.single else w.c.leave_branch)
+            jmp_to(a, w.c.leave_next if w.single else w.c.leave_branch)
         return
     pext_mem(a, S1, S2, RBP_HOST, displacement(s, cython.address(s.jump_mask)))
     op_mem(a, 0, 1, 0x8B, S0, RBP_HOST, S1, 3, displacement(s, cython.address(s.jump_negated[s.tlb_set][0])))
@@ -88,7 +96,7 @@ def lookup(w, i, call):
     put8(a, 0xE3)
     put8(a, 0)
     away = a.at
-    mov_imm(a, S0, source)
+    _say_where(w)
     if call:
         call_to(a, w.c.leave_branch)
         put8(a, 0xEB)  # over the other call, to the landing
@@ -164,6 +172,7 @@ def ret(w, i):
     if w.single:
         jmp_to(w.a, w.c.leave_next)
     else:
+        _say_where(w)
         fit(w.a, 1)
         put8(w.a, 0xC3)
     w.closed = 1

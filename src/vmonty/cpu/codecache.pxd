@@ -115,8 +115,7 @@ cdef struct CodeCache:
     uint64_t leave           # saves everything, returns leave_code
     uint64_t leave_link
     uint64_t leave_indirect
-    uint64_t leave_branch        # the same, and rcx goes to branch_rip
-    uint64_t leave_branch_next   # leave_next with rcx
+    uint64_t leave_branch        # the same, and r12 goes to branch_at
     uint64_t leave_poll
     uint64_t leave_system    # r15 = number: the dispatcher executes that instruction
     uint64_t execute_system  # the same here, going on with the next block if nothing is in the way

@@ -8,7 +8,15 @@ registers, as the guest's are live from the first block to the last.
 from __future__ import annotations
 
 import cython
-from cython.cimports.vmonty.cpu.boundary import attention, data_trap, instruction_done, note_step, poll, stepping
+from cython.cimports.vmonty.cpu.boundary import (
+    attention,
+    data_trap,
+    instruction_done,
+    instruction_in,
+    note_step,
+    poll,
+    stepping,
+)
 from cython.cimports.vmonty.cpu.breakpoints import breakpoint_fault
 from cython.cimports.vmonty.cpu.careful import careful_access, careful_commit
 from cython.cimports.vmonty.cpu.codecache import (
@@ -38,7 +46,7 @@ from cython.cimports.vmonty.cpu.codecache import (
     unregister_processor,
     vector_function,
 )
-from cython.cimports.vmonty.cpu.decode import Insn
+from cython.cimports.vmonty.cpu.decode import C_CALL, C_CALLI, C_JMP, C_JMPI, C_LOOP, C_RET, ROW, Insn
 from cython.cimports.vmonty.cpu.events import deliver
 from cython.cimports.vmonty.cpu.exclusive import (
     exclusive_aside,
@@ -91,10 +99,12 @@ from cython.cimports.vmonty.cpu.state import (
     OBSERVE_EVENT,
     OBSERVE_INSTRUCTION,
     OBSERVE_MEMORY,
+    RCX,
     RSP,
     SHADOW_MOV_SS,
     SHADOW_STI,
     FetchEntry,
+    is_canonical,
     note_local,
     observer_function,
     raise_error,
@@ -403,14 +413,16 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
         link = -1
         plain = 0
         s.code_page_written = 0
-        s.branch_rip = 0
+        s.branch_at = 0
         out = enter(s, cython.cast(cython.p_void, code))
         s.slow_host_rip = 0
         if out == OUT_LINK:
             link = s.leave_argument
             s.rip = c.links[link].target
+            if _check_target(s, c.links[link].patch):
+                link = -1
         elif out == OUT_INDIRECT:
-            _check_target(s)
+            _check_target(s, s.branch_at)
         elif out == OUT_POLL:
             pass
         elif out in (OUT_SYSTEM, OUT_FAULT):
@@ -433,7 +445,7 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
             if single and _stepped(s, r, before):
                 return
         elif out == OUT_NEXT:
-            if _check_target(s):
+            if _check_target(s, code - cython.cast(uint64_t, c.executable)):
                 continue
             mmio_done(s)
             data_trap(s)
@@ -467,19 +479,37 @@ def _dispatch(s: cython.pointer(CpuState)) -> cython.void:
 @cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
-def _check_target(s: cython.pointer(CpuState)) -> cython.int:
-    """Raise #GP(0) for a branch to an address that is not canonical, before anything else can happen there.
+def _check_target(s: cython.pointer(CpuState), at: uint64_t) -> cython.int:
+    """Raise #GP(0) for a branch to an address that is not canonical; ``at`` is its place in the code cache, or 0.
 
-    No VM entry takes such a rip, so there must be no exit in between. JMP and CALL fault themselves; RET, whose address
-    is not known any more, counts as done. SDM, "JMP—Jump", "CALL—Call Procedure".
+    Near branches fault themselves, with nothing popped; what CALL pushed is in memory. That is what Intel's processors
+    do. Code that runs on over the border faults there. No VM entry takes such a rip: there must be no exit in between.
     """
-    call: uint64_t
-    if s.mode != MODE_LONG64 or (s.rip + (cython.cast(uint64_t, 1) << 47)) >> 48 == 0:
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    b: cython.pointer(Block)
+    i: Insn
+    k: uint32_t
+    n: uint32_t = 0
+    cls: cython.int
+    if s.mode != MODE_LONG64 or is_canonical(s, s.rip):
         return 0
-    if s.branch_rip:
-        call = ((s.branch_rip >> 62) ^ (s.branch_rip >> 63)) & 1
-        s.rip = s.branch_rip ^ (call << 62)
-        s.gpr[RSP] += call << 3
+    b = block_at_host(c, cython.cast(uint64_t, c.executable) + at)
+    if at and b != cython.NULL:
+        for k in range(b.pairs):
+            if c.offsets[b.offsets + 2 * k] <= at - b.entry:
+                n = k
+        if instruction_in(s, b, c.offsets[b.offsets + 2 * n + 1], cython.address(i)):
+            cls = ROW[i.row].cls
+            if cls in (C_CALL, C_CALLI):
+                s.gpr[RSP] += 8
+            elif cls == C_RET:
+                s.gpr[RSP] -= 8 + i.immediate
+            elif cls == C_LOOP and i.opcode != 0xE3 and s.rip != i.rip + i.length:
+                s.gpr[RCX] += 1
+                if i.address_size == 4:
+                    s.gpr[RCX] &= cython.cast(uint64_t, 0xFFFFFFFF)
+            if cls in (C_CALL, C_CALLI, C_RET, C_JMP, C_JMPI) or s.rip != i.rip + i.length:
+                s.rip = i.rip
     return raise_error(s, 13, 0)
 
 

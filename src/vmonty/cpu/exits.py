@@ -179,6 +179,7 @@ def emit_stubs(w):
             mov_imm(a, S2, k.what)
             jmp_to(a, w.c.leave_link)
         elif k.kind == STUB_LOOKUP:
+            mov_imm(a, S1, k.patch - w.c.writable)
             mov_imm(a, S2, k.target)
             jmp_to(a, w.c.leave_next if w.single else lookup_stub(w))
         elif k.kind == STUB_POLL:

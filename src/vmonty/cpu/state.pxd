@@ -483,7 +483,7 @@ cdef struct CpuState:
     uint32_t code_queue_count    # pages with code that others wrote; guarded by codecache.processors_lock
     uint32_t code_queue_all      # the queue ran over: every page
     uint64_t code_queue[64]
-    uint64_t branch_rip          # of the JMP or CALL that the dispatcher was left by; of CALL bit 62 is inverted; or 0
+    uint64_t branch_at           # where in the code cache is the branch that the dispatcher was left by; 0 for others
     uint64_t fresh_queue[8]      # pages that others began to translate code from; guarded as the other queue is
     uint32_t fresh_count         # may be more than there is room for
     uint32_t fresh_asked         # how many were ever queued,
@@ -526,6 +526,12 @@ cdef enum:
     OBSERVE_EXIT = 16
 
 ctypedef void (*observer_function)(CpuState *, uint32_t) noexcept nogil
+
+
+cdef inline bint is_canonical(CpuState *s, uint64_t va) noexcept nogil:
+    """SDM, "Canonical Addressing": bits 63 to 47 are alike; to 56 with CR4.LA57."""
+    cdef uint32_t top = 56 if s.cr4 & CR4_LA57 else 47
+    return (va + ((<uint64_t> 1) << top)) >> (top + 1) == 0
 
 
 cdef inline bint paging_enabled(CpuState *s) noexcept nogil:

@@ -398,11 +398,8 @@ def _memory_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), sav
     c.leave_fault = _leave_with(c, s, OUT_FAULT, cython.address(s.leave_argument))
     c.leave_next = _leave_with(c, s, OUT_NEXT, cython.address(s.rip))
     c.leave_branch = here(a)
-    store(a, 1, 5, displacement(s, cython.address(s.branch_rip)))
+    store(a, 12, 5, displacement(s, cython.address(s.branch_at)))
     jmp_to(a, c.leave_indirect)
-    c.leave_branch_next = here(a)
-    store(a, 1, 5, displacement(s, cython.address(s.branch_rip)))
-    jmp_to(a, c.leave_next)
     c.trap = here(a)
     store_imm32(a, 5, displacement(s, cython.address(s.leave_code)), OUT_TRAP)
     jmp_to(a, c.leave)
@@ -425,6 +422,7 @@ def _memory_stubs(c: cython.pointer(CodeCache), s: cython.pointer(CpuState), sav
         )  # fmt: skip
     for k in range(TLB_SETS):
         c.lookup[k] = here(a)
+        store(a, 12, 5, displacement(s, cython.address(s.branch_at)))
         pext_mem(a, 12, 15, 5, displacement(s, cython.address(s.jump_mask)))
         op_mem(a, 0, 1, 0x8B, 1, 5, 12, 3, displacement(s, cython.address(s.jump_negated[k][0])))
         lea(a, 1, 1, 15, 0, 0)
