@@ -14,8 +14,9 @@ from vmonty.bench.process import Process
 LIMIT_S = 60
 # What a machine with neither disk nor network, screen nor control socket does without.
 UNUSED = (
-    "pydantic", "rich", "vmonty.guests.apt", "vmonty.guests.busybox", "vmonty.vm.machine", "vmonty.vm.settings",
-    "vmonty.vmm.block.file", "vmonty.vmm.control", "vmonty.vmm.display", "vmonty.vmm.net.user", "vmonty.vmm.virtio",
+    "dataclasses", "json", "pydantic", "rich", "vmonty.guests.apt", "vmonty.guests.busybox", "vmonty.vm.machine",
+    "vmonty.vm.settings", "vmonty.vmm.block.file", "vmonty.vmm.control", "vmonty.vmm.display", "vmonty.vmm.net.user",
+    "vmonty.vmm.virtio",
 )  # fmt: skip
 
 

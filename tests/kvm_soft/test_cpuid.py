@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
@@ -35,7 +34,7 @@ def guest(system: System) -> Iterator[TinyGuest]:
 
 
 def without_popcnt(entries: list[CpuidEntry]) -> list[CpuidEntry]:
-    return [replace(e, ecx=e.ecx & ~LEAF_1_POPCNT) if e.function == 1 else e for e in entries]
+    return [e._replace(ecx=e.ecx & ~LEAF_1_POPCNT) if e.function == 1 else e for e in entries]
 
 
 def test_an_instruction_that_cpuid_hides_is_ud(system: System, guest: TinyGuest) -> None:

@@ -7,7 +7,6 @@ import re
 import select
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,7 @@ def guest(request: pytest.FixtureRequest) -> Iterator[TinyGuest]:
         with vm.create_vcpu() as vcpu:
             leaves = system.supported_cpuid()
             vcpu.set_cpuid2(
-                [replace(leaf, ecx=leaf.ecx | TSC_DEADLINE) if leaf.function == 1 else leaf for leaf in leaves]
+                [leaf._replace(ecx=leaf.ecx | TSC_DEADLINE) if leaf.function == 1 else leaf for leaf in leaves]
             )
             yield TinyGuest(vm, vcpu, ram)
 

@@ -19,6 +19,11 @@ from vmonty.bench.compiler import PayloadError
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) (\S+) (\d+)\s*(.*)")
 
 
+def _environment() -> dict[str, str]:
+    # As most users have it: with this set, a module that is younger than its bytecode would be compiled at each start.
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 class Process:
     """A child whose standard streams are the guest's console. Killed when the block ends; wall time counts from here.
 
@@ -31,7 +36,7 @@ class Process:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
         self.started = time.perf_counter()
         self._child = subprocess.Popen(
-            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0, env=_environment()
         )
 
     def __enter__(self) -> Self:

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmonty.base.errors import UsageError
-from vmonty.cli.observe import Observation, SessionControl, TraceFile
+from vmonty.base.record import Record
+from vmonty.cli.observe import Observation, SessionControl
 from vmonty.cli.sizes import Size
 from vmonty.cli.terminal import MOST_BACKLOG, Console
 from vmonty.vm.build import Build
@@ -34,6 +34,7 @@ from vmonty.vmm.peripherals import Cdrom, Disk, Network
 from vmonty.vmm.tracing import Tracers
 
 if TYPE_CHECKING:
+    from vmonty.cli.tracefile import TraceFile
     from vmonty.guests.progress import Progress
 
 STATUS_TIMEOUT, STATUS_FAILED, FIRST_SIGNAL_STATUS = 124, 1, 128
@@ -212,8 +213,7 @@ def run(
     return report(session, outcome)
 
 
-@dataclass(frozen=True)
-class Watch:
+class Watch(Record):
     """How a session is watched: exits of *names* (none: all) written to *trace*, a *control* socket."""
 
     trace: Path | None
@@ -224,6 +224,8 @@ class Watch:
         """Run the session so."""
         with contextlib.ExitStack() as stack:
             if self.trace is not None:
+                from vmonty.cli.tracefile import TraceFile
+
                 trace = TraceFile(self.trace, frozenset(self.names), sys.stderr)
                 session.tracers.add(trace)
                 stack.callback(self._end, trace)

@@ -11,7 +11,7 @@ import click
 
 from vmonty.base.errors import UsageError
 from vmonty.cli.attach import Attached
-from vmonty.cli.observe import TraceFile
+from vmonty.cli.tracefile import TraceFile
 from vmonty.kvm.exit_record import ExitRecord
 from vmonty.vmm.tracing import fields, record_of
 

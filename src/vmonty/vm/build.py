@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +115,7 @@ class Build:
         config = self._config
         assert config is not None
         if not self._started:
-            config = replace(config, boot=config.boot.first())
+            config = Config(**{**vars(config), "boot": config.boot.first()})
         on: dict[str, list[BlockDevice]] = {"virtio": [], "ide": [], "sata": []}
         indexes: dict[BlockDevice | Tray, int] = {}
         for disk, image in zip(self.plan.disks, self._disks, strict=True):

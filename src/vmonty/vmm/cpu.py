@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from vmonty.base import cpu_models
 from vmonty.base.cpu_models import FEATURES, MODELS
@@ -32,13 +31,12 @@ def cpuid_for(supported: Sequence[CpuidEntry], index: int) -> list[CpuidEntry]:
     entries = []
     for entry in supported:
         if entry.function == LEAF_FEATURES:
-            entry = replace(
-                entry,
+            entry = entry._replace(
                 ebx=entry.ebx & 0x00FF_FFFF | index << 24,
                 ecx=entry.ecx | FEATURE_HYPERVISOR | FEATURE_TSC_DEADLINE,
             )
         elif entry.function in (LEAF_TOPOLOGY, LEAF_TOPOLOGY_V2):
-            entry = replace(entry, edx=index)
+            entry = entry._replace(edx=index)
         entries.append(entry)
     return entries
 
@@ -105,7 +103,7 @@ def table_maker(system: System, text: str, cpus: int, top: int = 0) -> Callable[
 def _with_bits(entry: CpuidEntry, wanted: int) -> CpuidEntry:
     if entry.function != LEAF_ADDRESSES:
         return entry
-    return replace(entry, eax=entry.eax & ~0xFF | min(entry.eax & 0xFF, wanted))
+    return entry._replace(eax=entry.eax & ~0xFF | min(entry.eax & 0xFF, wanted))
 
 
 def _plain_table_maker(system: System, text: str, cpus: int) -> Callable[[int], list[CpuidEntry]]:
@@ -136,7 +134,7 @@ def _without(entry: CpuidEntry, off: frozenset[str]) -> CpuidEntry:
         leaf, subleaf, register, bit = FEATURES[feature]
         indexed = bool(entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX)
         if entry.function == leaf and (not indexed or entry.index == subleaf):
-            entry = replace(entry, **{register: getattr(entry, register) & ~(1 << bit)})
+            entry = entry._replace(**{register: getattr(entry, register) & ~(1 << bit)})
     return entry
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from vmonty.base.errors import BootImageError, UsageError
 from vmonty.base.ram import PAGE_SIZE
+from vmonty.base.record import Record
 from vmonty.vmm.bootorder import check_order
 
 UNIT, MIB = 64 << 10, 1 << 20
@@ -29,8 +29,7 @@ VOLUME_SIGNATURE_AT, VOLUME_SIGNATURE = 0x28, b"_FVH"
 MOST_MENU_WAIT_MS = 0xFFFF
 
 
-@dataclass(frozen=True)
-class Firmware:
+class Firmware(Record):
     """The ROM that ends at 4 GiB, and the file of a flash chip below it, which keeps the guest's *variables*.
 
     Raises BootImageError for what no such ROM or flash can be.

@@ -10,12 +10,12 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from vmonty.base.closing import Closing
 from vmonty.base.errors import UsageError
+from vmonty.base.record import Record, made
 from vmonty.kvm.api import CpuidEntry, System, Vcpu
 from vmonty.kvm.uapi import Cap, flags
 from vmonty.kvm.uapi.irq import kvm_irq_routing_entry
@@ -92,8 +92,7 @@ class MmioSlot(NamedTuple):
     line: Line
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Record):
     """What a machine is made of; sizes in bytes. Raises UsageError and its kin for what no machine can have.
 
     It enters *kernel* directly, or starts *firmware*, which looks for something to boot as *boot* says. *machine* is a
@@ -112,7 +111,7 @@ class Config:
     devices: tuple[str, ...] = ()
     option_roms: tuple[OptionRom, ...] = ()
     firmware: Firmware | None = None
-    boot: BootOptions = field(default_factory=BootOptions)
+    boot: BootOptions = made(factory=BootOptions)
 
     def __post_init__(self) -> None:
         check_size(self.memory)

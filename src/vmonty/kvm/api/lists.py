@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vmonty.base.layout import flexible
 from vmonty.kvm.api.handle import Handle
@@ -17,12 +16,11 @@ from vmonty.kvm.uapi.vm import kvm_msr_list
 MAX_CPUID_ENTRIES = 256
 
 
-@dataclass(frozen=True)
-class CpuidEntry:
+class CpuidEntry(NamedTuple):
     """One leaf of CPUID as KVM takes it; *flags* are KVM_CPUID_FLAG_*."""
 
     function: int
-    index: int
+    index: int  # type: ignore[assignment]  # KVM's name, which tuples have for a method
     flags: int
     eax: int
     ebx: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # Offsets in the register page.
 ID, LVR, TPR, ARBPRI, PPR, EOI, LDR, DFR = 0x20, 0x30, 0x80, 0x90, 0xA0, 0xB0, 0xD0, 0xE0
@@ -49,8 +49,7 @@ ONE_SHOT, PERIODIC, TSC_DEADLINE = 0, 1 << 17, 2 << 17
 MIN_PERIOD_NS = 200_000
 
 
-@dataclass(slots=True)
-class LapicIrq:
+class LapicIrq(NamedTuple):
     """One interrupt message (kvm_lapic_irq)."""
 
     vector: int

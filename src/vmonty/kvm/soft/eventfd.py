@@ -15,9 +15,9 @@ import os
 import select
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from vmonty.base.record import Record, made
 from vmonty.kvm.soft.iodev import KvmIoBus, KvmIoBuses
 from vmonty.kvm.soft.irq_comm import KVM_IRQFD_RESAMPLE_IRQ_SOURCE_ID, IrqComm
 from vmonty.kvm.uapi.flags import (
@@ -80,8 +80,7 @@ class _Signal:
 # ---- irqfd -----------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class _Irqfd:
+class _Irqfd(Record):
     identity: int
     fd: int
     gsi: int
@@ -90,13 +89,12 @@ class _Irqfd:
     resample: _Signal | None = None
 
 
-@dataclass(eq=False)
-class _Resampler:
+class _Resampler(Record):
     """All resampling irqfds of one GSI: they hold the line up until the guest acknowledges it."""
 
     irqs: IrqComm
     gsi: int
-    members: list[_Irqfd] = field(default_factory=list)
+    members: list[_Irqfd] = made(factory=list)
 
     def acked(self) -> None:
         """Lower the line, and tell everyone to look whether its device still wants it."""
@@ -250,8 +248,7 @@ class Irqfds:
 # ---- ioeventfd -------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class _IoEventfd:
+class _IoEventfd(Record):
     """An IoDevice that signals an eventfd; *datamatch* None stands for any value, *size* 0 for any size."""
 
     identity: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 
 from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.user import Argument
@@ -84,7 +83,7 @@ class EventIoctls(VcpuState):
             elif exception.payload is not None:
                 # Who does not know of payloads finds it in the register.
                 self.deliver_payload(exception)
-                self.exception = replace(exception, payload=None)
+                self.exception = exception._replace(payload=None)
             events.exception.pending = int(exception.pending)
             events.exception.injected = int(not exception.pending or not payloads)
             events.exception.nr = exception.vector

@@ -15,8 +15,9 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
+
+from vmonty.base.record import Record, made
 
 __all__ = ["NR_IOBUS_DEVS", "IoDevice", "KvmIoBus", "KvmIoBuses"]
 
@@ -101,10 +102,9 @@ class KvmIoBus:
         return any(device.write(address, size, value) for device in self.candidates(address, size))
 
 
-@dataclass
-class KvmIoBuses:
+class KvmIoBuses(Record):
     """The buses of a VM. Wildcard ioeventfds are on ``fast_mmio`` too, where no data is needed to find them."""
 
-    pio: KvmIoBus = field(default_factory=KvmIoBus)
-    mmio: KvmIoBus = field(default_factory=KvmIoBus)
-    fast_mmio: KvmIoBus = field(default_factory=KvmIoBus)
+    pio: KvmIoBus = made(factory=KvmIoBus)
+    mmio: KvmIoBus = made(factory=KvmIoBus)
+    fast_mmio: KvmIoBus = made(factory=KvmIoBus)

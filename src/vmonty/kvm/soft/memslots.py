@@ -6,9 +6,9 @@ import errno
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from vmonty.base.record import Record, made
 from vmonty.kvm.uapi.flags import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 
 PAGE_SHIFT, PAGE_SIZE = 12, 4096
@@ -18,8 +18,7 @@ USER_ADDRESS_LIMIT = (1 << 47) - PAGE_SIZE
 ADDRESS_SPACES = 1
 
 
-@dataclass
-class Memslot:
+class Memslot(Record):
     """*npages* pages from *base_gfn*, which are the host's from *userspace_addr*."""
 
     id: int
@@ -27,11 +26,11 @@ class Memslot:
     npages: int
     userspace_addr: int
     flags: int
-    dirty: bytearray = field(default_factory=bytearray)
+    dirty: bytearray = made(factory=bytearray)
     # Where writes are noted instead of in ``dirty``: (slot, page).
     to_ring: Callable[[int, int], None] | None = None
     # A change of the log reads, changes and writes a byte: no other thread's may come in between.
-    _dirty_lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    _dirty_lock: threading.Lock = made(factory=threading.Lock)
 
     @property
     def end_gfn(self) -> int:

@@ -7,19 +7,18 @@ Source: virt/kvm/kvm_main.c, kvm_init(), kvm_exit(); arch/x86/kvm/x86.c, kvm_x86
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import shlex
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vmonty.base.errors import KvmError, KvmUnavailable, UsageError
 from vmonty.base.ram import Ram
+from vmonty.base.record import Record, made
 from vmonty.kvm.soft import pcpu as pcpus
 from vmonty.kvm.soft.msrs import MSRS_TO_SAVE
 from vmonty.kvm.soft.pcpu import HotplugState, PhysicalCpu, SyscoreOps
@@ -75,8 +74,7 @@ class KvmX86InitOps(Protocol):
         """The vendor's part of a vCPU, in its reset state."""
 
 
-@dataclass
-class KvmParameters:
+class KvmParameters(Record):
     """Parameters of kvm itself. Times in nanoseconds; ppm are parts per million."""
 
     halt_poll_ns: int = 0
@@ -86,8 +84,7 @@ class KvmParameters:
     min_timer_period_us: int = 200
 
 
-@dataclass
-class Firmware:
+class Firmware(Record):
     """What the firmware's setup has left on: a vendor's extension that it disables cannot be used."""
 
     vmx: bool = True
@@ -97,21 +94,20 @@ class Firmware:
 FIRMWARE = Firmware()
 
 
-@dataclass
-class Module:
+class Module(Record):
     """A loaded vendor module, kvm with it."""
 
     ops: KvmX86InitOps
     kvm: KvmParameters
-    asked: dict[str, int | bool] = field(default_factory=dict)
+    asked: dict[str, int | bool] = made(factory=dict)
     references: int = 0
-    vm_list: list[Kvm] = field(default_factory=list)
-    debugfs: dict[str, Callable[[], int]] = field(default_factory=dict)
+    vm_list: list[Kvm] = made(factory=list)
+    debugfs: dict[str, Callable[[], int]] = made(factory=dict)
     msrs_to_save: tuple[int, ...] = ()
     bad_page: Ram | None = None
     device: bool = False
-    _steps: ExitStack = field(default_factory=ExitStack)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _steps: ExitStack = made(factory=ExitStack)
+    _lock: threading.Lock = made(factory=threading.Lock)
 
     @property
     def name(self) -> str:
@@ -121,7 +117,8 @@ class Module:
     @property
     def parameters(self) -> dict[str, int | bool]:
         """As /sys/module/*/parameters shows them: what they came to on this processor."""
-        return dataclasses.asdict(self.kvm) | dataclasses.asdict(self.ops.parameters)
+        mine: dict[str, int | bool] = vars(self.kvm) | vars(self.ops.parameters)
+        return mine
 
     def get(self) -> None:
         """try_module_get(): one more user. Raises OSError with ENODEV when it is being unloaded."""

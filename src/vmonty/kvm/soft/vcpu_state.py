@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vmonty.kvm.soft.cpuid import CR4_VALID, EFER_VALID, XCR0_VALID
 from vmonty.kvm.soft.files import KvmFile
@@ -28,8 +27,7 @@ DR6_TRAPS, DR6_BS, DR6_RTM = 0xF, 1 << 14, 1 << 16
 RFLAGS_TF = 1 << 8
 
 
-@dataclass(frozen=True)
-class QueuedException:
+class QueuedException(NamedTuple):
     """An exception to inject: its vector, error code (None: it has none), and payload (#PF: CR2, #DB: DR6).
 
     Not *pending*: its delivery was begun and goes on. A payload of None is in its register already.

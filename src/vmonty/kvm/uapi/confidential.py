@@ -215,10 +215,3 @@ class kvm_tdx_init_mem_region(Structure):
     source_addr: u64
     gpa: u64
     nr_pages: u64
-
-
-@layout
-class kvm_exit_snp_req_certs(Structure):
-    gpa: u64
-    npages: u64
-    ret: u64

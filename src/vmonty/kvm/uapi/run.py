@@ -6,9 +6,15 @@ linux/kvm.h, asm/kvm.h
 from __future__ import annotations
 
 from vmonty.base.layout import Array, Structure, Union, array, i8s, layout, u8, u8s, u16, u32, u64, u64s
-from vmonty.kvm.uapi.confidential import kvm_exit_snp_req_certs
 from vmonty.kvm.uapi.vcpu import kvm_debug_exit_arch, kvm_regs, kvm_sregs, kvm_vcpu_events
 from vmonty.kvm.uapi.xen_hyperv import kvm_hyperv_exit, kvm_xen_exit
+
+
+@layout
+class kvm_exit_snp_req_certs(Structure):
+    gpa: u64
+    npages: u64
+    ret: u64
 
 
 @layout

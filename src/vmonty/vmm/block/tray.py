@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from vmonty.base.record import Record
 from vmonty.vmm.block.device import BlockDevice
 
 
-@dataclass(eq=False)
-class Tray:
+class Tray(Record):
     """The tray holds *medium*, from the file *name*, or nothing; while it is *open* the drive cannot read it."""
 
     medium: BlockDevice | None = None

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from vmonty.base.record import Record, made
 from vmonty.vmm.boot import aml
 from vmonty.vmm.hw import acpi_ged, acpi_hotplug, acpi_pm
 
@@ -153,14 +153,13 @@ def _mcfg(address: int) -> bytes:
     return table(b"MCFG", 1, bytes(8) + struct.pack("<QHBB4x", address, 0, 0, 255))
 
 
-@dataclass
-class _Image:
+class _Image(Record):
     """Tables one behind the other from address *base*, with what would have to change if they moved."""
 
     base: int
-    data: bytearray = field(default_factory=bytearray)
-    pointers: list[tuple[int, int]] = field(default_factory=list)  # (offset, size in bytes)
-    sums: list[tuple[int, int]] = field(default_factory=list)  # (offset, size) of each table with a checksum
+    data: bytearray = made(factory=bytearray)
+    pointers: list[tuple[int, int]] = made(factory=list)  # (offset, size in bytes)
+    sums: list[tuple[int, int]] = made(factory=list)  # (offset, size) of each table with a checksum
 
     def add(
         self, made: bytes, alignment: int = 16, pointers: Sequence[tuple[int, int]] = (), summed: bool = True

@@ -7,8 +7,8 @@ PCI-to-PCI Bridge Architecture Specification, "System Initialization".
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from vmonty.base.record import Record
 from vmonty.vmm.boot.dsdt import Window
 from vmonty.vmm.hw.pci import Bar, PciBridge, PciBus, PciDevice
 from vmonty.vmm.hw.pci import bridge as br
@@ -18,8 +18,7 @@ FIRST_PORT, LAST_PORT = 0xC000, 0xFEFF
 BRIDGE_IO_UNIT, BRIDGE_MEMORY_UNIT = 0x1000, 0x10_0000
 
 
-@dataclass
-class _Pool:
+class _Pool(Record):
     """Addresses from *at* to *last*, given out upwards."""
 
     at: int
@@ -37,8 +36,7 @@ class _Pool:
         return base
 
 
-@dataclass
-class _Setup:
+class _Setup(Record):
     ports: _Pool
     low: _Pool
     high: _Pool

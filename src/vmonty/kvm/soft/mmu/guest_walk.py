@@ -6,7 +6,7 @@ and dirty bits are the processor's business.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 PRESENT, WRITABLE, USER, LARGE = 1, 2, 4, 0x80
@@ -28,14 +28,13 @@ class Entry(NamedTuple):
     value: int
 
 
-@dataclass(frozen=True)
-class Walk:
+class Walk(NamedTuple):
     """The result: *gpa* is None where nothing is mapped."""
 
     gpa: int | None
     writable: bool = True
     user: bool = True
-    entries: list[Entry] = field(default_factory=list)
+    entries: Sequence[Entry] = ()
 
 
 def walk(memory: GuestMemory, gva: int, cr0: int, cr3: int, cr4: int, efer: int) -> Walk:

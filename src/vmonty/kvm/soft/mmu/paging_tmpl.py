@@ -6,10 +6,10 @@ Flags".
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vmonty.base import hostcall
+from vmonty.base.record import Record, made
 from vmonty.kvm.soft.memslots import PAGE_SHIFT, Memslots
 
 PRESENT, WRITABLE, USER, ACCESSED, DIRTY, LARGE, NX = 1, 2, 4, 0x20, 0x40, 0x80, 1 << 63
@@ -47,8 +47,7 @@ class Registers(NamedTuple):
         return 8 if self.cr4 & CR4_PAE else 4
 
 
-@dataclass
-class Translation:
+class Translation(Record):
     """A successful walk. *tables*: level → gfn of the guest's table there; *access*: level → what the entries above it
     allow; *gptes*: level → the entry used. *level* is that of the leaf; *gfn* of the 4 KiB page; *allowed* of the leaf.
     """
@@ -57,9 +56,9 @@ class Translation:
     level: int = 1
     allowed: int = ACC_ALL
     dirty: bool = True
-    tables: dict[int, int] = field(default_factory=dict)
-    access: dict[int, int] = field(default_factory=dict)
-    gptes: dict[int, int] = field(default_factory=dict)
+    tables: dict[int, int] = made(factory=dict)
+    access: dict[int, int] = made(factory=dict)
+    gptes: dict[int, int] = made(factory=dict)
 
 
 class GuestFault(Exception):  # it is the guest's, not ours

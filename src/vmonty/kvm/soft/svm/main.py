@@ -6,10 +6,10 @@ Source: arch/x86/kvm/svm/svm.c: svm_hardware_setup(), svm_hardware_enable().
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmonty.base.ram import Ram
+from vmonty.base.record import Record
 from vmonty.cpu.svm import Svm as SvmInstructions
 from vmonty.kvm.soft.mmu.shadow import ShadowMmu
 from vmonty.kvm.soft.mmu.spte import NPT
@@ -26,8 +26,7 @@ MSR_VM_CR = 0xC001_0114
 VM_CR_SVMDIS = 1 << 4
 
 
-@dataclass
-class Parameters:
+class Parameters(Record):
     """As modinfo kvm_amd tells them."""
 
     npt: bool = True

@@ -6,10 +6,10 @@ Source: arch/x86/kvm/vmx/main.c, vmx.c: hardware_setup(), vmx_hardware_enable(),
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmonty.base.ram import Ram
+from vmonty.base.record import Record
 from vmonty.cpu.vmcs import REVISION
 from vmonty.cpu.vmx import Vmx as VmxInstructions
 from vmonty.kvm.soft import pcpu
@@ -31,8 +31,7 @@ APICV = SECOND_VIRTUALIZE_APIC | SECOND_APIC_REGISTERS | SECOND_INTERRUPT_DELIVE
 VPIDS = 1 << 16
 
 
-@dataclass
-class Parameters:
+class Parameters(Record):
     """As modinfo kvm_intel tells them. What the processor lacks is turned off by hardware_setup()."""
 
     ept: bool = True

@@ -6,8 +6,7 @@ Source: PCI-to-PCI Bridge Architecture Specification 1.2, "Configuration Space";
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from vmonty.base.record import Record
 from vmonty.vmm.hw.pci import config as cfg
 from vmonty.vmm.hw.pci.bus import PciBus
 from vmonty.vmm.hw.pci.decode import Space, Window
@@ -29,8 +28,7 @@ LINK_ACTIVE_CAPABLE, LINK_ACTIVE = 1 << 20, 1 << 13
 SLOT_PRESENT = 1 << 6
 
 
-@dataclass
-class _Gate:
+class _Gate(Record):
     """A decoder for what stands behind a bridge: windows decode only where the bridge passes accesses on."""
 
     bridge: PciBridge

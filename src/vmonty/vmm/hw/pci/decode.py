@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 from vmonty.base.errors import UsageError
+from vmonty.base.record import Record
 from vmonty.vmm.bus import Bus, BusDevice, Range
 
 
@@ -19,8 +19,7 @@ class Space(Enum):
     MEMORY = "memory"
 
 
-@dataclass(eq=False)
-class Window:
+class Window(Record):
     """*size* addresses at which *device* answers, once the guest gave them a base.
 
     ``moved`` is told each base that takes effect, None when the window no longer decodes; on the thread of the vCPU
@@ -32,8 +31,8 @@ class Window:
     size: int
     device: BusDevice
     moved: Callable[[int | None], None] | None = None
-    base: int | None = field(default=None, init=False)  # what the guest wants; None: decodes nothing
-    placed: Range | None = field(default=None, init=False)
+    base: int | None = None  # what the guest wants; None: decodes nothing
+    placed: Range | None = None
 
 
 class Decoding(Protocol):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from vmonty.base.record import Record
 from vmonty.vmm.bus import Bus, BusDevice
 from vmonty.vmm.hw.pci import config as cfg
 from vmonty.vmm.hw.pci import msix as msix_module
@@ -35,8 +35,7 @@ class Slot(NamedTuple):
     send_msi: Callable[[int, int], None]
 
 
-@dataclass
-class Bar:
+class Bar(Record):
     """One base address register. *size* in bytes, a power of two."""
 
     index: int
