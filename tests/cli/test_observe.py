@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from vmonty import kvm
 from vmonty.base.errors import UsageError
 from vmonty.base.ram import Ram
-from vmonty.cli.observe import TraceFile
 from vmonty.cli.stat import stat
+from vmonty.cli.tracefile import TraceFile
 from vmonty.kvm.soft import modules
 from vmonty.testing.guests import RAM_SIZE, Mode, TinyGuest
 
