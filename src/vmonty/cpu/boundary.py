@@ -5,6 +5,7 @@ from cython.cimports.vmonty.cpu.codecache import Block, CodeCache, block_at_host
 from cython.cimports.vmonty.cpu.decode import C_CALL, C_CALLI, C_JMP, C_JMPI, C_RET, ROW, Insn, decode
 from cython.cimports.vmonty.cpu.events import deliver
 from cython.cimports.vmonty.cpu.information import host_tsc
+from cython.cimports.vmonty.cpu.preemption import preemption_arm
 from cython.cimports.vmonty.cpu.startup import take_startup
 from cython.cimports.vmonty.cpu.state import (
     BLOCKED_NMI,
@@ -179,8 +180,11 @@ def poll(s):
             return vm_exit(s, REASON_MONITOR_TRAP, 0, 0)
         if s.pending_debug and (s.interruptibility & SHADOW_MOV_SS) == 0 and s.activity < 2:
             return _debug_trap(s)
-        if (v.pin & PIN_PREEMPTION_TIMER) and host_tsc() >= v.timer_deadline:
-            return vm_exit(s, REASON_PREEMPTION_TIMER, 0, 0)
+        if v.pin & PIN_PREEMPTION_TIMER:
+            now: uint64_t = host_tsc()
+            if now >= v.timer_deadline:
+                return vm_exit(s, REASON_PREEMPTION_TIMER, 0, 0)
+            preemption_arm(s, now, v.timer_deadline)
         if (
             (v.processor & PROC_NMI_WINDOW)
             and (s.interruptibility & (BLOCKED_NMI | SHADOW_MOV_SS | SHADOW_STI)) == 0

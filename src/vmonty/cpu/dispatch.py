@@ -68,7 +68,7 @@ from cython.cimports.vmonty.cpu.hosttraps import (
 from cython.cimports.vmonty.cpu.mmio import mmio_answer, mmio_done, mmio_report
 from cython.cimports.vmonty.cpu.paging import swap32
 from cython.cimports.vmonty.cpu.ports import complete
-from cython.cimports.vmonty.cpu.preemption import preemption_free
+from cython.cimports.vmonty.cpu.preemption import preemption_free, preemption_thread
 from cython.cimports.vmonty.cpu.resume import cached_code, execute_system, new_key
 from cython.cimports.vmonty.cpu.startup import reset_registers
 from cython.cimports.vmonty.cpu.state import (
@@ -609,6 +609,7 @@ def run_cpu(s):
     guard: guard_function = cython.cast(guard_function, cython.cast(cython.p_void, c.guard))
     if not s.stack_ready:
         prepare_thread()
+        preemption_thread(s)
     if s.code_queue_count | s.fresh_count:
         drain_writes(s)
     s.slow_host_rip = 0

@@ -48,9 +48,10 @@ cdef extern from "<signal.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int gettid()
 
-# Clear the run flag of this thread's processor once that many TSC ticks have passed, and again until disarmed.
-cdef void preemption_arm(CpuState *s, uint64_t ticks) noexcept nogil
-cdef void preemption_disarm(CpuState *s) noexcept nogil
+# To be called before the others by a thread that begins to run the processor.
+cdef void preemption_thread(CpuState *s) noexcept nogil
+# Clear the run flag of this thread's processor when the TSC, now at ``now``, reaches ``deadline``, or before.
+cdef void preemption_arm(CpuState *s, uint64_t now, uint64_t deadline) noexcept nogil
 cdef void preemption_free(CpuState *s) noexcept nogil
 # A halted guest waits for an event, of which nobody tells but the run flag.
 cdef void halted_wait(CpuState *s) noexcept nogil

@@ -3,6 +3,10 @@
 SDM, "VMX-Preemption Timer". The dispatcher compares the deadline with the TSC; all that is needed is that it looks. The
 signal goes to the thread that runs the guest, and its handler writes one word; processors that are gone are recognised
 by the list that the trap handler keeps.
+
+The POSIX timer stays armed over exits and entries: a pair of system calls for each would be most of what an exit costs.
+One that fires too early, since the deadline has moved or the clocks differ, makes the dispatcher look, which arms it
+anew. One that fires after the guest has left clears a flag that nobody reads.
 """
 
 import cython
@@ -32,7 +36,7 @@ def _handler(number: cython.int, info: cython.pointer(siginfo_t), context: cytho
 @cython.nogil
 @cython.exceptval(check=False)
 def _measure() -> cython.void:
-    """Count TSC ticks for a millisecond: the timer is set a little late, and repeats, so this need not be exact."""
+    """Count TSC ticks for a millisecond: the timer may come early, so this need not be exact."""
     global _ticks_per_ms
     begin: timespec
     now: timespec
@@ -56,10 +60,10 @@ def _make(s: cython.pointer(CpuState)) -> cython.int:
     action: sigaction_t
     event: sigevent_t
     timer: timer_t = cython.NULL
-    thread: cython.int = gettid()
-    if s.timer_thread == thread:
+    thread: cython.int
+    if s.timer_thread:
         return 1
-    preemption_free(s)
+    thread = gettid()
     action.sa_sigaction = _handler
     sigemptyset(cython.address(action.sa_mask))
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART
@@ -76,34 +80,33 @@ def _make(s: cython.pointer(CpuState)) -> cython.int:
     return 1
 
 
-def preemption_arm(s, ticks):
-    """Have the run flag cleared when *ticks* of the TSC have passed; a host without timers looks at entry only."""
+def preemption_thread(s):
+    """The calling thread runs the guest from here on: a timer of another's is of no use."""
+    if s.timer_thread and s.timer_thread != cython.cast(uint32_t, gettid()):
+        preemption_free(s)
+
+
+def preemption_arm(s, now, deadline):
+    """Have the run flag cleared at *deadline*, or before; a host without timers looks at entry only."""
     when: itimerspec
+    ticks: uint64_t = deadline - now
     nanoseconds: uint64_t
+    if now < s.timer_due and s.timer_due <= deadline:
+        return
     if _ticks_per_ms == 0:
         _measure()
     if not _make(s):
         return
+    if ticks > _ticks_per_ms:
+        ticks -= ticks >> 10  # by how much the clocks may differ
     nanoseconds = ticks // _ticks_per_ms * 1000000 + ticks % _ticks_per_ms * 1000000 // _ticks_per_ms + 1000
     when.it_value.tv_sec = nanoseconds // 1000000000
     when.it_value.tv_nsec = nanoseconds % 1000000000
     when.it_interval.tv_sec = 0
-    when.it_interval.tv_nsec = 200000
-    if timer_settime(cython.cast(timer_t, s.timer), 0, cython.address(when), cython.NULL) == 0:
-        s.timer_armed = 1
-
-
-def preemption_disarm(s):
-    """The guest has exited."""
-    when: itimerspec
-    if not s.timer_armed:
-        return
-    when.it_value.tv_sec = 0
-    when.it_value.tv_nsec = 0
-    when.it_interval.tv_sec = 0
     when.it_interval.tv_nsec = 0
-    timer_settime(cython.cast(timer_t, s.timer), 0, cython.address(when), cython.NULL)
-    s.timer_armed = 0
+    s.timer_due = (
+        deadline if timer_settime(cython.cast(timer_t, s.timer), 0, cython.address(when), cython.NULL) == 0 else 0
+    )
 
 
 def preemption_free(s):
@@ -111,7 +114,7 @@ def preemption_free(s):
     if s.timer_thread:
         timer_delete(cython.cast(timer_t, s.timer))
         s.timer_thread = 0
-        s.timer_armed = 0
+        s.timer_due = 0
 
 
 def halted_wait(s):

@@ -390,6 +390,7 @@ cdef struct CpuState:
     uint32_t monitor_trap    # under VMX: 1 while the monitor trap flag is set, 2 when its exit is due
     uint32_t intercepts      # bits of block_key: instructions of translated code that may exit, see vmx_entry
     uint64_t timer           # a POSIX timer, see preemption
+    uint64_t timer_due       # the TSC for which it is armed, may have passed; 0: it is not
     # Observers (see observe): off while observe is 0. Who observes runs single instructions.
     uint32_t exact_flags     # tests: no flag is dead, so that those pushed by a fault are the instructions' own
     uint32_t exact_pad
@@ -410,7 +411,6 @@ cdef struct CpuState:
     AccessRecord accesses[128]     # of the current instruction or event
     uint8_t access_data[8192]
     uint32_t timer_thread    # the thread that it signals; 0: there is none
-    uint32_t timer_armed
     uint64_t watch_address[4]
     uint32_t watch_size[4]
     uint32_t watch_reads[4]

@@ -11,7 +11,7 @@ from cython.cimports.vmonty.cpu.control import load_pdptes
 from cython.cimports.vmonty.cpu.information import host_tsc
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
 from cython.cimports.vmonty.cpu.paging import physical_to_host
-from cython.cimports.vmonty.cpu.preemption import preemption_arm, preemption_disarm
+from cython.cimports.vmonty.cpu.preemption import preemption_arm
 from cython.cimports.vmonty.cpu.state import (
     CR0_PE,
     CR0_WP,
@@ -395,9 +395,10 @@ def enter_guest(s, launch):
         if v.secondary & SECOND_TSC_SCALING:
             s.tsc_multiplier = get(m, TSC_MULTIPLIER)
     if v.pin & PIN_PREEMPTION_TIMER:
-        v.timer_deadline = host_tsc() + (get(m, VMX_PREEMPTION_TIMER_VALUE) << 5)
-        if get(m, VMX_PREEMPTION_TIMER_VALUE):
-            preemption_arm(s, get(m, VMX_PREEMPTION_TIMER_VALUE) << 5)
+        now: uint64_t = host_tsc()
+        v.timer_deadline = now + (get(m, VMX_PREEMPTION_TIMER_VALUE) << 5)
+        if v.timer_deadline != now:
+            preemption_arm(s, now, v.timer_deadline)
     launched[0] = 1
     v.entries += 1
     s.exit.reason = EXIT_NONE
@@ -445,7 +446,6 @@ def leave_guest(s):
     if s.intercepts:
         s.intercepts = 0
         mode_changed(s)
-    preemption_disarm(s)
     controls = v.entry_controls & ~cython.cast(uint32_t, ENTRY_IA32E)
     if s.efer & EFER_LMA:
         controls |= ENTRY_IA32E

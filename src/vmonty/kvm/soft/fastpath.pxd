@@ -82,6 +82,7 @@ cdef uint64_t fastpath_input(KvmVcpuArch *a, uint64_t rax) noexcept nogil
 cdef int fastpath_halt(KvmVcpuArch *a, CpuState *s) noexcept nogil
 cdef int fastpath_external_interrupt(KvmVcpuArch *a, CpuState *s) noexcept nogil
 # Whether an interrupt waits that the guest does not know of yet. window: it exits anyway when it takes interrupts.
+cdef bint kvm_lapic_expired_hv_timer(KvmVcpuArch *a) noexcept nogil
 cdef int fastpath_events(KvmVcpuArch *a, bint window) noexcept nogil
 cdef void skip_emulated_instruction(CpuState *s) noexcept nogil
 

@@ -135,7 +135,10 @@ def _timer_fires(l):
 
 
 def _write_deadline(a, value):
-    """kvm_set_lapic_tscdeadline_msr(), unless the host's timer must be set to an earlier time."""
+    """kvm_set_lapic_tscdeadline_msr(), unless the host's timer must be set to an earlier time.
+
+    Where the processor has a timer, the caller sets that.
+    """
     l: cython.pointer(KvmLapic) = a.apic
     armed: uint64_t
     if not apic_enabled(l) or not l.deadline_mode:
@@ -147,6 +150,8 @@ def _write_deadline(a, value):
         _timer_fires(l)
         return True
     store64(cython.address(l.tsc_deadline), value, SEQUENTIAL)
+    if a.hv_timer:
+        return True
     armed = load64(cython.address(l.armed_tsc), SEQUENTIAL)
     return value == 0 or (armed != 0 and armed <= value)
 
@@ -319,12 +324,23 @@ def fastpath_external_interrupt(a, s):
     return FAST_RESUME
 
 
+def kvm_lapic_expired_hv_timer(a):
+    """False when Python must look: what fires is no plain interrupt. The deadline may also be far away still."""
+    if a.apic == cython.NULL:
+        return True
+    if not _timer_is_plain(a.apic):
+        return False
+    if apic_take_deadline(a.apic, host_tsc() + a.tsc_offset):
+        _timer_fires(a.apic)
+    return True
+
+
 def fastpath_events(a, window):
     """kvm_check_and_inject_events(), as far as it can be told without leaving the guest."""
     l: cython.pointer(KvmLapic) = a.apic
     if l == cython.NULL:
         return FAST_RESUME
-    if l.tsc_deadline and not a.tsc_scaled and _timer_is_plain(l):
+    if l.tsc_deadline and not a.tsc_scaled and not a.hv_timer and _timer_is_plain(l):
         if apic_take_deadline(l, host_tsc() + a.tsc_offset):
             _timer_fires(l)
     if window:

@@ -87,6 +87,8 @@ cdef struct KvmVcpuArch:
     uint32_t fast            # exits may be handled without Python. vCPU
     uint32_t fast_msrs       # also those of MSRs: no filter is set. vCPU
     uint32_t tsc_scaled      # the guest's TSC is not the host's plus tsc_offset. vCPU
+    uint32_t hv_timer        # kvm_can_use_hv_timer(): while the guest runs, the processor watches the deadline. vCPU
+    uint32_t hv_timer_on     # ... and there is one, in the VMCS. vCPU
     uint32_t user_exit       # kvm_run says why to go back to user space. vCPU
     uint32_t may_reenter     # after such an exit KVM_RUN needs nothing of Python's. vCPU
     uint32_t reenter         # ... and nobody has touched the vCPU since. vCPU

@@ -670,6 +670,11 @@ class Lapic:
             if self.enabled and self.timer.mode == TSC_DEADLINE:
                 self.timer.set_tsc_deadline(value & _M64)
 
+    def block(self, blocked: bool) -> None:
+        """The vCPU waits for an event, or has ended that: who watches the deadline?"""
+        if self.timer.can_use_hv_timer():
+            (self.timer.switch_to_sw_timer if blocked else self.timer.switch_to_hv_timer)()
+
     def tsc_changed(self) -> None:
         """The guest's TSC has jumped, or runs at another speed: the deadline is another moment."""
         with self.lock:

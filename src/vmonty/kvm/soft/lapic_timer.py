@@ -39,6 +39,10 @@ class ApicTimer:
         self._fire = fire
         self._timer: Timer | None = None
         self.mode = ONE_SHOT
+        # kvm_can_use_hv_timer(): the processor watches the deadline while the guest runs. While the vCPU is blocked
+        # the host's timer does.
+        self.can_use_hv_timer: Callable[[], bool] = lambda: False
+        self._blocked = False
         # KVM_CAP_X86_APIC_BUS_CYCLES_NS.
         self.bus_cycle_ns = 1
         self.reset()
@@ -103,9 +107,22 @@ class ApicTimer:
         self.stop()
         if self._regs.take_deadline(self._tsc.guest_tsc()):
             self._fire()
-        elif deadline := self._regs.tsc_deadline:
+        elif (deadline := self._regs.tsc_deadline) and (self._blocked or not self.can_use_hv_timer()):
             self._arm(self._tsc.tsc_deadline_to_ns(deadline))
             self._regs.armed_tsc = deadline
+
+    def switch_to_sw_timer(self) -> None:
+        """kvm_lapic_switch_to_sw_timer(): the vCPU blocks. Called without the chip lock."""
+        self._blocked = True
+        deadline = self._regs.tsc_deadline
+        # The host's timer looks who is blocked after it has taken itself off: so one of both sees the other.
+        if deadline and not 0 < self._regs.armed_tsc <= deadline:
+            with self._timers.lock:
+                self.look_at_deadline()
+
+    def switch_to_hv_timer(self) -> None:
+        """kvm_lapic_switch_to_hv_timer(): it goes on. What is armed will find nothing to do."""
+        self._blocked = False
 
     def current_count(self) -> int:
         """TMCCT; 0 in TSC-deadline mode."""

@@ -365,6 +365,15 @@ class VcpuArch:
         self.a.in_guest = value
 
     @property
+    def hv_timer(self) -> bool:
+        """Whether the processor can watch the local APIC's deadline while the guest runs."""
+        return self.a.hv_timer != 0
+
+    @hv_timer.setter
+    def hv_timer(self, value: cython.bint) -> None:
+        self.a.hv_timer = value
+
+    @property
     def tlb_flush_requested(self) -> bool:
         """KVM_REQ_TLB_FLUSH."""
         return self.a.flush_requested != 0

@@ -32,6 +32,7 @@ class VcpuArch:
     def set_tsc(self, offset: int, scaled: bool) -> None: ...
     runner: int
     in_guest: bool
+    hv_timer: bool
     tlb_flush_requested: bool
     cr8: int
     def allow_fast(self, exits: bool, msrs: bool, again: bool, user_injects: bool, pv_eoi: bool) -> None: ...

@@ -48,6 +48,10 @@ class TscIoctls(VcpuState):
         self.vendor.set_tsc_offset(offset)
         self._tsc_changed()
 
+    def can_use_hv_timer(self) -> bool:
+        """kvm_can_use_hv_timer(): the processor counts at the rate of the guest's TSC."""
+        return self.arch.hv_timer and self._tsc_ratio == TSC_UNITY
+
     def _tsc_changed(self) -> None:
         self.arch.set_tsc(self._tsc_offset, self._tsc_ratio != TSC_UNITY)
         if self.apic is not None:

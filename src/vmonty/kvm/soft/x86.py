@@ -115,6 +115,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
         """kvm_create_lapic(). Nobody else finds it before the vCPU is complete."""
         kvm = self.kvm
         self.apic = Lapic(self, kvm.irqs, kvm.timers, bsp=is_bsp)
+        self.apic.timer.can_use_hv_timer = self.can_use_hv_timer
         self.apic.timer.bus_cycle_ns = kvm.apic_bus_cycle_ns
         if kvm.disabled_quirks:
             kvm.configure_quirks(self.apic)
@@ -462,6 +463,15 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
 
     def _block(self) -> None:
         """vcpu_block(): wait for an event that makes the vCPU runnable."""
+        if self.apic is not None:
+            self.apic.block(True)
+        try:
+            self._wait_for_event()
+        finally:
+            if self.apic is not None:
+                self.apic.block(False)
+
+    def _wait_for_event(self) -> None:
         since = time.monotonic_ns()
         if self._poll(since):
             self._unblocked()

@@ -124,6 +124,12 @@ class VmxExits(Intercepts):
         """The guest has lowered its task priority below what that held back, which comes now."""
         return True
 
+    def handle_preemption_timer(self) -> bool:
+        """kvm_lapic_expired_hv_timer(), where run.py cannot: somebody watches, or it is no plain interrupt."""
+        if self.vcpu.apic is not None:
+            self.vcpu.apic.tsc_changed()
+        return True
+
     def handle_exception_nmi(self) -> bool:
         """Exceptions that are intercepted: #UD for AMD's VMMCALL, #DB and #BP for user space's debugger; #PF."""
         vector = self.cpu.vmread(Field.VM_EXIT_INTR_INFO) & c.INFO_VECTOR
@@ -246,6 +252,7 @@ class VmxExits(Intercepts):
         39: Intercepts.handle_skip,
         40: Intercepts.handle_skip,
         43: handle_tpr_below_threshold,
+        52: handle_preemption_timer,
         48: handle_ept_violation,
         49: handle_ept_violation,
         54: Intercepts.handle_skip,

@@ -16,6 +16,7 @@ from vmonty.kvm.soft import pcpu
 from vmonty.kvm.soft.mmu.shadow import ShadowMmu
 from vmonty.kvm.soft.mmu.spte import EPT
 from vmonty.kvm.soft.mmu.tdp import TdpMmu
+from vmonty.kvm.soft.vmx.controls import PIN_PREEMPTION_TIMER
 from vmonty.kvm.soft.vmx.vmx import Vmx
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from vmonty.kvm.soft.vcpu_state import KvmX86Ops
     from vmonty.kvm.soft.x86 import VcpuX86
 
-IA32_VMX_BASIC, IA32_VMX_PROCBASED_CTLS2 = 0x480, 0x48B
+IA32_VMX_BASIC, IA32_VMX_PINBASED_CTLS, IA32_VMX_PROCBASED_CTLS2 = 0x480, 0x481, 0x48B
 SECOND_VIRTUALIZE_APIC, SECOND_APIC_REGISTERS, SECOND_INTERRUPT_DELIVERY = 1, 1 << 8, 1 << 9
 SECOND_EPT, SECOND_VPID, SECOND_UNRESTRICTED = 1 << 1, 1 << 5, 1 << 7
 APICV = SECOND_VIRTUALIZE_APIC | SECOND_APIC_REGISTERS | SECOND_INTERRUPT_DELIVERY
@@ -38,6 +39,7 @@ class Parameters(Record):
     vpid: bool = True
     unrestricted_guest: bool = True
     enable_apicv: bool = True
+    preemption_timer: bool = True
     nested: bool = False
 
 
@@ -74,6 +76,7 @@ class KvmIntel:
         wanted.ept &= bool(may & SECOND_EPT)
         wanted.unrestricted_guest &= wanted.ept and bool(may & SECOND_UNRESTRICTED)
         wanted.enable_apicv &= may & APICV == APICV
+        wanted.preemption_timer &= bool(vmx.capability(IA32_VMX_PINBASED_CTLS) >> 32 & PIN_PREEMPTION_TIMER)
         if wanted.nested:
             raise OSError(errno.EOPNOTSUPP, "nested virtualization is not offered")
         if wanted.ept and not wanted.unrestricted_guest:

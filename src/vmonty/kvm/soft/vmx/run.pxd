@@ -13,4 +13,8 @@ cdef int vmx_exit_handlers_fastpath(KvmVcpuArch *a, CpuState *s, VmxState *v) no
 cdef void _inject_pending_event(KvmVcpuArch *a, uint8_t *m) noexcept nogil
 cdef void _set_tpr_threshold(KvmVcpuArch *a, uint8_t *m, uint32_t threshold) noexcept nogil
 cdef bint _inject_nmi(KvmVcpuArch *a, uint8_t *m) noexcept nogil
+cdef uint64_t _hv_deadline(KvmVcpuArch *a) noexcept nogil
+cdef void _switch_hv_timer(KvmVcpuArch *a, uint8_t *m, uint32_t on) noexcept nogil
+cdef void vmx_update_hv_timer(KvmVcpuArch *a, uint8_t *m) noexcept nogil
+cdef void vmx_set_hv_timer(KvmVcpuArch *a, CpuState *s, VmxState *v) noexcept nogil
 cdef void _window(uint8_t *m, uint32_t control, bint on) noexcept nogil

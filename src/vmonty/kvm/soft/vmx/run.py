@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import cython
 from cython.cimports.vmonty.cpu.hosttraps import prepare_thread
+from cython.cimports.vmonty.cpu.information import host_tsc
+from cython.cimports.vmonty.cpu.preemption import preemption_arm, preemption_thread
 from cython.cimports.vmonty.cpu.state import BLOCKED_NMI, EXIT_NONE, EXIT_VM, FLAG_TF, RAX
 from cython.cimports.vmonty.cpu.vmcs import (
     CPU_BASED_VM_EXEC_CONTROL,
@@ -18,17 +20,20 @@ from cython.cimports.vmonty.cpu.vmcs import (
     GUEST_RIP,
     HEADER_LAUNCHED,
     IDT_VECTORING_INFO_FIELD,
+    PIN_BASED_VM_EXEC_CONTROL,
     TPR_THRESHOLD,
     VM_ENTRY_INTR_INFO_FIELD,
     VM_EXIT_INSTRUCTION_LEN,
     VM_EXIT_REASON,
     VM_INSTRUCTION_ERROR,
+    VMX_PREEMPTION_TIMER_VALUE,
     get,
     put,
 )
 from cython.cimports.vmonty.cpu.vmx import RUN_STOPPED, Vmx, vmx_run_guest
 from cython.cimports.vmonty.cpu.vmx_entry import ENTRY_FAILED, ENTRY_NO_VMCS, enter_guest, leave_guest
 from cython.cimports.vmonty.cpu.vmx_exit import (
+    PIN_PREEMPTION_TIMER,
     PROC_INTERRUPT_WINDOW,
     PROC_NMI_WINDOW,
     REASON_CPUID,
@@ -38,6 +43,7 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     REASON_INTERRUPT_WINDOW,
     REASON_IO,
     REASON_NMI_WINDOW,
+    REASON_PREEMPTION_TIMER,
     REASON_RDMSR,
     REASON_TPR_BELOW_THRESHOLD,
     REASON_WRMSR,
@@ -64,6 +70,7 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_out,
     fastpath_rdmsr,
     fastpath_wrmsr,
+    kvm_lapic_expired_hv_timer,
 )
 from cython.cimports.vmonty.kvm.soft.kvm_host import REQUEST_EVENT
 from cython.cimports.vmonty.kvm.soft.lapic_regs import (
@@ -93,6 +100,8 @@ def vmx_exit_handlers_fastpath(a, s, v):
         done = fastpath_cpuid(a, s)
     elif reason == REASON_WRMSR:
         done = fastpath_wrmsr(a, s)
+        if a.hv_timer and done == FAST_RESUME:
+            vmx_set_hv_timer(a, s, v)
     elif reason == REASON_RDMSR:
         done = fastpath_rdmsr(a, s)
     elif reason == REASON_EXTERNAL_INTERRUPT:
@@ -125,6 +134,12 @@ def vmx_exit_handlers_fastpath(a, s, v):
     elif reason == REASON_TPR_BELOW_THRESHOLD:
         a.counters[COUNT_EXITS] += 1
         return FAST_REENTER
+    elif reason == REASON_PREEMPTION_TIMER:
+        # handle_fastpath_preemption_timer()
+        if not kvm_lapic_expired_hv_timer(a):
+            return FAST_NONE
+        a.counters[COUNT_EXITS] += 1
+        return FAST_REENTER
     if done == FAST_NONE:
         return FAST_NONE
     a.counters[COUNT_EXITS] += 1
@@ -134,6 +149,46 @@ def vmx_exit_handlers_fastpath(a, s, v):
         if (v.processor & PROC_NMI_WINDOW) == 0:
             return FAST_REENTER
     return fastpath_events(a, (v.processor & PROC_INTERRUPT_WINDOW) != 0)
+
+
+def _hv_deadline(a):
+    """The guest's TSC at which its timer fires; 0: never, or not by the processor."""
+    if a.apic == cython.NULL or a.tsc_scaled:
+        return 0
+    return a.apic.tsc_deadline
+
+
+def _switch_hv_timer(a, m, on):
+    timer: uint64_t = PIN_PREEMPTION_TIMER
+    if a.hv_timer_on != on:
+        put(m, PIN_BASED_VM_EXEC_CONTROL, get(m, PIN_BASED_VM_EXEC_CONTROL) & ~timer | (timer if on else 0))
+        a.hv_timer_on = on
+
+
+def vmx_update_hv_timer(a, m):
+    """At each entry: how long it is until the deadline, in units of 32 ticks. One far away exits, and is set anew."""
+    deadline: uint64_t = _hv_deadline(a)
+    now: uint64_t
+    left: uint64_t = 0
+    if deadline:
+        now = host_tsc() + a.tsc_offset
+        if now < deadline:
+            left = min(((deadline - now) >> 5) + 1, cython.cast(uint64_t, 0xFFFFFFFF))
+        put(m, VMX_PREEMPTION_TIMER_VALUE, left)
+    _switch_hv_timer(a, m, deadline != 0)
+
+
+def vmx_set_hv_timer(a, s, v):
+    """The guest, which stays in the processor, has set its deadline."""
+    deadline: uint64_t = _hv_deadline(a)
+    if deadline == 0:
+        v.pin &= ~cython.cast(uint32_t, PIN_PREEMPTION_TIMER)
+    else:
+        v.timer_deadline = deadline - a.tsc_offset
+        if not a.hv_timer_on or s.timer_due == 0 or s.timer_due > v.timer_deadline:
+            v.pin |= PIN_PREEMPTION_TIMER
+            preemption_arm(s, host_tsc(), v.timer_deadline)
+    _switch_hv_timer(a, v.vmcs, deadline != 0)
 
 
 def _window(m, control, on):
@@ -189,6 +244,7 @@ def vmx_vcpu_run(a, s):
     done: cython.int = FAST_REENTER
     launched: cython.pointer(uint32_t)
     prepare_thread()  # a system call: once, not at each exit
+    preemption_thread(s)
     s.stack_ready = 1
     kvm_enter_guest_mode(a, s)
     while True:
@@ -196,6 +252,8 @@ def vmx_vcpu_run(a, s):
             launched = cython.cast(cython.pointer(uint32_t), v.vmcs + HEADER_LAUNCHED)
             if a.apic != cython.NULL:
                 _set_tpr_threshold(a, v.vmcs, kvm_apic_tpr_threshold(a.apic))
+            if a.hv_timer:
+                vmx_update_hv_timer(a, v.vmcs)
             error = enter_guest(s, launched[0] == 0)
         if error:
             break
@@ -213,8 +271,9 @@ def vmx_vcpu_run(a, s):
         _inject_pending_event(a, v.vmcs)
     kvm_leave_guest_mode(a)
     if v.vmcs != cython.NULL:
-        # Python may lower the TPR, and let the emulator enter: no threshold may be above it.
+        # Python may lower the TPR, and let the emulator enter: no threshold may be above it, nor a timer run out there.
         _set_tpr_threshold(a, v.vmcs, 0)
+        _switch_hv_timer(a, v.vmcs, False)
     s.stack_ready = 0
     if error == ENTRY_FAILED:
         return cython.cast(int64_t, get(v.vmcs, VM_EXIT_REASON))

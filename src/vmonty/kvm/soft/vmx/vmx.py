@@ -131,6 +131,7 @@ class Vmx(VmxExits):
         self.cpu.vmwrite(Field.VIRTUAL_APIC_PAGE_ADDR, page)
         self._enable(Field.CPU_BASED_VM_EXEC_CONTROL, c.PROC_CR8_LOAD | c.PROC_CR8_STORE, False)
         self._enable(Field.CPU_BASED_VM_EXEC_CONTROL, c.PROC_TPR_SHADOW, True)
+        self.vcpu.arch.hv_timer = self._module.parameters.preemption_timer
 
     def reset(self, init: bool) -> None:
         """vmx_vcpu_reset(): real mode at the reset vector. SDM, "Processor State After Reset"."""
