@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 
 import pytest
 
@@ -110,7 +109,7 @@ def without(cpuid: list[CpuidEntry], *features: tuple[int, str, int]) -> list[Cp
     left = cpuid
     for leaf, register, bit in features:
         left = [
-            replace(entry, **{register: getattr(entry, register) & ~(1 << bit)}) if entry.function == leaf else entry
+            entry._replace(**{register: getattr(entry, register) & ~(1 << bit)}) if entry.function == leaf else entry
             for entry in left
         ]
     return left
@@ -126,7 +125,7 @@ def test_control_bits_follow_their_features(guest: TinyGuest, cpuid: list[CpuidE
     if not any(entry.function == leaf and getattr(entry, register) >> bit & 1 for entry in cpuid):
         pytest.skip(f"this KVM offers guests no {feature}")
     if feature == "avx":  # the components of XCR0 are what leaf 0xD says
-        cpuid = [replace(e, eax=e.eax & 3) if (e.function, e.index) == (0xD, 0) else e for e in cpuid]
+        cpuid = [e._replace(eax=e.eax & 3) if (e.function, e.index) == (0xD, 0) else e for e in cpuid]
     guest.load(Mode.LONG, f"{source}\n out 0x10, al", RESULTS, without(cpuid, (leaf, register, bit)))
     assert guest.out()[0] == 0x11
 

@@ -156,10 +156,7 @@ class TestApicTimer:
     @pytest.mark.needs(Cap.TSC_DEADLINE_TIMER)
     def test_tsc_deadline(self, chipped: TinyGuest, cpuid: list[CpuidEntry]) -> None:
         """A deadline that has passed fires at once (SDM, "TSC-Deadline Mode")."""
-        with_deadline = [
-            entry if entry.function != 1 else CpuidEntry(**{**vars(entry), "ecx": entry.ecx | 1 << 24})
-            for entry in cpuid
-        ]
+        with_deadline = [entry if entry.function != 1 else entry._replace(ecx=entry.ecx | 1 << 24) for entry in cpuid]
         arm = f"rdtsc\n add eax, 1000\n adc edx, 0\n mov ecx, {IA32_TSC_DEADLINE:#x}\n wrmsr\n"
         load_halting(chipped, apic_write(APIC_LVTT, TIMER_VECTOR | 2 << 17) + arm, with_deadline)
         assert chipped.out() == (0x30, TIMER_VECTOR)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
@@ -81,7 +80,7 @@ def guest(by_processor: bool) -> Iterator[TinyGuest]:
         with vm.create_vcpu() as vcpu:
             leaves = system.supported_cpuid()
             vcpu.set_cpuid2(
-                [replace(leaf, ecx=leaf.ecx | TSC_DEADLINE) if leaf.function == 1 else leaf for leaf in leaves]
+                [leaf._replace(ecx=leaf.ecx | TSC_DEADLINE) if leaf.function == 1 else leaf for leaf in leaves]
             )
             yield TinyGuest(vm, vcpu, ram)
 
