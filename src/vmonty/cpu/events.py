@@ -30,6 +30,7 @@ from cython.cimports.vmonty.cpu.state import (
     CR4_PVI,
     CR4_VME,
     CS,
+    DR6_BT,
     DS,
     ES,
     EVENT_EXCEPTION,
@@ -244,8 +245,8 @@ def _through_idt(s, external):
         s.interruptibility |= BLOCKED_NMI
     if kind != EVENT_SOFT_INTERRUPT and kind != EVENT_SOFT_EXCEPTION:
         # What MOV SS held back: delivered behind INT n, INT3 and INTO, lost to all other events. SDM, "Delivery of
-        # Pending Debug Exceptions after VM Entry", has the rule.
-        s.pending_debug = 0
+        # Pending Debug Exceptions after VM Entry", has the rule. What a task switch leaves is the new task's.
+        s.pending_debug &= DR6_BT
     s.interruptibility &= ~cython.cast(uint32_t, SHADOW_STI | SHADOW_MOV_SS)
     s.activity = 0
     return GO_ON

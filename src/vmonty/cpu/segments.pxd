@@ -8,7 +8,19 @@ descriptor-table instruction
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from vmonty.cpu.state cimport ACCESS_IMPLICIT, TLB_ENTRIES, CpuState, Segment, TlbEntry
+from vmonty.cpu.state cimport (
+    ACCESS_IMPLICIT,
+    CR4_PVI,
+    CR4_VME,
+    FLAG_IOPL,
+    FLAG_VIF,
+    FLAG_VIP,
+    FLAG_VM,
+    TLB_ENTRIES,
+    CpuState,
+    Segment,
+    TlbEntry,
+)
 from vmonty.cpu.tlb cimport read_value
 
 # MOV/POP to ES, SS, DS, FS, GS and LDS etc. Never CS. GO_ON or LEAVE_EVENT.
@@ -70,3 +82,13 @@ cdef bint _system_descriptor(CpuState *s, uint32_t selector, uint64_t *descripto
 cdef bint _visible(CpuState *s, uint32_t selector, uint64_t descriptor) noexcept nogil
 cdef bint _peek(CpuState *s, uint32_t selector, uint64_t *descriptor, int *why) noexcept nogil
 cdef int _zero_flag(CpuState *s, bint on) noexcept nogil
+
+cdef inline bint virtual_interrupt_due(CpuState *s) noexcept nogil:
+    """VIF and VIP at the beginning of an instruction: #GP. SDM, "Class 2—Maskable Hardware Interrupt Handling in
+    Virtual-8086 Mode Using the Virtual Interrupt Mechanism", "Protected-Mode Virtual Interrupts".
+    """
+    if s.cpl != 3 or (s.rflags & (FLAG_VIF | FLAG_VIP)) != (FLAG_VIF | FLAG_VIP):
+        return False
+    if (s.rflags & FLAG_IOPL) == FLAG_IOPL:
+        return False
+    return (s.cr4 & (CR4_VME if s.rflags & FLAG_VM else CR4_PVI)) != 0

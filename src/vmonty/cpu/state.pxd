@@ -53,6 +53,10 @@ cdef enum:
     FLAG_ID = 0x200000
     ARITHMETIC_FLAGS = 0x8D5
 
+# DR6: the new task's TSS has its T bit set
+cdef enum:
+    DR6_BT = 0x8000
+
 # IA32_DEBUGCTL
 cdef enum:
     DEBUGCTL_BTF = 2

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from vmonty.cpu.state cimport CpuState
+from vmonty.cpu.state cimport CpuState, Segment
 
 # Why a task switch happens (the encoding of the exit qualification).
 cdef enum:
@@ -21,4 +21,5 @@ cdef int task_switch(CpuState *s, uint32_t selector, uint32_t why, uint64_t rip,
 cdef int _busy(CpuState *s, uint32_t selector, uint64_t descriptor, bint on) noexcept nogil
 cdef int _save(CpuState *s, uint64_t rip, uint64_t flags) noexcept nogil
 cdef int _restore(CpuState *s, uint64_t *cr3) noexcept nogil
-cdef int _load_segments(CpuState *s) noexcept nogil
+cdef int _load_segments(CpuState *s, uint32_t external) noexcept nogil
+cdef int _present(CpuState *s, Segment *new, uint32_t why) noexcept nogil

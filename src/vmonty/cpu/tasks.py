@@ -9,6 +9,7 @@ LDT
 import cython
 from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.control import load_pdptes
+from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.segments import (
     enter_code,
     implicit_read,
@@ -16,8 +17,10 @@ from cython.cimports.vmonty.cpu.segments import (
     read_descriptor,
     set_null,
     set_real,
+    stack_mask,
     stack_segment,
     unpack,
+    virtual_interrupt_due,
 )
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_IMPLICIT,
@@ -25,6 +28,7 @@ from cython.cimports.vmonty.cpu.state import (
     AR_UNUSABLE,
     CR0_TS,
     CS,
+    DR6_BT,
     FLAG_NT,
     FLAG_RF,
     FLAG_VM,
@@ -100,23 +104,49 @@ def _restore(s, cr3):
     return GO_ON
 
 
-def _load_segments(s):
+def _present(s, new, why):
+    """Look for page faults while the old task's state is whole: both TSSs, and the descriptors' busy bits.
+
+    SDM, "Task Switching", the check that everything used in the task switch is paged in.
+    """
+    ignored: uint64_t
+    write: cython.int = ACCESS_IMPLICIT | ACCESS_WRITE
+    r: cython.int
+    if s.tr.access_rights & 8:
+        r = probe_write(s, s.tr.base + 0x20, 0x40, write)
+    else:
+        r = probe_write(s, s.tr.base + 0x0E, 0x1C, write)
+    if r == GO_ON and why in (SWITCH_IRET, SWITCH_JUMP):
+        r = probe_write(s, s.gdtr.base + (s.tr.selector & 0xFFF8) + 5, 1, write)
+    if r == GO_ON and why != SWITCH_IRET:
+        r = probe_write(s, s.gdtr.base + (new.selector & 0xFFF8) + 5, 1, write)
+    if r == GO_ON and why in (SWITCH_CALL, SWITCH_GATE):
+        r = probe_write(s, new.base, 2, write)
+    if r == GO_ON:
+        r = implicit_read(s, new.base, 2, cython.address(ignored))
+    if r == GO_ON:
+        r = implicit_read(s, new.base + (0x64 if new.access_rights & 8 else 0x2A), 2, cython.address(ignored))
+    return r
+
+
+def _load_segments(s, external):
     """Load LDTR and the segment descriptors of the new task; faults happen in its context."""
     descriptor: uint64_t
     segment: Segment
     selector: uint32_t = s.ldtr.selector
     i: uint32_t
     rights: uint32_t
+    error: uint32_t
     r: cython.int
     s.ldtr.access_rights = AR_UNUSABLE
     if selector & 0xFFFC:
         if selector & 4:
-            return raise_error(s, 10, selector & 0xFFFC)
-        r = read_descriptor(s, selector, 10, selector & 0xFFFC, cython.address(descriptor))
+            return raise_error(s, 10, (selector & 0xFFFC) | external)
+        r = read_descriptor(s, selector, 10, (selector & 0xFFFC) | external, cython.address(descriptor))
         if r != GO_ON:
             return r
         if ((descriptor >> 40) & 0x9F) != 0x82:
-            return raise_error(s, 10, selector & 0xFFFC)
+            return raise_error(s, 10, (selector & 0xFFFC) | external)
         unpack(cython.address(s.ldtr), selector, descriptor)
     if s.rflags & FLAG_VM:
         for i in range(6):
@@ -124,28 +154,28 @@ def _load_segments(s):
             s.segs[i].limit = 0xFFFF
             s.segs[i].access_rights = 0xF3
         s.cpl = 3
-        mode_changed(s)
         return GO_ON
     selector = s.segs[CS].selector
+    error = (selector & 0xFFFC) | external
     if (selector & 0xFFFC) == 0:
-        return raise_error(s, 10, 0)
-    r = read_descriptor(s, selector, 10, selector & 0xFFFC, cython.address(descriptor))
+        return raise_error(s, 10, error)
+    r = read_descriptor(s, selector, 10, error, cython.address(descriptor))
     if r != GO_ON:
         return r
     rights = cython.cast(uint32_t, descriptor >> 40) & 0xFF
     if (rights & 0x18) != 0x18:
-        return raise_error(s, 10, selector & 0xFFFC)
+        return raise_error(s, 10, error)
     if ((rights & 4) and ((rights >> 5) & 3) > (selector & 3)) or (
         (rights & 4) == 0 and ((rights >> 5) & 3) != (selector & 3)
     ):
-        return raise_error(s, 10, selector & 0xFFFC)
+        return raise_error(s, 10, error)
     if (rights & 0x80) == 0:
-        return raise_error(s, 11, selector & 0xFFFC)
+        return raise_error(s, 11, error)
     r = enter_code(s, selector, descriptor, selector & 3)
     if r != GO_ON:
         return r
     selector = s.segs[SS].selector
-    r = stack_segment(s, selector, s.cpl, 10, 0, cython.address(segment))
+    r = stack_segment(s, selector, s.cpl, 10, external, cython.address(segment))
     if r != GO_ON:
         return r
     s.segs[SS] = segment
@@ -156,13 +186,20 @@ def _load_segments(s):
         if r != GO_ON:
             if s.event.vector == 13:
                 s.event.vector = 10
+            if s.event.vector == 10 or s.event.vector == 11:
+                s.event.error_code |= external
             return r
-    mode_changed(s)
     return GO_ON
 
 
 def task_switch(s, selector, why, rip, flags, has_error, error_code, external, length):
-    """Switch tasks. The switch is committed once TR is loaded; later faults belong to the new task."""
+    """Switch tasks. The switch is committed once TR is loaded; later faults belong to the new task.
+
+    SDM, "Task Switching"; "Exception Conditions Checked During a Task Switch".
+    """
+    new: Segment
+    trap: uint64_t = 0
+    linear: uint64_t
     descriptor: uint64_t
     old_descriptor: uint64_t = 0
     link: uint32_t = s.tr.selector
@@ -195,7 +232,12 @@ def task_switch(s, selector, why, rip, flags, has_error, error_code, external, l
         return raise_error(s, bad, error)
     if (descriptor >> 47) & 1 == 0:
         return raise_error(s, 11, error)
+    unpack(cython.address(new), selector, descriptor)
+    if new.limit < (0x67 if kind & 8 else 0x2B):
+        return raise_error(s, 10, error)
     r = read_descriptor(s, s.tr.selector, 13, 0, cython.address(old_descriptor))
+    if r == GO_ON:
+        r = _present(s, cython.address(new), why)
     if r != GO_ON:
         return r
     if why == SWITCH_IRET:
@@ -205,9 +247,7 @@ def task_switch(s, selector, why, rip, flags, has_error, error_code, external, l
         return r
     if why in (SWITCH_IRET, SWITCH_JUMP):
         _busy(s, s.tr.selector, old_descriptor, False)
-    unpack(cython.address(s.tr), selector, descriptor)
-    if s.tr.limit < (0x67 if kind & 8 else 0x2B):
-        return raise_error(s, 10, error)
+    s.tr = new
     if why != SWITCH_IRET:
         _busy(s, selector, descriptor, True)
     s.tr.access_rights |= 2
@@ -227,16 +267,26 @@ def task_switch(s, selector, why, rip, flags, has_error, error_code, external, l
             return r
         s.cr3 = cr3
         flush_non_global(s)
-    r = _load_segments(s)
+    if kind & 8:
+        implicit_read(s, s.tr.base + 0x64, 2, cython.address(trap))
+    r = _load_segments(s, external)
+    mode_changed(s)
     if r != GO_ON:
         return r
     if has_error:
         size = 4 if kind & 8 else 2
-        esp = (s.gpr[RSP] - size) & (cython.cast(uint64_t, 0xFFFFFFFF) if s.segs[SS].access_rights & 0x4000 else 0xFFFF)
-        r = write_value(s, s.segs[SS].base + esp, size, ACCESS_WRITE, error_code)
+        esp = s.gpr[RSP] - size
+        esp = (s.gpr[RSP] & ~stack_mask(s)) | (esp & stack_mask(s))
+        r = linear_address(s, SS, esp & stack_mask(s), size, 1, cython.address(linear))
+        if r == GO_ON:
+            r = write_value(s, linear, size, ACCESS_WRITE, error_code)
         if r != GO_ON:
             return r
         s.gpr[RSP] = esp
+    if trap & 1:
+        s.pending_debug |= DR6_BT
+    if virtual_interrupt_due(s):
+        return raise_error(s, 13, 0)
     return GO_ON
 
 

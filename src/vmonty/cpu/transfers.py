@@ -16,6 +16,7 @@ from cython.cimports.vmonty.cpu.segments import (
     stack_mask,
     stack_segment,
     unpack,
+    virtual_interrupt_due,
 )
 from cython.cimports.vmonty.cpu.state import (
     ACCESS_IMPLICIT,
@@ -638,4 +639,6 @@ def iret(s, size, length):
         return r
     if s.guest_mode != GUEST_VMX or (vmx_of(s).pin & PIN_NMI) == 0 or (vmx_of(s).pin & PIN_VIRTUAL_NMIS):
         s.interruptibility &= ~cython.cast(uint32_t, BLOCKED_NMI)
+    if virtual_interrupt_due(s):
+        return raise_error(s, 13, 0)
     return LEAVE_JUMP
