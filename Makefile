@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# Both vendor modules, with and without a second dimension of paging; `soft` is kvm_intel with EPT.
-MATRIX := soft-svm soft-vmx-shadow soft-svm-shadow
+# Both vendor modules, with and without a second dimension of paging; `soft` is kvm_intel with EPT. And kvm_intel without
+# unrestricted guest.
+MATRIX := soft-svm soft-vmx-shadow soft-svm-shadow soft-vmx-restricted
 SOURCES := $(shell find src -name '*.py' -o -name '*.pxd') setup.py pyproject.toml
 
 .PHONY: run test test-debian test-install check rig screenshots stress packages clean

@@ -19,7 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--provider",
         metavar="NAME",
         default=None,
-        help="the KVM under test: linux, soft, soft-svm, soft-vmx-shadow, soft-svm-shadow; by default linux and soft",
+        help="the KVM under test: linux, soft, soft-svm, soft-vmx-shadow, soft-svm-shadow, soft-vmx-restricted;"
+        " by default linux and soft",
     )
     group.addoption(
         "--vcpus",

@@ -25,6 +25,8 @@ from .second_vcpu import second_vcpu
 from .watched import WatchedProvider
 
 CATALOGUE = "test_catalogue.py"
+# Below the firmware of a PC.
+IDENTITY_MAP = 0xFEFF_C000
 # The fixtures that create a vCPU, and beside it a second one with --vcpus 2.
 WITH_VCPU = {"vcpu", "chipped"}
 _WATCHED: dict[str, WatchedProvider] = {}
@@ -155,7 +157,9 @@ def ram() -> Ram:
 
 @pytest.fixture
 def configured(vm: Vm, ram: Ram) -> Vm:
-    """A VM with `ram` in slot 0 at 0."""
+    """A VM with `ram` in slot 0 at 0, and where Intel's real mode may keep its tables, as all clients have it."""
+    vm.set_identity_map_addr(IDENTITY_MAP)
+    vm.set_tss_addr(IDENTITY_MAP + 0x1000)
     vm.set_user_memory_region(0, 0, ram)
     return vm
 

@@ -17,6 +17,7 @@ PROVIDERS = {
     "linux": ("vmonty.kvm.linux", "LinuxKvm"),
     "soft": ("vmonty.kvm.soft.provider", "SoftKvm"),
     "soft-svm": ("vmonty.kvm.soft.provider", "SoftSvm"),
+    "soft-vmx-restricted": ("vmonty.kvm.soft.provider", "SoftVmxRestricted"),
     "soft-vmx-shadow": ("vmonty.kvm.soft.provider", "SoftVmxShadow"),
     "soft-svm-shadow": ("vmonty.kvm.soft.provider", "SoftSvmShadow"),
 }

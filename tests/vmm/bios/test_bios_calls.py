@@ -54,7 +54,9 @@ Calls = dict[str, list[Call]]
 
 
 @pytest.fixture(
-    scope="module", params=[("soft", "ide"), ("soft", "virtio"), ("soft-svm", "ide")], ids=lambda pair: "-".join(pair)
+    scope="module",
+    params=[("soft", "ide"), ("soft", "virtio"), ("soft-svm", "ide"), ("soft-vmx-restricted", "ide")],
+    ids=lambda pair: "-".join(pair),
 )
 def calls(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Calls, bytes]:
     """What the program told, and the disk afterwards."""

@@ -43,12 +43,15 @@ class Intercepts:
     """The handlers that need nothing of the VMCS or VMCB."""
 
     emulator: Emulator
+    # EPT without unrestricted guest: see vmx/rmode.py.
+    restricted = False
 
     def __init__(self, vcpu: VcpuX86) -> None:
         self.vcpu = vcpu
         # Without two-dimensional paging: the shadow MMU, and the guest's view of the registers that paging needs.
         self.shadow: MmuContext | None = None
         self.two_dimensional = False  # while the emulator steps
+        self.vm86_active = False  # the guest's real mode is the processor's virtual-8086 mode
         self.guest_controls = dict.fromkeys(CONTROLS, 0)
 
     def _skip(self) -> None:

@@ -17,6 +17,7 @@ from threading import get_ident
 from typing import ClassVar
 
 from vmonty.base import hostcall
+from vmonty.base.ram import Ram
 from vmonty.cpu.core import memory_written
 from vmonty.kvm.soft import dirty_ring, pcpu
 from vmonty.kvm.soft.caps import CAPABILITIES, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
@@ -51,6 +52,7 @@ from vmonty.kvm.uapi.vm import (
 )
 
 KVM_MIN_ALLOC_MMU_PAGES = 64
+IDENTITY_MAP_ADDR = 0xFFFB_C000  # VMX_EPT_IDENTITY_PAGETABLE_ADDR
 VCPU_MMAP_SIZE = 3 * mmap.PAGESIZE
 FLUSH_POLL_S = 20e-6
 KVM_RUN = int(Requests.KVM_RUN)
@@ -169,6 +171,10 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
         self.created_vcpus = 0
         self.boot_vcpu_id = 0
         self.nr_mmu_pages = 0
+        # Where kvm-intel puts what a guest without paging, or in real mode, needs; see vmx/rmode.py.
+        self.tss_addr: int | None = None
+        self.identity_map_addr = IDENTITY_MAP_ADDR
+        self._private_memory: dict[int, Ram] = {}
         self.mmu_notifier_seq = 0
         self.tracer: Tracer | None = None
         self.msr_filter: MsrFilter | None = None
@@ -267,6 +273,12 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
             )  # fmt: skip
             self._memory_changed(change)
 
+    def set_private_memory(self, slot: int, guest_phys_addr: int, ram: Ram) -> None:
+        """__x86_set_memory_region(): memory of the VM's own, in a slot that user space cannot name."""
+        with self.lock:
+            self._memory_changed(self.memslots.set_private(slot, guest_phys_addr, ram.size, ram.address))
+            self._private_memory[slot] = ram
+
     def _memory_changed(self, change: Change) -> None:
         self.ioeventfds.memory_changed()
         if change.old is not None:
@@ -344,13 +356,16 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
     def set_tss_addr(self, argument: Argument) -> None:
         if argument.number > 0xFFFF_FFFF - 3 * mmap.PAGESIZE:
             raise OSError(errno.EINVAL, "the TSS must lie below 4 GiB")
+        with self.lock:
+            self.module.ops.set_tss_addr(self, argument.number)
 
     @answers(Requests.KVM_SET_IDENTITY_MAP_ADDR)
     def set_identity_map_addr(self, argument: Argument) -> None:
-        argument.read(8)
+        address = int.from_bytes(argument.read(8), "little")
         with self.lock:
             if self.created_vcpus:
                 raise OSError(errno.EINVAL, "there are vCPUs already")
+            self.identity_map_addr = address or IDENTITY_MAP_ADDR
 
     @answers(Requests.KVM_SET_NR_MMU_PAGES)
     def set_nr_mmu_pages(self, argument: Argument) -> None:

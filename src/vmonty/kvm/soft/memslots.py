@@ -162,9 +162,7 @@ class Memslots:
                 raise OSError(errno.EINVAL, "a slot can be moved or change its logging, nothing else")
             if new.base_gfn == old.base_gfn and new.flags == old.flags:
                 return Change(None, None)
-        for other in self._by_id.values():
-            if other is not old and other.base_gfn < new.end_gfn and new.base_gfn < other.end_gfn:
-                raise OSError(errno.EEXIST, "another slot lies there")
+        self._check_overlap(new, old)
         new.to_ring = to_ring
         if flags & KVM_MEM_LOG_DIRTY_PAGES and to_ring is None:
             if old is not None and old.dirty:
@@ -175,6 +173,21 @@ class Memslots:
         self._by_id[slot_id] = new
         self._publish()
         return Change(old, new)
+
+    def set_private(self, slot_id: int, guest_phys_addr: int, memory_size: int, userspace_addr: int) -> Change:
+        """A new slot of the kernel's own (KVM_INTERNAL_MEM_SLOTS). Raises OSError: EEXIST."""
+        if slot_id in self._by_id:
+            raise OSError(errno.EEXIST, "the VM has it")
+        new = Memslot(slot_id, guest_phys_addr >> PAGE_SHIFT, memory_size >> PAGE_SHIFT, userspace_addr, 0)
+        self._check_overlap(new, None)
+        self._by_id[slot_id] = new
+        self._publish()
+        return Change(None, new)
+
+    def _check_overlap(self, new: Memslot, old: Memslot | None) -> None:
+        for other in self._by_id.values():
+            if other is not old and other.base_gfn < new.end_gfn and new.base_gfn < other.end_gfn:
+                raise OSError(errno.EEXIST, "another slot lies there")
 
     def _publish(self) -> None:
         slots = sorted(self._by_id.values(), key=lambda entry: entry.base_gfn)

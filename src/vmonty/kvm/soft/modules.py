@@ -73,6 +73,9 @@ class KvmX86InitOps(Protocol):
     def vcpu_create(self, vcpu: VcpuX86) -> KvmX86Ops:
         """The vendor's part of a vCPU, in its reset state."""
 
+    def set_tss_addr(self, kvm: Kvm, address: int) -> None:
+        """KVM_SET_TSS_ADDR: three pages from there on are the vendor's."""
+
 
 class KvmParameters(Record):
     """Parameters of kvm itself. Times in nanoseconds; ppm are parts per million."""

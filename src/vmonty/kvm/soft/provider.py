@@ -164,6 +164,13 @@ class SoftSvmShadow(SoftKvm):
     module = "kvm_amd npt=0"
 
 
+class SoftVmxRestricted(SoftKvm):
+    """VMX with EPT, on which real mode is virtual-8086 mode."""
+
+    name = "soft-vmx-restricted"
+    module = "kvm_intel unrestricted_guest=0"
+
+
 class SoftVmxShadow(SoftKvm):
     """VMX with shadow page tables."""
 

@@ -50,6 +50,9 @@ class KvmX86Ops(Protocol):
 
     @property
     def pcpu(self) -> PhysicalCpu | None: ...
+    # Exits need Python while the processor's virtual-8086 mode is the guest's real mode.
+    @property
+    def vm86_active(self) -> bool: ...
     # The shadow MMU, None with two-dimensional paging.
     @property
     def shadow(self) -> object | None: ...

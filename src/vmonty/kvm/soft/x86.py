@@ -660,7 +660,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
         kvm, apic = self.kvm, self.apic
         plain = (
             kvm.tracer is None
-            and not (self.guest_debug or self._vapic_addr or self.pv.eoi_told)
+            and not (self.guest_debug or self._vapic_addr or self.pv.eoi_told or self.vendor.vm86_active)
             and (self.arch.fast_nmi or not self.arch.nmi_pending)
             and (apic is None or not (self._has_extint(apic) or kvm.irqs.has_extint(apic)))
             and not (self.run.request_interrupt_window and self._user_space_injects())

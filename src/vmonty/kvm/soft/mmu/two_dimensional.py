@@ -37,6 +37,7 @@ class Vendor(Protocol):
 
     vcpu: VcpuX86
     shadow: MmuContext | None
+    restricted: bool
 
     def enter_two_dimensional(self, step: bool) -> None:
         """The guest's own registers, over two-dimensional tables."""
@@ -58,7 +59,7 @@ class TwoDimensional:
 
     def emulate(self, resume: bool, instructions: int) -> str:
         """One instruction, or several; see cpu.vmx.Vmx.emulate()."""
-        if self._vendor.shadow is None:
+        if self._vendor.shadow is None and not self._vendor.restricted:
             return self._step(resume, instructions, devices=True)
         self._vendor.enter_two_dimensional(step=True)
         try:

@@ -92,6 +92,9 @@ class KvmAmd:
         """The nested page table, or shadow tables."""
         return TdpMmu(kvm.memslots, kvm.stats, NPT) if self.parameters.npt else ShadowMmu(kvm, NPT)
 
+    def set_tss_addr(self, kvm: Kvm, address: int) -> None:
+        """svm_set_tss_addr(): SVM has real mode."""
+
     def vcpu_create(self, vcpu: VcpuX86) -> KvmX86Ops:
         """svm_vcpu_create()."""
         return Svm(vcpu)

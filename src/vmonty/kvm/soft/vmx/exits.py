@@ -94,7 +94,7 @@ class VmxExits(Intercepts):
         """vmx_handle_exit()."""
         reason = self.cpu.vmread(Field.VM_EXIT_REASON)
         if reason & FAILED_ENTRY:
-            if self.shadow is not None and reason & 0xFFFF == INVALID_GUEST_STATE:
+            if (self.shadow is not None or self.restricted) and reason & 0xFFFF == INVALID_GUEST_STATE:
                 # handle_invalid_guest_state(): with unrestricted guest it is not.
                 return self.emulator.emulate(WHILE_INVALID)
             return self._fail_entry(reason)

@@ -17,6 +17,7 @@ from vmonty.kvm.soft.mmu.shadow import ShadowMmu
 from vmonty.kvm.soft.mmu.spte import EPT
 from vmonty.kvm.soft.mmu.tdp import TdpMmu
 from vmonty.kvm.soft.vmx.controls import PIN_PREEMPTION_TIMER
+from vmonty.kvm.soft.vmx.rmode import RestrictedVmx, init_rmode_tss
 from vmonty.kvm.soft.vmx.vmx import Vmx
 
 if TYPE_CHECKING:
@@ -79,8 +80,6 @@ class KvmIntel:
         wanted.preemption_timer &= bool(vmx.capability(IA32_VMX_PINBASED_CTLS) >> 32 & PIN_PREEMPTION_TIMER)
         if wanted.nested:
             raise OSError(errno.EOPNOTSUPP, "nested virtualization is not offered")
-        if wanted.ept and not wanted.unrestricted_guest:
-            raise OSError(errno.EOPNOTSUPP, "real mode by virtual-8086 mode is not there: EPT needs unrestricted_guest")
 
     def hardware_unsetup(self) -> None:
         """Forget it."""
@@ -107,7 +106,18 @@ class KvmIntel:
 
     def vcpu_create(self, vcpu: VcpuX86) -> KvmX86Ops:
         """vmx_vcpu_create()."""
-        return Vmx(vcpu, self)
+        return Vmx(vcpu, self) if self.unrestricted else RestrictedVmx(vcpu, self)
+
+    @property
+    def unrestricted(self) -> bool:
+        """Whether the processor enters without CR0.PE and CR0.PG; shadow paging has ways of its own."""
+        return self.parameters.unrestricted_guest or not self.parameters.ept
+
+    def set_tss_addr(self, kvm: Kvm, address: int) -> None:
+        """vmx_set_tss_addr()."""
+        if not self.unrestricted:
+            init_rmode_tss(kvm, address)
+        kvm.tss_addr = address
 
     def allocate_vpid(self) -> int:
         """A tag for one vCPU's translations; 0, which is none, when they are used up or turned off."""

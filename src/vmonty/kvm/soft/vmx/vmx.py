@@ -150,7 +150,7 @@ class Vmx(VmxExits):
         self.set_control("cr0", 0x6000_0010)
         for name in ("cr2", "cr3", "cr4"):
             self.set_control(name, 0)
-        write(Field.GUEST_RFLAGS, 2)
+        self.set_rflags(2)
         write(Field.GUEST_RIP, 0xFFF0)
         write(Field.GUEST_RSP, 0)
         write(Field.GUEST_DR7, 0x400)
@@ -390,13 +390,20 @@ class Vmx(VmxExits):
                 self.set_debug(number, registers[number])
             self._guest_debug_registers = lent
         self._window(c.PROC_MOV_DR, registers is not None)
+        self._update_exception_bitmap()
+
+    def _debugger_wants(self) -> int:
+        """The exceptions that are user space's debugger's, a bit each."""
         wanted = self.vcpu.guest_debug
-        bitmap = 1 << UD_VECTOR | self.cpu.vmread(Field.EXCEPTION_BITMAP) & 1 << flags.PF_VECTOR
-        if wanted & (flags.KVM_GUESTDBG_SINGLESTEP | flags.KVM_GUESTDBG_USE_HW_BP):
-            bitmap |= 1 << flags.DB_VECTOR
-        if wanted & flags.KVM_GUESTDBG_USE_SW_BP:
-            bitmap |= 1 << flags.BP_VECTOR
-        self.cpu.vmwrite(Field.EXCEPTION_BITMAP, bitmap)
+        steps = wanted & (flags.KVM_GUESTDBG_SINGLESTEP | flags.KVM_GUESTDBG_USE_HW_BP)
+        return (1 << flags.DB_VECTOR if steps else 0) | (
+            1 << flags.BP_VECTOR if wanted & flags.KVM_GUESTDBG_USE_SW_BP else 0
+        )
+
+    def _update_exception_bitmap(self) -> None:
+        """vmx_update_exception_bitmap(). Without EPT #PF exits while shadow tables are in use."""
+        faults = 0 if self.shadow is None else self.cpu.vmread(Field.EXCEPTION_BITMAP) & 1 << flags.PF_VECTOR
+        self.cpu.vmwrite(Field.EXCEPTION_BITMAP, 1 << UD_VECTOR | faults | self._debugger_wants())
 
     def get_xsave(self) -> bytes:
         return self.cpu.get_xsave()
