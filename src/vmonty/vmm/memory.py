@@ -50,15 +50,17 @@ class DeviceMemory:
         self._number = number
         self._shown = False
 
-    def place(self, ram: Ram, address: int | None, writable: bool = True) -> None:
-        """Let the guest find *ram* at *address*, None for nowhere."""
+    def place(
+        self, ram: Ram, address: int | None, writable: bool = True, start: int = 0, size: int | None = None
+    ) -> None:
+        """Let the guest find *ram* at *address*, None for nowhere; or *size* bytes of it from *start* on."""
         if self._shown:
             self._vm.set_user_memory_region(self._number, 0, None)
             self._shown = False
         if address is not None:
             flags = 0 if writable else KVM_MEM_READONLY
             try:
-                self._vm.set_user_memory_region(self._number, address, ram, 0, ram.size, flags)
+                self._vm.set_user_memory_region(self._number, address, ram, start, size or ram.size, flags)
             except KvmError:
                 # Over RAM, where a guest may put it: the RAM stays.
                 return

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from vmonty.base.errors import UsageError
@@ -45,6 +46,8 @@ class ShadowRam:
         self._memory = memory
         self._rom = rom
         self._screen_open = False
+        # Told before RAM shows where the screen's memory is, and when it does no more.
+        self.on_screen_memory: Callable[[bool], None] | None = None
         self._attributes = [_Attribute()] * len(SEGMENTS)
         self._shown: set[int] = set()
         if memory.low_end < ISA_HOLE_END:
@@ -67,9 +70,13 @@ class ShadowRam:
         """RAM at 0xA0000 in place of the screen's memory."""
         if is_open != self._screen_open:
             self._screen_open = is_open
+            if is_open and self.on_screen_memory is not None:
+                self.on_screen_memory(True)
             ram = self._memory.ram if is_open else None
             size = BASE - ISA_HOLE if is_open else 0
             self._vm.set_user_memory_region(SCREEN_SLOT, ISA_HOLE, ram, ISA_HOLE, size)
+            if not is_open and self.on_screen_memory is not None:
+                self.on_screen_memory(False)
 
     def _hide(self, segment: int) -> None:
         if segment in self._shown:

@@ -30,11 +30,15 @@ def unplaced(ram: object, address: int | None, *, writable: bool = True) -> None
     """The frame buffer of a card that is in no machine is nowhere."""
 
 
+def unseen(ram: object, address: int | None, start: int, size: int) -> None:
+    """Nor is its window."""
+
+
 class Driver:
     """The card's ports and its window, by their addresses."""
 
     def __init__(self) -> None:
-        self.card = VgaCard(unplaced)
+        self.card = VgaCard(unplaced, unseen)
 
     def out(self, port: int, value: int, size: int = 1) -> None:
         self.card.registers.write(port - FIRST_PORT, size, value)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.vmm.display.card import MODE_4, MODE_12, MODE_13, TEXT_80X25, Driver, unplaced
+from tests.vmm.display.card import MODE_4, MODE_12, MODE_13, TEXT_80X25, Driver, unplaced, unseen
 
 from vmonty.base.errors import UsageError
 from vmonty.vmm.display.screen import Screen
@@ -299,7 +299,7 @@ def test_the_crtc_protects_its_first_registers(driver: Driver) -> None:
 
 
 def test_rom_is_in_its_bar() -> None:
-    card = VgaCard(unplaced, rom=b"\x55\xaa" + bytes(3000))
+    card = VgaCard(unplaced, unseen, rom=b"\x55\xaa" + bytes(3000))
     assert card.bars[-1].size == 4096
     assert card.bars[-1].window.device.read(0, 2) == 0xAA55
 

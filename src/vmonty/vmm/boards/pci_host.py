@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vmonty.vmm.hw.ata.ahci import Ahci
     from vmonty.vmm.hw.ata.drive import Drive
 
-FLASH_SLOT = shadow.NEXT_FREE_SLOT + 2  # behind the display adapter's
+FLASH_SLOT = shadow.NEXT_FREE_SLOT + 3  # behind the display adapter's
 FIRST_ROM_SLOT = FLASH_SLOT + 1
 CONFIG_PORTS = 0xCF8
 # Command block, control block, ISA interrupt.
@@ -104,6 +104,7 @@ class PciMachine(Machine):
             self._add_flash(firmware)
         memory = ShadowRam(self.vm, self.memory, rom)
         self.mmio.place(shadow.BASE, shadow.SIZE, memory, "shadow-ram")
+        self.shadow_ram = memory
         return memory
 
     def _add_flash(self, firmware: Firmware) -> None:

@@ -6,11 +6,11 @@ from vmonty.base.errors import UsageError
 from vmonty.vmm import shadow
 from vmonty.vmm.boards.pci_host import PciMachine
 from vmonty.vmm.display.screen import Screen
-from vmonty.vmm.hw.vga import dispi, planes, registers
+from vmonty.vmm.hw.vga import aperture, dispi, registers
 from vmonty.vmm.hw.vga.card import VgaCard
 from vmonty.vmm.memory import DeviceMemory
 
-# Of KVM: the frame buffer, then the video BIOS.
+# Of KVM: the frame buffer, the video BIOS, the window at 0xA0000.
 FIRST_SLOT = shadow.NEXT_FREE_SLOT
 
 
@@ -19,10 +19,15 @@ def add_vga(machine: PciMachine, rom: bytes) -> VgaCard:
     if machine.screen is not None:
         raise UsageError("a machine has one display adapter")
     slots = {True: DeviceMemory(machine.vm, FIRST_SLOT), False: DeviceMemory(machine.vm, FIRST_SLOT + 1)}
-    card = VgaCard(lambda ram, address, *, writable=True: slots[writable].place(ram, address, writable), rom)
+    window = DeviceMemory(machine.vm, FIRST_SLOT + 2)
+    card = VgaCard(
+        lambda ram, address, *, writable=True: slots[writable].place(ram, address, writable),
+        lambda ram, address, start, size: window.place(ram, address, start=start, size=size), rom,
+    )  # fmt: skip
     machine.add_device(card)
+    machine.shadow_ram.on_screen_memory = card.aperture.cover
     machine.ports.place(registers.FIRST_PORT, registers.PORTS, card.registers, "vga")
     machine.ports.place(dispi.INDEX_PORT, dispi.PORTS, card.dispi, "vga-dispi")
-    machine.mmio.place(planes.WINDOW, planes.WINDOW_SIZE, card.window, "vga-window")
+    machine.mmio.place(aperture.WINDOW, aperture.WINDOW_SIZE, card.window, "vga-window")
     machine.screen = Screen(card.mode, card.memory)
     return card

@@ -6,6 +6,7 @@ BAR 0 is video memory, BAR 2 has the registers of VGA (from 0x400) and DISPI (fr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from vmonty.base.ram import Ram
@@ -13,6 +14,7 @@ from vmonty.vmm.bus import Bus
 from vmonty.vmm.hw.pci.device import PciDevice
 from vmonty.vmm.hw.pci.rom import add_rom_image
 from vmonty.vmm.hw.vga import scanout
+from vmonty.vmm.hw.vga.aperture import Aperture
 from vmonty.vmm.hw.vga.dispi import BANK, EIGHT_BIT_DAC, ENABLE, LINEAR, Dispi
 from vmonty.vmm.hw.vga.planes import PlaneWindow
 from vmonty.vmm.hw.vga.registers import VgaRegisters
@@ -33,17 +35,23 @@ class MapMemory(Protocol):
 
 
 class VgaCard(PciDevice):
-    """The card. The board places ``registers``, ``window`` and ``dispi``; *map_memory* places BAR 0's memory."""
+    """The card. The board places ``registers``, ``window`` and ``dispi``; *map_memory* places BAR 0's memory.
 
-    def __init__(self, map_memory: MapMemory, rom: bytes = b"") -> None:
+    *show_window* places a part of a Ram over the window: see ``Aperture``.
+    """
+
+    def __init__(
+        self, map_memory: MapMemory, show_window: Callable[[Ram, int | None, int, int], None], rom: bytes = b""
+    ) -> None:
         super().__init__(
             "vga", vendor_id=VENDOR_ID, device_id=DEVICE_ID, class_code=CLASS_CODE, revision=REVISION,
             subsystem_vendor_id=SUBSYSTEM_VENDOR_ID, subsystem_id=SUBSYSTEM_ID,
         )  # fmt: skip
         self.memory = Ram(MEMORY_SIZE, "vmonty-vga")
-        self.registers = VgaRegisters()
+        self.registers = VgaRegisters(self._addressing_changed)
         self.dispi = Dispi(MEMORY_SIZE, self._mode_changed)
-        self.window = PlaneWindow(self.registers, self.memory)
+        self.aperture = Aperture(self.registers, self.memory, show_window)
+        self.window = PlaneWindow(self.registers, self.memory, self.aperture)
         self.add_bar(
             0, _Memory(self.memory), MEMORY_SIZE, prefetchable=True, moved=lambda base: map_memory(self.memory, base)
         )
@@ -56,13 +64,18 @@ class VgaCard(PciDevice):
             add_rom_image(self, rom, lambda contents, base: map_memory(contents, base, writable=False))
 
     def mode(self) -> scanout.Mode | None:
-        """What is on the screen; None when it is dark."""
+        """What is on the screen, which video memory has from now on; None when it is dark."""
+        self.aperture.look()
         return scanout.describe(self.registers, self.dispi)
+
+    def _addressing_changed(self) -> None:
+        self.aperture.changed(self.window.bank)
 
     def _mode_changed(self, clear: bool) -> None:
         dispi = self.dispi
         self.registers.dac_8_bits = bool(dispi[ENABLE] & EIGHT_BIT_DAC)
         self.window.bank = dispi[BANK] if dispi.enabled and not dispi[ENABLE] & LINEAR else None
+        self._addressing_changed()
         if clear:
             self.memory.fill(0, self.memory.size)
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from vmonty.base.ram import Ram
 from vmonty.vmm.hw.vga import registers as vga
+from vmonty.vmm.hw.vga.aperture import MAPS, PLANE_SIZE, Aperture
 from vmonty.vmm.hw.vga.registers import VgaRegisters
 
-WINDOW, WINDOW_SIZE = 0xA_0000, 0x2_0000
-PLANE_SIZE = 0x1_0000
-# Of GC's memory map field: where in the window memory answers.
-_MAPS = ((0, 0x2_0000), (0, 0x1_0000), (0x1_0000, 0x8000), (0x1_8000, 0x8000))
 # Four mask bits as four bytes.
 _LANES = tuple(sum(0xFF << 8 * plane for plane in range(4) if mask >> plane & 1) for mask in range(16))
 _ALL = 0xFFFF_FFFF
@@ -22,26 +19,32 @@ _EACH = 0x0101_0101
 
 
 class PlaneWindow:
-    """The window, as a bus device whose offset 0 is address 0xA0000. *bank* is DISPI's, in units of 64 KiB."""
+    """The window, as a bus device whose offset 0 is address 0xA0000. *bank* is DISPI's, in units of 64 KiB.
 
-    def __init__(self, registers: VgaRegisters, memory: Ram) -> None:
+    What *aperture* shows as a memory slot comes here only from an access that was on its way already.
+    """
+
+    def __init__(self, registers: VgaRegisters, memory: Ram, aperture: Aperture) -> None:
         self._registers = registers
         self._memory = memory
+        self._aperture = aperture
         self._latch = 0
         self.bank: int | None = None  # when set, the first 64 KiB are this part of video memory
 
     def read(self, offset: int, size: int) -> int:
         """A wide access is one of each byte in a row."""
+        self._aperture.used(self.bank)
         return sum(self._read(offset + at) << 8 * at for at in range(size))
 
     def write(self, offset: int, size: int, value: int) -> None:
         """As read."""
+        self._aperture.used(self.bank)
         for at in range(size):
             self._write(offset + at, value >> 8 * at & 0xFF)
 
     def _place(self, offset: int) -> int | None:
         """*offset* in the part of the window that the map field chose."""
-        base, size = _MAPS[self._registers.graphics[vga.MISCELLANEOUS] >> 2 & 3]
+        base, size = MAPS[self._registers.graphics[vga.MISCELLANEOUS] >> 2 & 3]
         return offset - base if 0 <= offset - base < size else None
 
     def _banked(self, offset: int) -> int | None:
@@ -50,6 +53,8 @@ class PlaneWindow:
         return (self.bank * PLANE_SIZE + offset) % self._memory.size
 
     def _read(self, offset: int) -> int:
+        if (direct := self._aperture.place(offset)) is not None:
+            return direct[0].read_u8(direct[1])
         if (linear := self._banked(offset)) is not None:
             return self._memory.read_u8(linear)
         if (at := self._place(offset)) is None:
@@ -72,6 +77,9 @@ class PlaneWindow:
         return ~(wrong | wrong >> 8) & 0xFF
 
     def _write(self, offset: int, value: int) -> None:
+        if (direct := self._aperture.place(offset)) is not None:
+            direct[0].write_u8(direct[1], value)
+            return
         if (linear := self._banked(offset)) is not None:
             self._memory.write_u8(linear, value)
             return

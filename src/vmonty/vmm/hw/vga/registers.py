@@ -7,6 +7,7 @@ masked to the register's bits when it is stored, so whoever reads the tables her
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 FIRST_PORT, PORTS = 0x3B0, 0x30
 
@@ -16,6 +17,7 @@ CLOCKING_8_DOTS, CLOCKING_HALF, CLOCKING_SCREEN_OFF = 0x01, 0x08, 0x20
 MEMORY_NO_ODD_EVEN, MEMORY_CHAIN_4 = 0x04, 0x08
 # Graphics controller.
 SET_RESET, ENABLE_SET_RESET, COLOUR_COMPARE, DATA_ROTATE, READ_MAP, MODE, MISCELLANEOUS, DONT_CARE, BIT_MASK = range(9)
+MODE_WRITE = 0x03
 MODE_READ_COMPARE, MODE_ODD_EVEN, MODE_CGA, MODE_256 = 0x08, 0x10, 0x20, 0x40
 MISCELLANEOUS_GRAPHICS = 0x01
 # CRT controller.
@@ -41,9 +43,13 @@ LINE_NS, LINES, LINES_SHOWN, CLOCK_NS, CLOCKS_SHOWN = 31_778, 449, 400, 318, 80
 
 
 class VgaRegisters:
-    """The registers, as a bus device whose offset 0 is port 0x3B0. Rows of bytes that the picture is derived from."""
+    """The registers, as a bus device whose offset 0 is port 0x3B0. Rows of bytes that the picture is derived from.
 
-    def __init__(self) -> None:
+    *addressing_changed* is called when one of those has a new value that say how memory is reached.
+    """
+
+    def __init__(self, addressing_changed: Callable[[], None]) -> None:
+        self._addressing_changed = addressing_changed
         self.misc = MISC_COLOUR
         self.sequencer = bytearray(8)
         self.graphics = bytearray(16)
@@ -137,7 +143,7 @@ class VgaRegisters:
                 self._enabled = value & 1
             case 0x3C5:
                 index = self._indices[0x3C4] & 7
-                self.sequencer[index] = value & SEQUENCER_BITS[index]
+                self._set(self.sequencer, index, value & SEQUENCER_BITS[index])
             case 0x3C6:
                 self.dac_mask = value
             case 0x3C7:
@@ -149,11 +155,16 @@ class VgaRegisters:
                 self._dac_write = (self._dac_write + 1) % 768
             case 0x3CF:
                 index = self._indices[0x3CE] & 15
-                self.graphics[index] = value & GRAPHICS_BITS[index]
+                self._set(self.graphics, index, value & GRAPHICS_BITS[index])
             case 0x3D5:
                 self._write_crtc(self._indices[0x3D4], value)
             case (0x3C4 | 0x3CE | 0x3D4) as index_port:
                 self._indices[index_port] = value
+
+    def _set(self, row: bytearray, index: int, value: int) -> None:
+        if row[index] != value:
+            row[index] = value
+            self._addressing_changed()
 
     def _write_attribute(self, value: int) -> None:
         if self._attribute_data_next:
