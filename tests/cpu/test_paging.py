@@ -22,6 +22,7 @@ PAGES = 48
 ADDRESS = 0xFFFFFFFFFF000
 WIDTH = 46
 PG, WP, PAE, PSE, PGE, SMEP, SMAP = 1 << 31, 1 << 16, 1 << 5, 1 << 4, 1 << 7, 1 << 20, 1 << 21
+LA57 = 1 << 12
 NXE, LME_LMA, AC = 1 << 11, 0x500, 1 << 18
 
 CPU = Cpu(1 << 20)
@@ -34,7 +35,7 @@ HOST = MEMORY.address
 class Setting:
     """What the model reads of the processor."""
 
-    kind: str  # "32", "pae", "4"
+    kind: str  # "32", "pae", "4", "5"
     wp: bool
     smep: bool
     smap: bool
@@ -46,9 +47,10 @@ class Setting:
     def apply(self) -> None:
         cr4 = (self.smep and SMEP) | (self.smap and SMAP) | (self.pse and PSE) | (self.pge and PGE)
         cr4 |= 0 if self.kind == "32" else PAE
+        cr4 |= LA57 if self.kind == "5" else 0
         inspection.put(CPU, "cr0", 0x11 | PG | (self.wp and WP))
         inspection.put(CPU, "cr4", cr4)
-        inspection.put(CPU, "efer", (self.nxe and NXE) | (LME_LMA if self.kind == "4" else 0))
+        inspection.put(CPU, "efer", (self.nxe and NXE) | (LME_LMA if self.kind in "45" else 0))
         inspection.put(CPU, "rflags", 2 | (self.ac and AC))
         inspection.put(CPU, "cr3", 0)
 
@@ -66,8 +68,8 @@ def model_walk(memory: bytearray, setting: Setting, pdptes: list[int], va: int, 
         code |= 16
     size, index_bits, entry_bytes = (8, 9, 8) if wide else (4, 10, 4)
     table, reserved = 0, 0
-    if setting.kind == "4":
-        shifts = [39, 30, 21, 12]
+    if setting.kind in "45":
+        shifts = [48, 39, 30, 21, 12][5 - int(setting.kind) :]
     elif setting.kind == "pae":
         va &= 0xFFFFFFFF
         shifts = [21, 12]
@@ -94,7 +96,7 @@ def model_walk(memory: bytearray, setting: Setting, pdptes: list[int], va: int, 
         large = entry & 0x80 and shift != 12 and (wide or setting.pse)
         bad = entry & reserved
         if wide and entry & 0x80 and shift != 12:
-            bad |= 1 if shift == 39 else entry & ((1 << shift) - 1) & ~0x1FFF
+            bad |= 1 if shift >= 39 else entry & ((1 << shift) - 1) & ~0x1FFF
         if not wide and large:
             bad |= entry & 1 << 21
         if bad:
@@ -133,7 +135,7 @@ def model_walk(memory: bytearray, setting: Setting, pdptes: list[int], va: int, 
     return (base | va & mask) & ~0xFFF, 1 << shift, may_write, setting.pge and bool(leaf & 0x100), user_page
 
 
-settings_strategy = st.builds(Setting, st.sampled_from(["32", "pae", "4"]), *(st.booleans() for _ in range(7)))
+settings_strategy = st.builds(Setting, st.sampled_from(["32", "pae", "4", "5"]), *(st.booleans() for _ in range(7)))
 accesses = st.sampled_from(
     [a | u for a in (ACCESS_READ, ACCESS_WRITE, ACCESS_EXEC) for u in (0, ACCESS_USER)]
     + [ACCESS_IMPLICIT, ACCESS_IMPLICIT | ACCESS_WRITE, ACCESS_IMPLICIT | ACCESS_USER]
@@ -167,7 +169,7 @@ def test_walk_is_the_models(setting: Setting, seed: int, access: int) -> None:
     pdptes = [rng.choice((0, 0x1001, 0x2001, 0x3001)) for _ in range(4)]
     inspection.set_pdptes(CPU, pdptes)
     for _ in range(60):
-        va = rng.getrandbits(47 if setting.kind == "4" else 32)
+        va = rng.getrandbits({"4": 47, "5": 56}.get(setting.kind, 32))
         expected: tuple[int, ...] | Fault
         try:
             expected = model_walk(memory, setting, pdptes, va, access)

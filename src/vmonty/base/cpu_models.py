@@ -25,7 +25,7 @@ _WORDS: dict[tuple[int, int, str], str] = {
         "fsgsbase - - bmi1 - avx2 - smep bmi2 erms invpcid - - - - - - - rdseed adx smap - - clflushopt clwb - - - - "
         "sha-ni - -"
     ),
-    (7, 0, "ecx"): "- - umip - - - - - - - - - - - - - - - - - - - rdpid - - - - - - - - -",
+    (7, 0, "ecx"): "- - umip - - - - - - - - - - - - - la57 - - - - - rdpid - - - - - - - - -",
     (7, 0, "edx"): "- - - - fsrm - - - - - - - - - - - - - - - - - - - - - - - - arch-capabilities - -",
     (0xD, 1, "eax"): "xsaveopt xsavec xgetbv1 xsaves - - - - - - - - - - - - - - - - - - - - - - - - - - - -",
     (0x80000001, 0, "edx"): "- - - - - - - - - - - syscall - - - - - - - - nx - - - - fxsr-opt pdpe1gb rdtscp - lm - -",
@@ -63,7 +63,6 @@ NEVER = frozenset(
         "rtm",
         "pku",
         "ospke",
-        "la57",
         "sgx",
         "intel-pt",
         "cet-ss",
@@ -176,7 +175,7 @@ MODELS: dict[str, Model] = {
 NEEDS = {
     "avx": ("xsave",), "avx2": ("avx",), "fma": ("avx",), "f16c": ("avx",), "xsaveopt": ("xsave",),
     "xsavec": ("xsave",), "xsaves": ("xsavec",),
-    "xgetbv1": ("xsave",), "lm": ("pae",), "syscall": ("lm",), "pcid": ("lm",), "pdpe1gb": ("lm",),
+    "xgetbv1": ("xsave",), "lm": ("pae",), "syscall": ("lm",), "pcid": ("lm",), "pdpe1gb": ("lm",), "la57": ("lm",),
     "ssse3": ("sse3",), "sse4.1": ("ssse3",), "sse4.2": ("sse4.1",), "sse2": ("sse",), "sse3": ("sse2",),
     "bmi1": ("avx",), "bmi2": ("avx",),
 }  # fmt: skip
@@ -239,7 +238,7 @@ def parse(text: str, available: Callable[[str], bool]) -> Configuration:
 
 Row = tuple[int, int | None, int, int, int, int]  # leaf, subleaf (None: any), EAX, EBX, ECX, EDX
 
-PHYSICAL_BITS, LINEAR_BITS = 46, 48
+PHYSICAL_BITS, LINEAR_BITS, LINEAR_BITS_5_LEVEL = 46, 48, 57
 XSAVE_LEGACY, XSAVE_AVX_OFFSET, XSAVE_AVX_SIZE = 576, 576, 256
 
 
@@ -273,6 +272,7 @@ def cpuid_rows(configuration: Configuration, apic_id: int = 0, threads: int = 1)
     avx = "avx" in features
     size = XSAVE_AVX_OFFSET + XSAVE_AVX_SIZE if avx else XSAVE_LEGACY
     edx_low = bits(1, 0, "edx")
+    linear = LINEAR_BITS_5_LEVEL if "la57" in features else LINEAR_BITS
     rows: list[Row] = [
         (0, None, model.level, vendor[0], vendor[2], vendor[1]),
         (1, None, signature, apic_id << 24 | threads << 16 | 8 << 8, bits(1, 0, "ecx"), edx_low | several),
@@ -310,7 +310,7 @@ def cpuid_rows(configuration: Configuration, apic_id: int = 0, threads: int = 1)
         *((0x80000002 + n, None, *brand[4 * n : 4 * n + 4]) for n in range(3)),  # type: ignore[list-item]
         (0x80000006, None, 0, 0, 256 << 16 | 6 << 12 | 64, 0),
         (0x80000007, None, 0, 0, 0, bits(0x80000007, 0, "edx")),
-        (0x80000008, None, LINEAR_BITS << 8 | PHYSICAL_BITS, 0, threads - 1 if amd else 0, 0),
+        (0x80000008, None, linear << 8 | PHYSICAL_BITS, 0, threads - 1 if amd else 0, 0),
     ]
     if "svm" in features:  # NPT, nRIP save, decode assists, flush by ASID, 16 ASIDs
         rows.append((0x8000000A, None, 1, 16, 0, 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7))

@@ -42,6 +42,7 @@ from cython.cimports.vmonty.cpu.state import (
     RCX,
     RDX,
     has_feature,
+    is_register_canonical,
     paging_enabled,
     raise_error,
     raise_exception,
@@ -561,7 +562,7 @@ def invpcid(s, kind, linear, length, info, displacement):
     if kind > 3 or (kind < 2 and (low >> 12 or ((low & 0xFFF) and (s.cr4 & CR4_PCIDE) == 0))):
         return raise_error(s, 13, 0)
     if kind == 0:
-        if (address + (cython.cast(uint64_t, 1) << 47)) >> 48:
+        if not is_register_canonical(s, address):
             return raise_error(s, 13, 0)
         flush_page(s, address)
     elif kind == 2:

@@ -6,6 +6,7 @@ import cython
 from cython.cimports.libc.stdlib import calloc, free
 from cython.cimports.vmonty.cpu.codecache import cache_flush
 from cython.cimports.vmonty.cpu.state import (
+    CR4_LA57,
     CR4_OSXSAVE,
     CR4_VMXE,
     EFER_FFXSR,
@@ -115,6 +116,7 @@ def set_table(state_address: int, rows: list, cr4: int, efer: int, xcr0: int, ms
         m.entries[i].ecx = ecx
         m.entries[i].edx = edx
     m.cr4_allowed = cr4
+    s.linear_bits = 57 if cr4 & CR4_LA57 else 48
     m.efer_allowed = efer
     m.xcr0_allowed = xcr0
     m.msrs_allowed = msrs

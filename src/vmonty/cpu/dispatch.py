@@ -658,6 +658,7 @@ def cpu_new(cache_size):
     s.xcr0 = 1
     reset_registers(s)
     s.pat = 0x0007040600070406
+    s.linear_bits = 48
     flush_all(s)
     mode_changed(s)
     if watch(s) < 0 or register_processor(s) < 0:

@@ -9,7 +9,6 @@ a fault on the way combines with it (double fault, triple fault), and a VM exit 
 import cython
 from cython.cimports.vmonty.cpu.mmio import mmio_done
 from cython.cimports.vmonty.cpu.segments import (
-    canonical,
     enter_code,
     implicit_read,
     long_mode,
@@ -63,6 +62,7 @@ from cython.cimports.vmonty.cpu.state import (
     SHADOW_MOV_SS,
     SHADOW_STI,
     SS,
+    is_canonical,
     raise_error,
     raise_exception,
 )
@@ -303,7 +303,7 @@ def _inner_stack_long(s, offset, external, rsp):
     r = implicit_read(s, s.tr.base + offset, 8, rsp)
     if r != GO_ON:
         return r
-    if not canonical(rsp[0]):
+    if not is_canonical(s, rsp[0]):
         return raise_error(s, 12, external)
     return GO_ON
 
@@ -350,10 +350,10 @@ def _long(s, external, flags, rip):
     if r != GO_ON:
         return r
     offset = (low & 0xFFFF) | ((low >> 32) & cython.cast(uint64_t, 0xFFFF0000)) | (high << 32)
-    if not canonical(offset):
+    if not is_canonical(s, offset):
         return raise_error(s, 13, external)
     rsp &= ~cython.cast(uint64_t, 15)
-    if not canonical(rsp - 48) or not canonical(rsp - 1):
+    if not is_canonical(s, rsp - 48) or not is_canonical(s, rsp - 1):
         return raise_error(s, 12, external)
     if has_error:
         frame[0] = error_code

@@ -81,7 +81,8 @@ def parse(text: str) -> Configuration:
 
 _CR4 = {
     "vme": 3, "tsc": 4, "de": 8, "pse": 0x10, "pae": 0x20, "mce": 0x40, "pge": 0x80, "fxsr": 0x200, "sse": 0x400,
-    "umip": 0x800, "fsgsbase": 0x10000, "pcid": 0x20000, "xsave": 0x40000, "smep": 0x100000, "smap": 0x200000,
+    "umip": 0x800, "la57": 0x1000, "fsgsbase": 0x10000, "pcid": 0x20000, "xsave": 0x40000, "smep": 0x100000,
+    "smap": 0x200000,
 }  # fmt: skip
 
 

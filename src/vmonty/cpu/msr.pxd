@@ -10,7 +10,6 @@ cdef bint write_msr(CpuState *s, uint32_t index, uint64_t value) noexcept nogil
 # EFER with its checks (LME while paging, reserved bits); keeps LMA.
 cdef bint write_efer(CpuState *s, uint64_t value) noexcept nogil
 
-cdef bint _canonical(uint64_t value) noexcept nogil
 cdef bint _write_vm_cr(CpuState *s, uint64_t value) noexcept nogil
 cdef bint _pat_valid(uint64_t value) noexcept nogil
 cdef int _mtrr_fixed(uint32_t index) noexcept nogil

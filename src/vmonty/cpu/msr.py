@@ -34,6 +34,7 @@ from cython.cimports.vmonty.cpu.state import (
     GS,
     MTRR_VARIABLE,
     has_feature,
+    is_register_canonical,
     paging_enabled,
 )
 from cython.cimports.vmonty.cpu.svm_exit import VM_CR_LOCK, VM_CR_SVMDIS, svm_of
@@ -43,10 +44,6 @@ from cython.cimports.vmonty.cpu.vmx_capabilities import capability
 from vmonty.cpu import opcodes
 
 _XSAVES = cython.declare(cython.int, opcodes.FEATURES.index("xsaves"))
-
-
-def _canonical(value):
-    return (value + (cython.cast(uint64_t, 1) << 47)) >> 48 == 0
 
 
 def _pat_valid(value):
@@ -282,11 +279,11 @@ def write_msr(s, index, value):
     elif index == 0x174:
         s.sysenter_cs = value & cython.cast(uint64_t, 0xFFFFFFFF)
     elif index == 0x175:
-        if not _canonical(value):
+        if not is_register_canonical(s, value):
             return False
         s.sysenter_esp = value
     elif index == 0x176:
-        if not _canonical(value):
+        if not is_register_canonical(s, value):
             return False
         s.sysenter_eip = value
     elif index == 0x17A:
@@ -327,21 +324,21 @@ def write_msr(s, index, value):
     elif index == cython.cast(uint64_t, 0xC0000081):
         s.star = value
     elif index == cython.cast(uint64_t, 0xC0000082):
-        if not _canonical(value):
+        if not is_register_canonical(s, value):
             return False
         s.lstar = value
     elif index == cython.cast(uint64_t, 0xC0000083):
-        if not _canonical(value):
+        if not is_register_canonical(s, value):
             return False
         s.cstar = value
     elif index == cython.cast(uint64_t, 0xC0000084):
         s.fmask = value & cython.cast(uint64_t, 0xFFFFFFFF)
     elif index == cython.cast(uint64_t, 0xC0000100) or index == cython.cast(uint64_t, 0xC0000101):
-        if not _canonical(value):
+        if not is_register_canonical(s, value):
             return False
         s.segs[FS if index == cython.cast(uint64_t, 0xC0000100) else GS].base = value
     elif index == cython.cast(uint64_t, 0xC0000102):
-        if not _canonical(value):
+        if not is_register_canonical(s, value):
             return False
         s.kernel_gs_base = value
     elif index == cython.cast(uint64_t, 0xC0000103):

@@ -5,7 +5,17 @@ SDM, "Limit Checking", "Type Checking", "Canonical Addressing". The page walk co
 
 import cython
 from cython.cimports.vmonty.cpu.decode import NO_REGISTER, RIP_BASE
-from cython.cimports.vmonty.cpu.state import AR_DB, AR_UNUSABLE, FS, MODE_LONG64, MODE_REAL, MODE_VM86, SS, raise_error
+from cython.cimports.vmonty.cpu.state import (
+    AR_DB,
+    AR_UNUSABLE,
+    FS,
+    MODE_LONG64,
+    MODE_REAL,
+    MODE_VM86,
+    SS,
+    is_canonical,
+    raise_error,
+)
 
 
 def linear_address(s, segment, offset, size, write, linear):
@@ -15,7 +25,7 @@ def linear_address(s, segment, offset, size, write, linear):
     limit: uint64_t
     if s.mode == MODE_LONG64:
         linear[0] = offset + (s.segs[segment].base if segment >= FS else 0)
-        if segment == SS and (offset + (cython.cast(uint64_t, 1) << 47)) >> 48:
+        if segment == SS and not is_canonical(s, offset):
             return raise_error(s, 12, 0)  # SDM, "Canonical Addressing"; elsewhere the access itself raises #GP
         return 0
     linear[0] = cython.cast(uint32_t, s.segs[segment].base + offset)

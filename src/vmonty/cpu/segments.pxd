@@ -57,7 +57,6 @@ cdef int stack_segment(CpuState *s, uint32_t selector, uint32_t cpl, uint32_t ve
 cdef void set_real(CpuState *s, uint32_t index, uint32_t selector) noexcept nogil
 cdef void set_null(CpuState *s, uint32_t index, uint32_t selector) noexcept nogil
 cdef uint64_t stack_mask(CpuState *s) noexcept nogil
-cdef bint canonical(uint64_t address) noexcept nogil
 
 cdef inline bint protected_mode(CpuState *s) noexcept nogil:
     """Protected mode, compatibility or 64-bit mode: not real and not virtual-8086."""

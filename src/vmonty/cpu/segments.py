@@ -20,6 +20,7 @@ from cython.cimports.vmonty.cpu.state import (
     LEAVE_EXIT,
     MODE_LONG64,
     SS,
+    is_register_canonical,
     raise_error,
     raise_exception,
 )
@@ -42,11 +43,6 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     vm_exit_information,
     vmx_second,
 )
-
-
-def canonical(address):
-    """Is a 48-bit address sign-extended?"""
-    return (address + (cython.cast(uint64_t, 1) << 47)) >> 48 == 0
 
 
 def stack_mask(s):
@@ -245,7 +241,7 @@ def lldt(s, selector, length, info, displacement):
         return raise_error(s, 11, selector & 0xFFFC)
     unpack(cython.address(table), selector, descriptor)
     table.base |= high << 32
-    if long_mode(s) and not canonical(table.base):
+    if long_mode(s) and not is_register_canonical(s, table.base):
         return raise_error(s, 13, selector & 0xFFFC)
     s.ldtr = table
     return GO_ON
@@ -279,7 +275,7 @@ def ltr(s, selector, length, info, displacement):
     descriptor |= cython.cast(uint64_t, 2) << 40
     unpack(cython.address(task), selector, descriptor)
     task.base |= high << 32
-    if long_mode(s) and not canonical(task.base):
+    if long_mode(s) and not is_register_canonical(s, task.base):
         return raise_error(s, 13, selector & 0xFFFC)
     r = write_value(
         s, s.gdtr.base + (selector & 0xFFF8) + 5, 1, ACCESS_IMPLICIT | ACCESS_WRITE, (descriptor >> 40) & 0xFF
@@ -321,7 +317,7 @@ def load_table(s, interrupts, linear, size, length, info, displacement):
     if r != GO_ON:
         return r
     if s.mode == MODE_LONG64:
-        if not canonical(base):
+        if not is_register_canonical(s, base):
             return raise_error(s, 13, 0)
     elif size == 2:
         base &= 0xFFFFFF

@@ -429,6 +429,7 @@ cdef struct CpuState:
     uint32_t region_count
     uint32_t a20_off
     uint64_t physical_bits
+    uint64_t linear_bits     # 57 where CPUID offers 5-level paging, else 48
     void *vmx                # opaque: filled by the system side
     void *svm
     void *models             # opaque: cpuid tables
@@ -530,6 +531,13 @@ cdef enum:
     OBSERVE_EXIT = 16
 
 ctypedef void (*observer_function)(CpuState *, uint32_t) noexcept nogil
+
+
+cdef inline bint is_register_canonical(CpuState *s, uint64_t va) noexcept nogil:
+    """May it be a base, or in a register that holds an address? As wide as the processor can, whatever CR4.LA57 says;
+    Intel's and AMD's processors agree in that.
+    """
+    return (va + ((<uint64_t> 1) << (s.linear_bits - 1))) >> s.linear_bits == 0
 
 
 cdef inline bint is_canonical(CpuState *s, uint64_t va) noexcept nogil:

@@ -1,7 +1,7 @@
 """SYSCALL, SYSRET, SYSENTER, SYSEXIT, SWAPGS. SDM, "Performing Fast Calls to System Procedures"."""
 
 import cython
-from cython.cimports.vmonty.cpu.segments import canonical, long_mode, protected_mode
+from cython.cimports.vmonty.cpu.segments import long_mode, protected_mode
 from cython.cimports.vmonty.cpu.state import (
     CS,
     EFER_LMA,
@@ -18,6 +18,7 @@ from cython.cimports.vmonty.cpu.state import (
     RDX,
     RSP,
     SS,
+    is_canonical,
     raise_error,
     raise_exception,
 )
@@ -61,7 +62,7 @@ def sysret(s, size):
     if s.cpl:
         return raise_error(s, 13, 0)
     if s.efer & EFER_LMA:
-        if size == 8 and not canonical(s.gpr[RCX]):
+        if size == 8 and not is_canonical(s, s.gpr[RCX]):
             return raise_error(s, 13, 0)
         s.rflags = (s.gpr[11] & 0x3C7FD7) | 2
     else:
@@ -106,7 +107,7 @@ def sysexit(s, size):
     if not protected_mode(s) or selector == 0 or s.cpl:
         return raise_error(s, 13, 0)
     if size == 8:
-        if not canonical(s.gpr[RCX]) or not canonical(s.gpr[RDX]):
+        if not is_canonical(s, s.gpr[RCX]) or not is_canonical(s, s.gpr[RDX]):
             return raise_error(s, 13, 0)
         s.gpr[RSP] = s.gpr[RCX]
         s.rip = s.gpr[RDX]

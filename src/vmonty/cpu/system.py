@@ -62,6 +62,7 @@ from cython.cimports.vmonty.cpu.state import (
     RSP,
     SHADOW_MOV_SS,
     SS,
+    is_register_canonical,
     raise_error,
     raise_exception,
 )
@@ -477,7 +478,7 @@ def _fs_gs_base(s: cython.pointer(CpuState), i: cython.pointer(Insn)) -> cython.
         put_register(s, i.rm, s.segs[k].base, 8 if i.w else 4)
         return 0
     value = get_register(s, i.rm, 8 if i.w else 4)
-    if (value + (cython.cast(uint64_t, 1) << 47)) >> 48:
+    if not is_register_canonical(s, value):
         return raise_error(s, 13, 0)
     s.segs[k].base = value
     return 0

@@ -65,6 +65,7 @@ from cython.cimports.vmonty.cpu.state import (
     LargeEntry,
     TlbEntry,
     forget_windows,
+    is_canonical,
     misaligned,
     note_local,
     raise_error,
@@ -117,7 +118,7 @@ def note_access(s, va, physical, data, size, kind):
 
 
 def check_canonical(s, va, stack):
-    if s.cr0 >> 31 & 1 and s.efer >> 10 & 1 and (va + (cython.cast(uint64_t, 1) << 47)) >> 48:
+    if s.cr0 >> 31 & 1 and s.efer >> 10 & 1 and not is_canonical(s, va):
         return raise_error(s, 12 if stack else 13, 0)
     return 0
 
@@ -522,7 +523,7 @@ def fetch_ahead(s, va):
     e: cython.pointer(FetchEntry) = cython.address(s.fetch[user][(va >> 12) & (FETCH_ENTRIES - 1)])
     t: Translation
     if e.tag != (_page(va) | 1):
-        if (va + (cython.cast(uint64_t, 1) << 47)) >> 48:
+        if not is_canonical(s, va):
             return cython.NULL
         if walk(s, va, ACCESS_EXEC | (ACCESS_USER if user else 0), cython.address(t)) != WALK_OK or t.host == 0:
             return cython.NULL

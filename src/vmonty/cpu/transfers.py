@@ -3,7 +3,6 @@
 import cython
 from cython.cimports.vmonty.cpu.segmentation import linear_address
 from cython.cimports.vmonty.cpu.segments import (
-    canonical,
     enter_code,
     implicit_read,
     long_mode,
@@ -43,6 +42,7 @@ from cython.cimports.vmonty.cpu.state import (
     MODE_VM86,
     RSP,
     SS,
+    is_canonical,
     raise_error,
 )
 from cython.cimports.vmonty.cpu.svm_exit import svm_exit, svm_wants
@@ -87,7 +87,7 @@ def _check_offset(s, descriptor, offset):
     """The target must lie in the segment, or be canonical in 64-bit code."""
     segment: Segment
     if long_mode(s) and (descriptor >> 53) & 1:
-        if not canonical(offset):
+        if not is_canonical(s, offset):
             return raise_error(s, 13, 0)
         return GO_ON
     unpack(cython.address(segment), 0, descriptor)
@@ -292,7 +292,7 @@ def _gate_inner(s, selector, descriptor, offset, cpl, size, parameters, length):
         frame[2] = s.gpr[RSP]
         frame[3] = s.segs[SS].selector
         rsp -= 32
-        if not canonical(rsp):
+        if not is_canonical(s, rsp):
             return raise_error(s, 12, 0)
         r = write_linear(s, rsp, cython.address(frame[0]), 32, ACCESS_IMPLICIT | ACCESS_WRITE)
         if r == GO_ON:

@@ -2,7 +2,6 @@
 
 import cython
 from cython.cimports.vmonty.cpu.cpuid import cr4_allowed, efer_allowed
-from cython.cimports.vmonty.cpu.segments import canonical
 from cython.cimports.vmonty.cpu.state import (
     BLOCKED_NMI,
     BLOCKED_SMI,
@@ -21,6 +20,7 @@ from cython.cimports.vmonty.cpu.state import (
     FLAG_VM,
     SHADOW_MOV_SS,
     SHADOW_STI,
+    is_register_canonical,
 )
 from cython.cimports.vmonty.cpu.vmcs import (
     EPT_POINTER,
@@ -199,7 +199,9 @@ def _registers_valid(s):
         return False
     if (v.entry_controls & ENTRY_LOAD_DEBUG) and (get(m, GUEST_DR7) >> 32 or get(m, GUEST_IA32_DEBUGCTL) >> 16):
         return False
-    if not canonical(get(m, GUEST_SYSENTER_ESP)) or not canonical(get(m, GUEST_SYSENTER_EIP)):
+    if not is_register_canonical(s, get(m, GUEST_SYSENTER_ESP)) or not is_register_canonical(
+        s, get(m, GUEST_SYSENTER_EIP)
+    ):
         return False
     if v.entry_controls & ENTRY_LOAD_PAT:
         pat = get(m, GUEST_IA32_PAT)
@@ -298,13 +300,15 @@ def _segments_valid(s):
     if (rights & 0x10000) == 0:
         if (rights & 0x9F) != 0x82 or (get(m, GUEST_LDTR_SELECTOR) & 4):
             return False
-        if not _segment_valid(get(m, GUEST_LDTR_LIMIT), rights) or not canonical(get(m, GUEST_LDTR_BASE)):
+        if not _segment_valid(get(m, GUEST_LDTR_LIMIT), rights) or not is_register_canonical(
+            s, get(m, GUEST_LDTR_BASE)
+        ):
             return False
-    if not canonical(get(m, GUEST_TR_BASE)) or not canonical(get(m, GUEST_FS_BASE)):
+    if not is_register_canonical(s, get(m, GUEST_TR_BASE)) or not is_register_canonical(s, get(m, GUEST_FS_BASE)):
         return False
-    if not canonical(get(m, GUEST_GS_BASE)) or get(m, GUEST_CS_BASE) >> 32:
+    if not is_register_canonical(s, get(m, GUEST_GS_BASE)) or get(m, GUEST_CS_BASE) >> 32:
         return False
-    if not canonical(get(m, GUEST_GDTR_BASE)) or not canonical(get(m, GUEST_IDTR_BASE)):
+    if not is_register_canonical(s, get(m, GUEST_GDTR_BASE)) or not is_register_canonical(s, get(m, GUEST_IDTR_BASE)):
         return False
     return get(m, GUEST_GDTR_LIMIT) >> 16 == 0 and get(m, GUEST_IDTR_LIMIT) >> 16 == 0
 
@@ -322,9 +326,12 @@ def _state_valid(s):
     long_guest: cython.bint = (v.entry_controls & ENTRY_IA32E) != 0
     good: cython.bint = True
     step: cython.bint
+    high: uint64_t
     if long_guest and (get(m, GUEST_CS_AR_BYTES) & 0x2000):
-        # Bits 63 to 48 are alike; bit 47 may differ: code that runs off the canonical half faults in the guest.
-        good = get(m, GUEST_RIP) >> 48 in (0, 0xFFFF)
+        # Bits above the linear address's are alike; its highest may differ: code that runs off the canonical half
+        # faults in the guest.
+        high = get(m, GUEST_RIP) >> s.linear_bits
+        good = high == 0 or high == (~cython.cast(uint64_t, 0)) >> s.linear_bits
     else:
         good = get(m, GUEST_RIP) >> 32 == 0
     good = good and (flags & 2) != 0 and (flags & ~cython.cast(uint64_t, 0x3F7FD7)) == 0

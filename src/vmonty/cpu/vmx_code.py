@@ -8,12 +8,12 @@ import cython
 from cython.cimports.vmonty.cpu.breakpoints import load_dr7
 from cython.cimports.vmonty.cpu.cpuid import cr4_allowed, efer_allowed
 from cython.cimports.vmonty.cpu.paging import physical_to_host
-from cython.cimports.vmonty.cpu.segments import canonical
 from cython.cimports.vmonty.cpu.state import (
     AR_UNUSABLE,
     ARITHMETIC_FLAGS,
     BLOCKED_NMI,
     CR0_NE,
+    CR4_LA57,
     CR4_PAE,
     CR4_VMXE,
     CS,
@@ -33,6 +33,7 @@ from cython.cimports.vmonty.cpu.state import (
     MODE_COMPAT32,
     RSP,
     SS,
+    is_register_canonical,
     raise_error,
     raise_exception,
 )
@@ -257,7 +258,7 @@ def vmwrite(s, field, value):
 
 def invalidate(s, kind, limit, low, high):
     """INVEPT and INVVPID: the TLB holds one guest at most, so everything goes."""
-    if kind > limit or (limit == 2 and kind == 0) or (limit == 3 and kind == 0 and not canonical(high)):
+    if kind > limit or (limit == 2 and kind == 0) or (limit == 3 and kind == 0 and not is_register_canonical(s, high)):
         return _fail(s, ERROR_INVALID_OPERAND)
     if limit == 3 and kind != 2 and (low == 0 or low >> 16):
         return _fail(s, ERROR_INVALID_OPERAND)
@@ -290,15 +291,18 @@ def host_refused(s):
     good: cython.bint = (get(m, HOST_CR0) & fixed) == fixed and get(m, HOST_CR0) >> 32 == 0
     good = good and (cr4 & ~cr4_allowed(s)) == 0 and (cr4 & CR4_VMXE) != 0
     good = good and get(m, HOST_CR3) >> s.physical_bits == 0
-    good = good and canonical(get(m, HOST_IA32_SYSENTER_ESP)) and canonical(get(m, HOST_IA32_SYSENTER_EIP))
+    good = good and is_register_canonical(s, get(m, HOST_IA32_SYSENTER_ESP))
+    good = good and is_register_canonical(s, get(m, HOST_IA32_SYSENTER_EIP))
     for i in range(6):
         selectors |= get(m, HOST_ES_SELECTOR + 2 * i)
     good = good and (selectors & 7) == 0 and get(m, HOST_CS_SELECTOR) != 0 and get(m, HOST_TR_SELECTOR) != 0
     for i in range(5):  # FS, GS, TR, GDTR, IDTR
-        good = good and canonical(get(m, HOST_FS_BASE + 2 * i))
+        good = good and is_register_canonical(s, get(m, HOST_FS_BASE + 2 * i))
     good = good and wide == ((s.efer & EFER_LMA) != 0)
     if wide:
-        good = good and (cr4 & CR4_PAE) != 0 and canonical(get(m, HOST_RIP))
+        good = good and (cr4 & CR4_PAE) != 0
+        i = 57 if cr4 & CR4_LA57 else 48
+        good = good and (get(m, HOST_RIP) + (cython.cast(uint64_t, 1) << (i - 1))) >> i == 0
     else:
         good = good and get(m, HOST_RIP) >> 32 == 0 and get(m, HOST_SS_SELECTOR) != 0
     if controls & EXIT_LOAD_EFER:

@@ -30,7 +30,7 @@ FEATURES = (
 
 # Nested virtualization is not offered yet, nor XSAVES, which has controls and an MSR of its own; MONITOR and MWAIT
 # would exit all the time.
-OFFERED = "max,-vmx,-svm,-monitor,-xsaves"
+OFFERED = "max,-vmx,-svm,-monitor,-xsaves,-la57"
 
 # What the control registers of a guest may hold, which follows.
 CR0_VALID = 0xE005_003F
