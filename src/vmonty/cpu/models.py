@@ -11,6 +11,7 @@ from collections.abc import Collection
 from vmonty.base import cpu_models
 from vmonty.base.cpu_models import (
     FEATURES,
+    LINEAR_BITS_5_LEVEL,
     MODELS,
     NEEDS,
     NEVER,
@@ -26,8 +27,8 @@ from vmonty.cpu.cpuid import set_features, set_table
 from vmonty.cpu.hostcpu import host_flags
 
 __all__ = [
-    "FEATURES", "MODELS", "NEVER", "PHYSICAL_BITS", "Configuration", "Row", "available", "cpuid_rows", "features_of",
-    "host_flags", "install", "parse",
+    "FEATURES", "LINEAR_BITS_5_LEVEL", "MODELS", "NEVER", "PHYSICAL_BITS", "Configuration", "Row", "available",
+    "cpuid_rows", "features_of", "host_flags", "install", "parse",
 ]  # fmt: skip
 
 # Executed natively by the translated code: the host must have them. (/proc/cpuinfo's name when it differs.)

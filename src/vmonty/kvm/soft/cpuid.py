@@ -30,22 +30,27 @@ FEATURES = (
 
 # Nested virtualization is not offered yet, nor XSAVES, which has controls and an MSR of its own; MONITOR and MWAIT
 # would exit all the time.
-OFFERED = "max,-vmx,-svm,-monitor,-xsaves,-la57"
+OFFERED = "max,-vmx,-svm,-monitor,-xsaves"
 
 # What the control registers of a guest may hold, which follows.
 CR0_VALID = 0xE005_003F
 CR4_VALID = models.cr4_bits(models.parse(OFFERED).features)
 EFER_VALID = 0xD01
 XCR0_VALID = models.xcr0_bits(models.parse(OFFERED))
-PHYSICAL_BITS = models.PHYSICAL_BITS
+PHYSICAL_BITS, LINEAR_BITS = models.PHYSICAL_BITS, models.LINEAR_BITS_5_LEVEL
 PAT_RESET = 0x0007_0406_0007_0406
 
 
+# Shadow page tables follow guests of four levels only.
+SHADOWED = f"{OFFERED},-la57"
+CR4_LA57 = models.cr4_only(["la57"])
+
+
 @cache
-def _rows() -> tuple[models.Row, ...]:
+def _rows(offered: str) -> tuple[models.Row, ...]:
     ebx, ecx, edx = (int.from_bytes(KVM_SIGNATURE[at : at + 4], "little") for at in (0, 4, 8))
     return (
-        *models.cpuid_rows(models.parse(OFFERED)),
+        *models.cpuid_rows(models.parse(offered)),
         (KVM_CPUID_SIGNATURE, None, KVM_CPUID_SIGNATURE + 1, ebx, ecx, edx),
         (KVM_CPUID_SIGNATURE + 1, None, FEATURES, 0, 0, 0),
     )
@@ -71,7 +76,7 @@ def instructions(entries: Sequence[kvm_cpuid_entry2]) -> frozenset[str]:
 
 
 # What __cr4_reserved_bits(), __kvm_valid_efer() look at; other bits a guest may set whatever its CPUID says.
-_CR4_FEATURES = ("xsave", "smep", "smap", "fsgsbase", "umip", "pcid")
+_CR4_FEATURES = ("xsave", "smep", "smap", "fsgsbase", "umip", "pcid", "la57")
 _EFER_FEATURES = {"nx": 0x800, "lm": 0x500}
 
 
@@ -90,12 +95,13 @@ def _registers(
     return None if entry is None else (entry.eax, entry.ebx, entry.ecx, entry.edx)
 
 
-def supported() -> list[kvm_cpuid_entry2]:
-    """KVM_GET_SUPPORTED_CPUID, in the order of the leaves."""
+def supported(two_dimensional: bool = True) -> list[kvm_cpuid_entry2]:
+    """KVM_GET_SUPPORTED_CPUID, in the order of the leaves; *two_dimensional*: the processor walks guests' tables."""
+    rows = _rows(OFFERED if two_dimensional else SHADOWED)
     return [
         kvm_cpuid_entry2(
             function=leaf, index=subleaf or 0, flags=0 if subleaf is None else KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
             eax=eax, ebx=ebx, ecx=ecx, edx=edx,
         )
-        for leaf, subleaf, eax, ebx, ecx, edx in sorted(_rows(), key=lambda row: (row[0], row[1] or 0))
+        for leaf, subleaf, eax, ebx, ecx, edx in sorted(rows, key=lambda row: (row[0], row[1] or 0))
     ]  # fmt: skip

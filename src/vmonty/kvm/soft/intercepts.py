@@ -10,7 +10,7 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vmonty.kvm.soft.cpuid import CR0_VALID
+from vmonty.kvm.soft.cpuid import CR0_VALID, CR4_LA57
 from vmonty.kvm.soft.emulate import Emulator
 from vmonty.kvm.soft.mmu.context import MmuContext
 from vmonty.kvm.soft.mmu.guest_walk import walk
@@ -372,6 +372,8 @@ class Intercepts:
         vendor = self.vcpu.vendor
         cr0, cr3, old, efer = self._controls()
         if not vendor.valid_controls(cr0, value, efer) or (efer & EFER_LMA and not value & CR4_PAE):
+            return False
+        if efer & EFER_LMA and (value ^ old) & CR4_LA57:
             return False
         if value & ~old & CR4_PCIDE and (not efer & EFER_LMA or cr3 & 0xFFF):
             return False

@@ -139,7 +139,8 @@ class KvmDevice(KvmFile):
 
     @answers(Requests.KVM_GET_SUPPORTED_CPUID)
     def get_supported_cpuid(self, argument: Argument) -> None:
-        put_cpuid(argument, SUPPORTED_CPUID())
+        parameters = self._module.parameters
+        put_cpuid(argument, SUPPORTED_CPUID(bool(parameters.get("ept", parameters.get("npt")))))
 
     @answers(Requests.KVM_GET_EMULATED_CPUID)
     def get_emulated_cpuid(self, argument: Argument) -> None:

@@ -82,6 +82,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
         self.need_resched = False
         self.dirty_ring: DirtyRing | None = None
         self.vendor = kvm.module.ops.vcpu_create(self)
+        self._leave_out_la57()
         self.init_tsc()
         self._cr8 = 0
         self.pending_ioapic_eoi: list[int] = []
@@ -216,6 +217,11 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
             ]
         )
 
+    def _leave_out_la57(self) -> None:
+        """Shadow page tables have four levels."""
+        if self.vendor.shadow is not None:
+            self.cr4_valid &= ~cpuid.CR4_LA57
+
     def _take_cpuid(self, entries: list[kvm_cpuid_entry2]) -> None:
         """kvm_set_cpuid(): after the first run only what is there already."""
         if self.has_run and [bytes(entry) for entry in entries] != [bytes(entry) for entry in self.cpuid]:
@@ -225,6 +231,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
             [(leaf.function, leaf.index, leaf.flags, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) for leaf in entries]
         )
         self.cr4_valid, self.efer_valid, self.xcr0_valid = cpuid.control_bits(entries)
+        self._leave_out_la57()
         self.vendor.set_cpuid(self.cpuid)
         if self.apic is not None:
             features = next((entry.ecx for entry in self.cpuid if entry.function == 1), 0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vmonty.cpu import vmcb
 from vmonty.cpu.vmcb import ExitCode, Field
 from vmonty.kvm.soft import pcpu as pcpus
-from vmonty.kvm.soft.cpuid import CR0_VALID, CR4_VALID, EFER_VALID, PAT_RESET, PHYSICAL_BITS
+from vmonty.kvm.soft.cpuid import CR0_VALID, CR4_VALID, EFER_VALID, LINEAR_BITS, PAT_RESET, PHYSICAL_BITS
 from vmonty.kvm.soft.intercepts import UD_VECTOR
 from vmonty.kvm.soft.mmu.context import CR0_PE, CR0_PG, MmuContext
 from vmonty.kvm.soft.mmu.shadow import ShadowMmu
@@ -44,6 +44,7 @@ MSR_FIELDS = {
     0xC000_0081: Field.STAR, 0xC000_0082: Field.LSTAR, 0xC000_0083: Field.CSTAR, 0xC000_0084: Field.SFMASK,
     0xC000_0100: Field.FS_BASE, 0xC000_0101: Field.GS_BASE, 0xC000_0102: Field.KERNEL_GS_BASE,
 }  # fmt: skip
+# As wide as the processor has them, whatever CR4.LA57 says.
 CANONICAL_MSRS = frozenset((0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102))
 MSR_EFER, EFER_LME, EFER_LMA, EFER_NX, EFER_SVME = 0xC000_0080, 1 << 8, 1 << 10, 1 << 11, 1 << 12
 CR0_WP, CR4_PAE, CR4_PCIDE, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 5, 1 << 17, 1 << 20, 1 << 21
@@ -371,7 +372,7 @@ class Svm(SvmExits):
             self.set_control("efer", value & ~EFER_LMA | self.get_control("efer") & EFER_LMA)
             return True
         if (field := MSR_FIELDS.get(index)) is not None:
-            if index in CANONICAL_MSRS and value + (1 << 47) & (1 << 64) - 1 >= 1 << 48:
+            if index in CANONICAL_MSRS and value + (1 << LINEAR_BITS - 1) & (1 << 64) - 1 >= 1 << LINEAR_BITS:
                 return False
             self.vmcb[field] = value
             return True
