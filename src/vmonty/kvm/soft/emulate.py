@@ -47,7 +47,7 @@ class Emulator:
         while (ended := self._cpu.emulate(resume, self._instructions)) == "mmio":
             gpa, size, is_write, data = self._cpu.mmio()
             resume = True
-            if self._vcpu.kvm.mmu.page_fault(gpa, is_write):
+            if self._vcpu.page_fault(gpa, is_write):
                 # Memory after all, which is not mapped yet: the instruction has several operands.
                 if is_write:
                     self._vcpu.kvm.write_gpa(gpa, data.to_bytes(8, "little")[:size])

@@ -393,15 +393,6 @@ class Intercepts:
         self._skip()
         return True
 
-    def _map_operands(self, gva: int) -> None:
-        """Other memory that the instruction may write, for the emulator: a crossing operand, MOVS, PUSH."""
-        vendor = self.vcpu.vendor
-        stack = vendor.get_segment("ss").base + vendor.get_gpr(RSP)
-        for linear in (gva - 0x1000, gva + 0x1000, vendor.get_segment("es").base + vendor.get_gpr(RDI), stack - 8):
-            gpa = self.gva_to_gpa(linear & (1 << 64) - 1)
-            if gpa is not None:
-                self.vcpu.kvm.mmu.page_fault(gpa, write=True)
-
     def _shadow_fault(self, gva: int, error: int) -> bool:
         """#PF of the processor, which walks shadow tables."""
         if self.shadow is None:
@@ -410,7 +401,6 @@ class Intercepts:
             case Outcome.FIXED:
                 return True
             case Outcome.EMULATE:
-                self._map_operands(gva)
                 return self.emulator.emulate()
             case Outcome.WRITES_ROOT:
                 return self.emulator.emulate(WHILE_TABLES_CHANGE)

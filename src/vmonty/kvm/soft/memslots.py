@@ -191,5 +191,6 @@ class Memslots:
 
     def _publish(self) -> None:
         slots = sorted(self._by_id.values(), key=lambda entry: entry.base_gfn)
-        self.generation += 1
         self._table = ([entry.base_gfn for entry in slots], slots)
+        # Behind it: who has seen the new generation sees the new slots.
+        self.generation += 1

@@ -26,6 +26,8 @@ def run_offset(field: str) -> int:
 
 # The io member of its union, from direction to data_offset.
 EXIT_IO, RUN_U = struct.Struct("<BBHIQ"), run_offset("u")
+# The mmio member.
+EXIT_MMIO, MMIO_DATA = struct.Struct("<Q8sI?"), RUN_U + 8
 
 
 class UserExits(VcpuState):
@@ -106,12 +108,10 @@ class UserExits(VcpuState):
         if value is not None:
             return done(value)
         self._exit_mmio(gpa, bytes(size), False)
-        self.completion = lambda: done(bytes(self.run.u.mmio.data[:size]))
+        self.completion = lambda: done(bytes(self.page[MMIO_DATA : MMIO_DATA + size]))
         return False
 
     def _exit_mmio(self, gpa: int, data: bytes, is_write: bool) -> None:
         self.stats.values[MMIO_EXITS] += 1
         self.run.exit_reason = Exit.MMIO
-        mmio = self.run.u.mmio
-        mmio.phys_addr, mmio.len, mmio.is_write = gpa, len(data), int(is_write)
-        mmio.data[: len(data)] = list(data)
+        EXIT_MMIO.pack_into(self.page, RUN_U, gpa, data, len(data), is_write)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vmonty.kvm.soft.cpuid import CR4_VALID, EFER_VALID, XCR0_VALID
 from vmonty.kvm.soft.files import KvmFile
+from vmonty.kvm.soft.memslots import PAGE_SHIFT
+from vmonty.kvm.soft.mmu.tdp import NO_SLOT
 from vmonty.kvm.soft.msr_table import StoredMsrs
 from vmonty.kvm.soft.pv import Paravirt
 from vmonty.kvm.soft.stats import VCPU_STATISTICS, Statistics
@@ -146,6 +148,8 @@ class VcpuState(KvmFile):
         # KVM_SET_GUEST_DEBUG: KVM_GUESTDBG_*, 0 when off; and an instruction was emulated that was to be stepped.
         self.guest_debug = 0
         self.step_done = False
+        # vcpu_cache_mmio_info(): the frame that was a device's when last looked at, and the slots' generation then.
+        self._mmio_gfn, self._mmio_gen = -1, 0
         self.sipi_vector = 0
         self.signal_pending = False
         self.triple_fault_pending = False
@@ -153,6 +157,20 @@ class VcpuState(KvmFile):
         self.pv = Paravirt(self)
         # KVM_HC_KICK_CPU has come: the next halt, or the present one, ends.
         self.pv_unhalted = False
+
+    def page_fault(self, gpa: int, write: bool, walk: bool = False) -> int:
+        """kvm_mmu_page_fault(), of the second dimension: 0 where no memory allows the access; see TdpMmu.page_fault().
+
+        A device's page is met again and again: then neither slots nor tables are looked at (vcpu_match_mmio_gpa()).
+        """
+        memslots = self.kvm.memslots
+        generation = memslots.generation  # before the slots are looked at
+        if gpa >> PAGE_SHIFT == self._mmio_gfn and generation == self._mmio_gen:
+            return NO_SLOT
+        came_to = self.kvm.mmu.page_fault(gpa, write, walk)
+        if not came_to and memslots.find(gpa) is None:
+            self._mmio_gfn, self._mmio_gen = gpa >> PAGE_SHIFT, generation
+        return came_to
 
     def store_events(self) -> kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS' struct."""

@@ -69,20 +69,20 @@ class TwoDimensional:
 
     def _emulate(self, resume: bool, instructions: int) -> str:
         """First as if there were only memory, which is mapped as it is missed; then the access to a device."""
-        mmu = self._vendor.vcpu.kvm.mmu
+        vcpu = self._vendor.vcpu
         while not resume:
             ended = self._step(False, instructions, devices=False)
             fault = self._vendor.nested_fault() if ended == "vm" else None
             if fault is None:
                 return ended
-            if mmu.page_fault(fault.gpa, fault.write, fault.walk):
+            if vcpu.page_fault(fault.gpa, fault.write, fault.walk):
                 continue
             if fault.fetch or fault.walk:
                 return ended
             break
         while (ended := self._step(resume, 1, devices=True)) == "vm":
             fault = self._vendor.nested_fault()
-            if fault is None or not mmu.page_fault(fault.gpa, fault.write, fault.walk):
+            if fault is None or not vcpu.page_fault(fault.gpa, fault.write, fault.walk):
                 break
             # The instruction starts again, with the answers that it has had.
         return ended

@@ -232,8 +232,8 @@ class SvmExits(Intercepts):
         gpa, access = self.vmcb[Field.EXITINFO2], self.vmcb[Field.EXITINFO1]
         counters = self.vcpu.stats.values
         counters[PF_TAKEN] += 1
-        mmu, write = self.vcpu.kvm.mmu, bool(access & NPF_WRITE)
-        if came_to := mmu.page_fault(gpa, write, walk=not access & NPF_FINAL):
+        write = bool(access & NPF_WRITE)
+        if came_to := self.vcpu.page_fault(gpa, write, walk=not access & NPF_FINAL):
             counters[PF_SPURIOUS if came_to == SPURIOUS else PF_FIXED] += 1
             return True
         counters[PF_EMULATE] += 1

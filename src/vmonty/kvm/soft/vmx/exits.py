@@ -216,7 +216,7 @@ class VmxExits(Intercepts):
         counters = self.vcpu.stats.values
         counters[PF_TAKEN] += 1
         write = bool(access & EPT_WRITE_ACCESS)
-        if came_to := self.vcpu.kvm.mmu.page_fault(gpa, write, walk=not access & EPT_FINAL):
+        if came_to := self.vcpu.page_fault(gpa, write, walk=not access & EPT_FINAL):
             counters[PF_SPURIOUS if came_to == SPURIOUS else PF_FIXED] += 1
             return True
         counters[PF_EMULATE] += 1
