@@ -80,7 +80,9 @@ COMPILED = [
     "vmonty.kvm.soft.msr_table",
     "vmonty.kvm.soft.seats",
     "vmonty.kvm.soft.vcpu_arch",
+    "vmonty.kvm.soft.lapic_irq",
     "vmonty.kvm.soft.lapic_regs",
+    "vmonty.kvm.soft.vcpu_cpuid",
     "vmonty.kvm.soft.fastpath",
     "vmonty.kvm.soft.port_window",
     "vmonty.kvm.soft.doorbells",
@@ -150,6 +152,15 @@ GENERAL_REGS_ONLY = {
     "vmonty.cpu.vmx_capabilities",
     "vmonty.cpu.vmx_checks",
     "vmonty.cpu.legacy",
+    # These handle exits for which the guest's vector state stays where it is (run_cpu, put_vectors).
+    "vmonty.cpu.vmx",
+    "vmonty.cpu.svm",
+    "vmonty.kvm.soft.fastpath",
+    "vmonty.kvm.soft.lapic_irq",
+    "vmonty.kvm.soft.msr_table",
+    "vmonty.kvm.soft.vcpu_cpuid",
+    "vmonty.kvm.soft.vmx.run",
+    "vmonty.kvm.soft.svm.run",
 }
 GENERAL_REGS_ARGS = [
     "-mgeneral-regs-only",

@@ -144,6 +144,18 @@ ctypedef int (*enter_function)(CpuState *, void *) noexcept nogil
 ctypedef void (*guarded_function)(CpuState *) noexcept nogil
 ctypedef void (*guard_function)(CpuState *, guarded_function) noexcept nogil
 ctypedef void (*vector_function)(CpuState *) noexcept nogil
+
+cdef inline void put_vectors(CpuState *s) noexcept nogil:
+    """Before anything that may use vector registers: put the guest's away, if they are there."""
+    if s.vectors_live:
+        s.vectors_live = 0
+        (<vector_function><void *>(<CodeCache *>s.translator).save_vectors)(s)
+
+cdef inline void take_vectors(CpuState *s) noexcept nogil:
+    """Before the guest runs."""
+    if s.vectors_live == 0:
+        s.vectors_live = 1
+        (<vector_function><void *>(<CodeCache *>s.translator).load_vectors)(s)
 ctypedef void (*string_function)(uint64_t, uint64_t, uint64_t) noexcept nogil
 
 cdef extern from "<sys/mman.h>" nogil:

@@ -41,10 +41,11 @@ from cython.cimports.vmonty.cpu.codecache import (
     link_to,
     lock_drop,
     lock_take,
+    put_vectors,
     register_processor,
     shadow_reset,
+    take_vectors,
     unregister_processor,
-    vector_function,
 )
 from cython.cimports.vmonty.cpu.decode import C_CALL, C_CALLI, C_JMP, C_JMPI, C_LOOP, C_RET, ROW, Insn
 from cython.cimports.vmonty.cpu.events import deliver
@@ -206,16 +207,15 @@ def _remember(s: cython.pointer(CpuState), is_global: uint64_t, rip: uint64_t, c
 @cython.exceptval(check=False)
 def _observe(s: cython.pointer(CpuState), kind: uint32_t) -> cython.void:
     """Call the observer, which is Python: the guest's vector state is put away meanwhile."""
-    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     if not s.observe:
         return
-    cython.cast(vector_function, cython.cast(cython.p_void, c.save_vectors))(s)
+    put_vectors(s)
     s.guard_thread = 0  # what Python meets is its own
     exclusive_aside(s)
     cython.cast(observer_function, s.observer)(s, kind)
     exclusive_back(s)
     s.guard_thread = pthread_self()
-    cython.cast(vector_function, cython.cast(cython.p_void, c.load_vectors))(s)
+    take_vectors(s)
     s.access_count = 0
     s.access_bytes = 0
 
@@ -617,9 +617,10 @@ def run_cpu(s):
     guard(s, _begin)
     if not s.host_fault:
         swap32(cython.address(s.in_run), 0, 1)  # seen by who finds code in a page before anything is looked up here
-        cython.cast(vector_function, cython.cast(cython.p_void, c.load_vectors))(s)
+        take_vectors(s)
         guard(s, _run)
-        cython.cast(vector_function, cython.cast(cython.p_void, c.save_vectors))(s)
+        if not s.keep_vectors or s.exit.reason != EXIT_VM or s.host_fault:
+            put_vectors(s)
         s.in_run = 0
         if s.exclusive:  # what it did alone met host memory that is gone
             exclusive_end(s)

@@ -10,6 +10,7 @@ anew. One that fires after the guest has left clears a flag that nobody reads.
 """
 
 import cython
+from cython.cimports.vmonty.cpu.codecache import put_vectors, take_vectors
 from cython.cimports.vmonty.cpu.hosttraps import is_watched
 from cython.cimports.vmonty.cpu.information import host_tsc
 
@@ -80,6 +81,22 @@ def _make(s: cython.pointer(CpuState)) -> cython.int:
     return 1
 
 
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _prepare(s: cython.pointer(CpuState)) -> cython.int:
+    """The first time on a thread; the C library uses vector registers for it."""
+    live: uint32_t = s.vectors_live
+    made: cython.int
+    put_vectors(s)
+    if _ticks_per_ms == 0:
+        _measure()
+    made = _make(s)
+    if live:
+        take_vectors(s)
+    return made
+
+
 def preemption_thread(s):
     """The calling thread runs the guest from here on: a timer of another's is of no use."""
     if s.timer_thread and s.timer_thread != cython.cast(uint32_t, gettid()):
@@ -93,9 +110,7 @@ def preemption_arm(s, now, deadline):
     nanoseconds: uint64_t
     if now < s.timer_due and s.timer_due <= deadline:
         return
-    if _ticks_per_ms == 0:
-        _measure()
-    if not _make(s):
+    if (_ticks_per_ms == 0 or s.timer_thread == 0) and not _prepare(s):
         return
     if ticks > _ticks_per_ms:
         ticks -= ticks >> 10  # by how much the clocks may differ

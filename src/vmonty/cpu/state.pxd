@@ -456,6 +456,8 @@ cdef struct CpuState:
     uint32_t slow_what
     uint32_t host_fault      # it has happened
     uint64_t lost_memory     # the address, odd, for host software whose guest exited for it; 0: none
+    uint32_t keep_vectors    # the caller of run_cpu leaves vector registers alone after a VM exit, or calls put_vectors
+    uint32_t vectors_live    # x87 and vector registers are the guest's; else xsave has them
     uint32_t host_mxcsr
     uint32_t host_fcw
     uint32_t in_vectors      # 1 while the guest's vector state is in the host's registers

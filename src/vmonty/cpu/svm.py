@@ -99,7 +99,7 @@ class Svm:
         if self.v.entries == 0:
             self.v.gif = 1
 
-    def _page(self, instruction, vmcb):
+    def _page(self, instruction, vmcb: cython.ulonglong):
         if vmcb == 0 or vmcb & 0xFFF:
             raise ValueError(f"{instruction} takes the address of a page, not {vmcb:#x}: it would raise #GP")
 

@@ -15,7 +15,7 @@ from cython.cimports.vmonty.cpu.segmentation import effective_address
 from cython.cimports.vmonty.cpu.state import FETCH_ENTRIES, FS, MODE_LONG64
 from cython.cimports.vmonty.kvm.soft.fastpath import FAST_NONE, FAST_RESUME, FAST_USER, skip_emulated_instruction
 from cython.cimports.vmonty.kvm.soft.kvm_host import pthread_mutex_lock, pthread_mutex_unlock
-from cython.cimports.vmonty.kvm.soft.lapic_regs import apic_enabled
+from cython.cimports.vmonty.kvm.soft.lapic_irq import apic_enabled
 
 
 def _is_hung(k, gpa):

@@ -7,6 +7,7 @@ Whatever is not plain, FAST_NONE leaves to the Python side, which handles everyt
 from __future__ import annotations
 
 import cython
+from cython.cimports.vmonty.cpu.codecache import put_vectors
 from cython.cimports.vmonty.cpu.information import host_tsc
 from cython.cimports.vmonty.cpu.state import RAX, RBX, RCX, RDX
 from cython.cimports.vmonty.kvm.soft.kvm_host import (
@@ -19,7 +20,7 @@ from cython.cimports.vmonty.kvm.soft.kvm_host import (
     load64,
     store64,
 )
-from cython.cimports.vmonty.kvm.soft.lapic_regs import (
+from cython.cimports.vmonty.kvm.soft.lapic_irq import (
     DELIVERY_MODE,
     LVT_MASKED,
     SVR_ENABLED,
@@ -39,11 +40,11 @@ from cython.cimports.vmonty.kvm.soft.lapic_regs import (
 )
 from cython.cimports.vmonty.kvm.soft.msr_table import stored_msr
 from cython.cimports.vmonty.kvm.soft.vcpu_arch import (
-    kvm_cpuid,
     kvm_inject_nmi,
     kvm_take_requests,
     kvm_vcpu_kick,
 )
+from cython.cimports.vmonty.kvm.soft.vcpu_cpuid import kvm_cpuid
 
 
 def skip_emulated_instruction(s):
@@ -158,6 +159,8 @@ def _write_deadline(a, value):
 
 def _deliver(a, target, icr):
     """kvm_apic_set_irq() of an edge. What is off drops it, but an NMI."""
+    if target.vcpu != a or icr & ICR_MODE:
+        put_vectors(a.processor)  # what comes is the C library's
     if icr & ICR_MODE:
         kvm_inject_nmi(target.vcpu)
     elif not apic_enabled(target) or (target.regs[WORD_SVR] & SVR_ENABLED) == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import cython
 from cython.cimports.vmonty.kvm.soft.fastpath import COUNT_EXITS
 from cython.cimports.vmonty.kvm.soft.kvm_host import REQUEST_HOST
-from cython.cimports.vmonty.kvm.soft.lapic_regs import kvm_apic_has_interrupt
+from cython.cimports.vmonty.kvm.soft.lapic_irq import kvm_apic_has_interrupt
 from cython.cimports.vmonty.kvm.soft.seats import Seat
 from cython.cimports.vmonty.kvm.soft.vcpu_arch import VcpuArch
 

@@ -19,9 +19,6 @@ cdef uint32_t kvm_take_requests(KvmVcpuArch *a, uint32_t which) noexcept nogil
 cdef void kvm_inject_nmi(KvmVcpuArch *a) noexcept nogil
 cdef void kvm_take_nmi(KvmVcpuArch *a) noexcept nogil
 cdef void kvm_limit_nmi(KvmVcpuArch *a) noexcept nogil
-cdef void kvm_cpuid(KvmVcpuArch *a, uint32_t function, uint32_t index, uint32_t *out) noexcept nogil
-
-cdef int _find_cpuid(KvmVcpuArch *a, uint32_t function, uint32_t index) noexcept nogil
 
 
 cdef class VmArch:

@@ -6,6 +6,7 @@ As vmx/run.py: what changed only registers goes on in the processor; for an even
 from __future__ import annotations
 
 import cython
+from cython.cimports.vmonty.cpu.codecache import put_vectors
 from cython.cimports.vmonty.cpu.hosttraps import prepare_thread
 from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM, FLAG_TF
 from cython.cimports.vmonty.cpu.svm import Svm, svm_run_guest
@@ -57,7 +58,7 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     fastpath_wrmsr,
 )
 from cython.cimports.vmonty.kvm.soft.kvm_host import REQUEST_EVENT
-from cython.cimports.vmonty.kvm.soft.lapic_regs import (
+from cython.cimports.vmonty.kvm.soft.lapic_irq import (
     WORD_TPR,
     apic_cr8,
     kvm_apic_has_interrupt,
@@ -80,6 +81,8 @@ def svm_exit_handlers_fastpath(a, s, v):
     done: cython.int = FAST_NONE
     if (get64(v.vmcb, VMCB_EXITINTINFO) >> 31) & 1 or s.rflags & FLAG_TF:
         return FAST_NONE
+    if code not in (SVM_CPUID, SVM_MSR):
+        put_vectors(s)  # the others call the C library
     if code == SVM_CPUID:
         done = fastpath_cpuid(a, s)
     elif code == SVM_MSR:
@@ -183,6 +186,7 @@ def svm_vcpu_run(a, s, vmcb):
     done: cython.int
     prepare_thread()  # a system call: once, not at each exit
     s.stack_ready = 1
+    s.keep_vectors = a.fast
     kvm_enter_guest_mode(a, s)
     load_state(s, m)
     while True:
@@ -202,6 +206,7 @@ def svm_vcpu_run(a, s, vmcb):
             if reason == EXIT_VM and a.fast:
                 done = svm_exit_handlers_fastpath(a, s, v)
             if done != FAST_RESUME:
+                put_vectors(s)
                 break
             s.exit.reason = EXIT_NONE
         leave_svm_guest(s)
@@ -211,6 +216,7 @@ def svm_vcpu_run(a, s, vmcb):
     save_state(s, m)
     kvm_leave_guest_mode(a)
     s.stack_ready = 0
+    s.keep_vectors = 0
     return reason
 
 

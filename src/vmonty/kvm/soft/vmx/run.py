@@ -7,6 +7,7 @@ event or a window the VMCS is written, and entered again. Python sees the last e
 from __future__ import annotations
 
 import cython
+from cython.cimports.vmonty.cpu.codecache import put_vectors
 from cython.cimports.vmonty.cpu.hosttraps import prepare_thread
 from cython.cimports.vmonty.cpu.information import host_tsc
 from cython.cimports.vmonty.cpu.preemption import preemption_arm, preemption_thread
@@ -73,7 +74,7 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     kvm_lapic_expired_hv_timer,
 )
 from cython.cimports.vmonty.kvm.soft.kvm_host import REQUEST_EVENT
-from cython.cimports.vmonty.kvm.soft.lapic_regs import (
+from cython.cimports.vmonty.kvm.soft.lapic_irq import (
     kvm_apic_has_interrupt,
     kvm_apic_tpr_threshold,
     kvm_get_apic_interrupt,
@@ -96,6 +97,8 @@ def vmx_exit_handlers_fastpath(a, s, v):
     done: cython.int = FAST_NONE
     if (get(v.vmcs, IDT_VECTORING_INFO_FIELD) >> 31) & 1 or s.rflags & FLAG_TF:
         return FAST_NONE
+    if reason not in (REASON_CPUID, REASON_WRMSR, REASON_RDMSR) or a.nmi_pending:
+        put_vectors(s)  # the others call the C library
     if reason == REASON_CPUID:
         done = fastpath_cpuid(a, s)
     elif reason == REASON_WRMSR:
@@ -144,6 +147,7 @@ def vmx_exit_handlers_fastpath(a, s, v):
         return FAST_NONE
     a.counters[COUNT_EXITS] += 1
     if a.nmi_pending:
+        put_vectors(s)
         if s.interruptibility & BLOCKED_NMI:
             kvm_limit_nmi(a)
         if (v.processor & PROC_NMI_WINDOW) == 0:
@@ -246,6 +250,7 @@ def vmx_vcpu_run(a, s):
     prepare_thread()  # a system call: once, not at each exit
     preemption_thread(s)
     s.stack_ready = 1
+    s.keep_vectors = a.fast
     kvm_enter_guest_mode(a, s)
     while True:
         if v.vmcs != cython.NULL:
@@ -263,6 +268,7 @@ def vmx_vcpu_run(a, s):
             if reason == EXIT_VM and a.fast:
                 done = vmx_exit_handlers_fastpath(a, s, v)
             if done != FAST_RESUME:
+                put_vectors(s)
                 break
             s.exit.reason = EXIT_NONE
         leave_guest(s)
@@ -275,6 +281,7 @@ def vmx_vcpu_run(a, s):
         _set_tpr_threshold(a, v.vmcs, 0)
         _switch_hv_timer(a, v.vmcs, False)
     s.stack_ready = 0
+    s.keep_vectors = 0
     if error == ENTRY_FAILED:
         return cython.cast(int64_t, get(v.vmcs, VM_EXIT_REASON))
     if error:
