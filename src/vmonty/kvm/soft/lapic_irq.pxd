@@ -56,4 +56,3 @@ cdef int apic_set_eoi(KvmLapic *l) noexcept nogil
 cdef bint apic_take_deadline(KvmLapic *l, uint64_t tsc) noexcept nogil
 # Whether someone but the APIC must hear of the end of the highest vector in service.
 cdef bint apic_eoi_is_told(KvmLapic *l) noexcept nogil
-
