@@ -40,6 +40,7 @@ GAPS: dict[str, dict[str, str]] = {
         "speculation-msrs": "IA32_SPEC_CTRL and IA32_PRED_CMD answer guests whose CPUID lacks them",
         "emulation-cpl3": "code of CPL3 that cannot be fetched is an internal error, as in CPL0",
         "string-io-order": _STRING_IO_ORDER,
+        "debugctl-reserved": "IA32_DEBUGCTL takes reserved bits, and drops them",
         "hypercall": "CPL0 code is emulated, and VMCALL and VMMCALL are patched and executed again for ever",
     },
     "kvm_amd": {"string-io-fault": _STRING_IO, "string-io-order": _STRING_IO_ORDER},

@@ -19,6 +19,7 @@ from vmonty.kvm.uapi.flags import (
 from vmonty.kvm.uapi.vm import kvm_msr_filter_range
 from vmonty.testing.guests import Mode, TinyGuest, describe
 
+from .known_gaps import platform
 from .refusals import refused
 
 UNKNOWN = 0x4B000001  # between the ranges that processors and KVM use
@@ -105,6 +106,64 @@ def test_old_performance_counters_without_a_pmu(guest: TinyGuest, index: int) ->
         Mode.LONG, f"mov ecx, {index:#x}\n xor eax, eax\n xor edx, edx\n wrmsr\n rdmsr\n out 0x10, al", handlers=FAULT
     )
     assert guest.out() == (0x10, 0)
+
+
+DEBUGCTL, LBR, BTF = 0x1D9, 1, 2
+RESERVED_DEBUGCTL = [1 << 4, 1 << 16, 1 << 63]
+WRITE_DEBUGCTL = f"""
+    mov ecx, {DEBUGCTL:#x}
+    mov eax, {{low:#x}}
+    mov edx, {{high:#x}}
+    wrmsr
+    mov eax, -1
+    mov edx, -1
+    rdmsr
+    out 0x10, eax
+    mov eax, edx
+    out 0x11, eax
+"""
+
+
+def has_amd_debugctl(provider_name: str) -> bool:
+    """svm_set_msr() drops every value on a processor without LBR virtualization; vmx_set_msr() looks at it."""
+    return platform(provider_name).startswith(("kvm_amd", "soft-svm"))
+
+
+class TestDebugctl:
+    """IA32_DEBUGCTL: no KVM lets a guest step on branches, and there are no branch records to be had here."""
+
+    @pytest.mark.parametrize("value", [0, BTF, LBR, BTF | LBR])
+    def test_user_space_sets_what_is_dropped(self, vcpu: Vcpu, value: int) -> None:
+        assert vcpu.get_msrs([DEBUGCTL]) == {DEBUGCTL: 0}
+        assert vcpu.set_msrs({DEBUGCTL: value}) == 1
+        assert vcpu.get_msrs([DEBUGCTL]) == {DEBUGCTL: 0}
+
+    @pytest.mark.known_gap("debugctl-reserved")
+    @pytest.mark.parametrize("value", RESERVED_DEBUGCTL, ids=hex)
+    def test_user_space_sets_reserved_bits(self, vcpu: Vcpu, provider_name: str, value: int) -> None:
+        assert vcpu.set_msrs({DEBUGCTL: value}) == int(has_amd_debugctl(provider_name))
+        assert vcpu.get_msrs([DEBUGCTL]) == {DEBUGCTL: 0}
+
+    @pytest.mark.parametrize("value", [0, BTF, LBR, BTF | LBR])
+    def test_guest_sets_what_is_dropped(self, guest: TinyGuest, value: int) -> None:
+        guest.load(Mode.LONG, WRITE_DEBUGCTL.format(low=value, high=0), FAULT)
+        assert [guest.out(), guest.out()] == [(0x10, 0), (0x11, 0)]
+
+    @pytest.mark.known_gap("debugctl-reserved")
+    @pytest.mark.parametrize("value", RESERVED_DEBUGCTL, ids=hex)
+    def test_guest_sets_reserved_bits(self, guest: TinyGuest, provider_name: str, value: int) -> None:
+        guest.load(Mode.LONG, WRITE_DEBUGCTL.format(low=value & 0xFFFFFFFF, high=value >> 32), FAULT)
+        assert guest.out() == ((0x10, 0) if has_amd_debugctl(provider_name) else (0x20, 13))
+
+    def test_guest_steps_instructions_not_branches(self, guest: TinyGuest) -> None:
+        """TF traps behind the next instruction, whatever BTF was set to."""
+        arm = f"mov ecx, {DEBUGCTL:#x}\n mov eax, {BTF}\n xor edx, edx\n wrmsr\n pushfq\n or dword [rsp], 0x100\n popfq"
+        guest.load(
+            Mode.LONG, f"{arm}\n nop\n nop\n jmp over\n over: out 0x10, al", {1: "mov rax, [rsp]\n out 0x20, eax"}
+        )
+        port, rip = guest.out()
+        assert port == 0x20
+        assert guest.ram.read(rip - 1, 3)[:2] == b"\x90\x90"
 
 
 def test_machine_check_capability_is_there(guest: TinyGuest) -> None:

@@ -40,13 +40,15 @@ SEGMENT_FIELDS = {
 TABLE_FIELDS = {"gdt": (Field.GDTR_BASE, Field.GDTR_LIMIT), "idt": (Field.IDTR_BASE, Field.IDTR_LIMIT)}
 CONTROL_FIELDS = {"cr0": Field.CR0, "cr2": Field.CR2, "cr3": Field.CR3, "cr4": Field.CR4}
 MSR_FIELDS = {
-    0x174: Field.SYSENTER_CS, 0x175: Field.SYSENTER_ESP, 0x176: Field.SYSENTER_EIP, 0x277: Field.G_PAT,
-    0xC000_0081: Field.STAR, 0xC000_0082: Field.LSTAR, 0xC000_0083: Field.CSTAR, 0xC000_0084: Field.SFMASK,
-    0xC000_0100: Field.FS_BASE, 0xC000_0101: Field.GS_BASE, 0xC000_0102: Field.KERNEL_GS_BASE,
+    0x174: Field.SYSENTER_CS, 0x175: Field.SYSENTER_ESP, 0x176: Field.SYSENTER_EIP, 0x1D9: Field.DBGCTL,
+    0x277: Field.G_PAT, 0xC000_0081: Field.STAR, 0xC000_0082: Field.LSTAR, 0xC000_0083: Field.CSTAR,
+    0xC000_0084: Field.SFMASK, 0xC000_0100: Field.FS_BASE, 0xC000_0101: Field.GS_BASE,
+    0xC000_0102: Field.KERNEL_GS_BASE,
 }  # fmt: skip
 # As wide as the processor has them, whatever CR4.LA57 says.
 CANONICAL_MSRS = frozenset((0x175, 0x176, 0xC000_0082, 0xC000_0083, 0xC000_0100, 0xC000_0101, 0xC000_0102))
 MSR_EFER, EFER_LME, EFER_LMA, EFER_NX, EFER_SVME = 0xC000_0080, 1 << 8, 1 << 10, 1 << 11, 1 << 12
+MSR_DEBUGCTL = 0x1D9
 CR0_WP, CR4_PAE, CR4_PCIDE, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 5, 1 << 17, 1 << 20, 1 << 21
 DEBUG_REGISTERS = (0, 1, 2, 3, 7)
 RFLAGS_IF, RFLAGS_TF = 1 << 9, 1 << 8
@@ -371,6 +373,8 @@ class Svm(SvmExits):
             # LMA follows paging, not the write.
             self.set_control("efer", value & ~EFER_LMA | self.get_control("efer") & EFER_LMA)
             return True
+        if index == MSR_DEBUGCTL:
+            return True  # dropped, and 0: the processor has no LBR virtualization
         if (field := MSR_FIELDS.get(index)) is not None:
             if index in CANONICAL_MSRS and value + (1 << LINEAR_BITS - 1) & (1 << 64) - 1 >= 1 << LINEAR_BITS:
                 return False

@@ -42,13 +42,14 @@ TABLE_FIELDS = {
 }
 MSR_FIELDS = {
     0x174: Field.GUEST_SYSENTER_CS, 0x175: Field.GUEST_SYSENTER_ESP, 0x176: Field.GUEST_SYSENTER_EIP,
-    0x277: Field.GUEST_IA32_PAT, 0xC000_0080: Field.GUEST_IA32_EFER, 0xC000_0100: Field.GUEST_FS_BASE,
-    0xC000_0101: Field.GUEST_GS_BASE,
+    0x1D9: Field.GUEST_IA32_DEBUGCTL, 0x277: Field.GUEST_IA32_PAT, 0xC000_0080: Field.GUEST_IA32_EFER,
+    0xC000_0100: Field.GUEST_FS_BASE, 0xC000_0101: Field.GUEST_GS_BASE,
 }  # fmt: skip
 PDPTES = (Field.GUEST_PDPTR0, Field.GUEST_PDPTR1, Field.GUEST_PDPTR2, Field.GUEST_PDPTR3)
 SECOND_NESTED = c.SECOND_EPT | c.SECOND_UNRESTRICTED
 ALL = (1 << 64) - 1
 MSR_EFER, EFER_LME, EFER_NX = 0xC000_0080, 1 << 8, 1 << 11
+MSR_DEBUGCTL, DEBUGCTL_LBR, DEBUGCTL_BTF = 0x1D9, 1, 2
 CR0_WP, CR4_PAE, CR4_PCIDE, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 5, 1 << 17, 1 << 20, 1 << 21
 DEBUG_REGISTERS = (0, 1, 2, 3, 7)
 RFLAGS_TF = 1 << 8
@@ -425,6 +426,9 @@ class Vmx(VmxExits):
             # LMA follows paging, not the write.
             self.set_control("efer", value & ~c.EFER_LMA | self.get_control("efer") & c.EFER_LMA)
             return True
+        if index == MSR_DEBUGCTL:
+            # vmx_get_supported_debugctl(): nothing. These two are dropped all the same, as it is 0 at each entry.
+            return not value & ~(DEBUGCTL_LBR | DEBUGCTL_BTF)
         if (field := MSR_FIELDS.get(index)) is not None:
             self.cpu.vmwrite(field, value)
             return True
