@@ -9,11 +9,13 @@ import errno
 import pytest
 
 from vmonty.kvm.api import CpuidEntry
+from vmonty.kvm.uapi import Exit
 from vmonty.testing.guests import PML4, RAM_SIZE, Mode, TinyGuest
 
 LA57 = 1 << 12
 PML5, UPPER = RAM_SIZE - 0x3000, RAM_SIZE - 0x2000
 HIGH = 1 << 50  # maps what 0 maps
+DEVICE = 0x3000_0000  # mapped, but no memory
 KERNEL_GS_BASE = 0xC0000102
 
 
@@ -47,6 +49,40 @@ def test_addresses_of_57_bits(guest: TinyGuest, cpuid: list[CpuidEntry]) -> None
     assert guest.vcpu.get_sregs().cr4 & LA57
     translation = guest.vcpu.translate(HIGH + 0x20005)
     assert (translation.valid, translation.physical_address) == (1, 0x20005)
+
+
+def test_string_io_at_such_addresses(guest: TinyGuest, cpuid: list[CpuidEntry]) -> None:
+    """KVM walks the guest's tables itself."""
+    source = f"""
+        cld
+        mov rdi, {HIGH + 0x20000}
+        mov rsi, rdi
+        mov ecx, 4
+        mov edx, 0x40
+        rep insb
+        mov ecx, 4
+        rep outsb
+        mov eax, [0x20000]
+        out 0x10, eax
+    """
+    five(guest, source, cpuid)
+    taken, given = b"", b""
+    while (reason := guest.run()) is Exit.IO and (io := guest.vcpu.kvm_run.u.io).port == 0x40:
+        if io.direction == 0:
+            answer = b"LA57"[len(taken) : len(taken) + io.count]
+            guest.vcpu.io_data()[:] = answer
+            taken += answer
+        else:
+            given += bytes(guest.vcpu.io_data())
+    assert reason is Exit.IO
+    assert (taken, given, bytes(guest.vcpu.io_data())) == (b"LA57", b"LA57", b"LA57")
+
+
+def test_devices_at_such_addresses(guest: TinyGuest, cpuid: list[CpuidEntry]) -> None:
+    five(guest, f"mov rbx, {HIGH + DEVICE}\n mov word [rbx], 0x1234\n hlt", cpuid)
+    assert guest.run() is Exit.MMIO
+    mmio = guest.vcpu.kvm_run.u.mmio
+    assert (mmio.phys_addr, mmio.len, mmio.is_write, bytes(mmio.data[:2])) == (DEVICE, 2, 1, b"\x34\x12")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ PRESENT, WRITABLE, USER, ACCESSED, DIRTY, LARGE, NX = 1, 2, 4, 0x20, 0x40, 0x80,
 ERROR_PRESENT, ERROR_WRITE, ERROR_USER, ERROR_RESERVED, ERROR_FETCH = 1, 2, 4, 8, 16
 ACC_EXEC, ACC_WRITE, ACC_USER, ACC_ALL = 1, 2, 4, 7
 ADDRESS = 0x000F_FFFF_FFFF_F000
-CR0_WP, CR4_PSE, CR4_PAE, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 4, 1 << 5, 1 << 20, 1 << 21
+CR0_WP, CR4_PSE, CR4_PAE, CR4_LA57, CR4_SMEP, CR4_SMAP = 1 << 16, 1 << 4, 1 << 5, 1 << 12, 1 << 20, 1 << 21
 EFER_LMA, EFER_NX, RFLAGS_AC = 1 << 10, 1 << 11, 1 << 18
 PHYSICAL_BITS = 46
 RESERVED_ADDRESS = (1 << 52) - (1 << PHYSICAL_BITS)
@@ -38,7 +38,7 @@ class Registers(NamedTuple):
 
     @property
     def long_mode(self) -> bool:
-        """4-level paging."""
+        """4- or 5-level paging."""
         return self.paging and bool(self.efer & EFER_LMA)
 
     @property
@@ -131,7 +131,7 @@ class GuestWalker:
         result = Translation()
         access = ACC_ALL
         if registers.long_mode:
-            level, table = 4, registers.cr3 & ADDRESS
+            level, table = 5 if registers.cr4 & CR4_LA57 else 4, registers.cr3 & ADDRESS
         elif width == 8:
             pdpte = registers.pdptrs[gva >> 30 & 3]
             if not pdpte & PRESENT:
