@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+import threading
 
 from vmonty.cpu import core
 
@@ -44,3 +45,18 @@ class Machine:
         """Load and run until the processor reports something."""
         self.load(code)
         return self.cpu.run()
+
+
+def run_together(*machines: Machine) -> None:
+    """Each on a thread of its own, to its end."""
+    threads = [threading.Thread(target=machine.cpu.run) for machine in machines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    stuck = any(thread.is_alive() for thread in threads)
+    for machine in machines:
+        machine.cpu.kick()
+    for thread in threads:
+        thread.join(5)
+    assert not stuck

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import mmap
-import threading
 
 import pytest
 
 from vmonty.cpu.observe import Access, Observer
 from vmonty.testing.nasm import assemble
 
-from .flat import CODE, SIZE, Machine
+from .flat import CODE, SIZE, Machine, run_together
 
 ROUNDS = 3000
 TABLE = 0x5000
@@ -37,21 +36,6 @@ def loop(step: str, at: int) -> bytes:
 def start(machine: Machine, step: str, at: int) -> None:
     machine.load(loop(step, at), at)
     machine.cpu["rip"], machine.cpu["rsp"] = at, 0x80000
-
-
-def run_together(*machines: Machine) -> None:
-    """Each on a thread of its own, to its end."""
-    threads = [threading.Thread(target=machine.cpu.run) for machine in machines]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    stuck = any(thread.is_alive() for thread in threads)
-    for machine in machines:
-        machine.cpu.kick()
-    for thread in threads:
-        thread.join(5)
-    assert not stuck
 
 
 def total(machine: Machine, first: int = FIRST, second: int = SECOND) -> int:

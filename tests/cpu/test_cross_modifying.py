@@ -4,13 +4,11 @@ the flag. SDM, "Handling Self- and Cross-Modifying Code".
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 from vmonty.testing.nasm import assemble
 
-from .flat import CODE, Machine
+from .flat import CODE, Machine, run_together
 
 FUNCTION, PUBLISHED, ACKNOWLEDGED = 0x200000, 0x300000, 0x300040
 ROUNDS = 300
@@ -62,21 +60,6 @@ right:
 done:
     hlt
 """
-
-
-def run_together(*machines: Machine) -> None:
-    """Each on a thread of its own, to its end."""
-    threads = [threading.Thread(target=machine.cpu.run) for machine in machines]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    stuck = any(thread.is_alive() for thread in threads)
-    for machine in machines:
-        machine.cpu.kick()
-    for thread in threads:
-        thread.join(5)
-    assert not stuck
 
 
 @pytest.mark.parametrize("writes", [1, 2, 40, 300])

@@ -23,6 +23,24 @@ def guest(request: pytest.FixtureRequest) -> Iterator[TinyGuest]:
             yield TinyGuest(vm, vcpu, ram)
 
 
+TSC_DEADLINE = 1 << 24  # of CPUID 1's ECX; KVM leaves it to user space to offer
+
+
+@contextmanager
+def with_irqchip(module: str, **parameters: int | bool) -> Iterator[TinyGuest]:
+    """A guest of *module*, loaded with *parameters*, that has the KVM's interrupt controllers and TSC deadlines."""
+    with modules.only(module, **parameters), kvm.open("soft") as system, system.create_vm() as vm:
+        ram = Ram(RAM_SIZE)
+        vm.set_user_memory_region(0, 0, ram)
+        vm.create_irqchip()
+        with vm.create_vcpu() as vcpu:
+            leaves = system.supported_cpuid()
+            vcpu.set_cpuid2(
+                [leaf._replace(ecx=leaf.ecx | TSC_DEADLINE) if leaf.function == 1 else leaf for leaf in leaves]
+            )
+            yield TinyGuest(vm, vcpu, ram)
+
+
 @contextmanager
 def own_pool(monkeypatch: pytest.MonkeyPatch, limit: int, online: int) -> Iterator[pcpu.PhysicalCpus]:
     """A pool of a test's own, with *online* of *limit* processors, and no module."""

@@ -24,25 +24,18 @@ from vmonty.kvm.uapi.run import kvm_run, kvm_run_u_io
 from vmonty.kvm.uapi.vm import kvm_msr_filter_range
 from vmonty.testing.guests import DATA, RAM_SIZE, USER_STACK, Mode, TinyGuest, load
 
+from .conftest import with_irqchip
+
 APIC_ON = "mov ecx, 0x1b\n rdmsr\n or eax, 0xc00\n wrmsr\n mov ecx, 0x80f\n mov eax, 0x1ff\n xor edx, edx\n wrmsr\n"
 DEADLINE_MODE = "mov ecx, 0x832\n mov eax, 0x400e0\n xor edx, edx\n wrmsr\n"
 VECTOR = 0xE0
-TSC_DEADLINE = 1 << 24  # of CPUID 1's ECX; KVM leaves it to user space to offer
 WAIT_S = 30
 
 
 @pytest.fixture(params=["kvm_intel", "kvm_amd"])
 def guest(request: pytest.FixtureRequest) -> Iterator[TinyGuest]:
-    with modules.only(request.param), kvm.open("soft") as system, system.create_vm() as vm:
-        ram = Ram(RAM_SIZE)
-        vm.set_user_memory_region(0, 0, ram)
-        vm.create_irqchip()
-        with vm.create_vcpu() as vcpu:
-            leaves = system.supported_cpuid()
-            vcpu.set_cpuid2(
-                [leaf._replace(ecx=leaf.ecx | TSC_DEADLINE) if leaf.function == 1 else leaf for leaf in leaves]
-            )
-            yield TinyGuest(vm, vcpu, ram)
+    with with_irqchip(request.param) as made:
+        yield made
 
 
 def test_counters_are_where_stats_has_them() -> None:

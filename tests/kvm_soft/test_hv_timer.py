@@ -6,16 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from vmonty import kvm
-from vmonty.base.ram import Ram
 from vmonty.cpu.vmcs import Field
-from vmonty.kvm.soft import modules
 from vmonty.kvm.soft.kvm_main import Kvm
 from vmonty.kvm.soft.provider import SoftKvm
 from vmonty.kvm.soft.vmx.exits import VmxExits
-from vmonty.testing.guests import DATA, RAM_SIZE, Mode, TinyGuest
+from vmonty.testing.guests import DATA, Mode, TinyGuest
 
-from .test_fastpath import APIC_ON, DEADLINE_MODE, TSC_DEADLINE, VECTOR, noted
+from .conftest import with_irqchip
+from .test_fastpath import APIC_ON, DEADLINE_MODE, VECTOR, noted
 
 WRMSR, PREEMPTION_TIMER = 32, 52
 EOI = "mov ecx, 0x80b\n xor eax, eax\n xor edx, edx\n wrmsr\n"
@@ -69,20 +67,8 @@ def by_processor(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def guest(by_processor: bool) -> Iterator[TinyGuest]:
-    with (
-        modules.only("kvm_intel", preemption_timer=by_processor),
-        kvm.open("soft") as system,
-        system.create_vm() as vm,
-    ):
-        ram = Ram(RAM_SIZE)
-        vm.set_user_memory_region(0, 0, ram)
-        vm.create_irqchip()
-        with vm.create_vcpu() as vcpu:
-            leaves = system.supported_cpuid()
-            vcpu.set_cpuid2(
-                [leaf._replace(ecx=leaf.ecx | TSC_DEADLINE) if leaf.function == 1 else leaf for leaf in leaves]
-            )
-            yield TinyGuest(vm, vcpu, ram)
+    with with_irqchip("kvm_intel", preemption_timer=by_processor) as made:
+        yield made
 
 
 @pytest.mark.parametrize("wait", ["pause", "hlt", "out 0x20, al"], ids=["running", "halted", "exiting"])

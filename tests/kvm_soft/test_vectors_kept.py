@@ -12,12 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from vmonty import kvm
-from vmonty.base.ram import Ram
-from vmonty.kvm.soft import modules
-from vmonty.testing.guests import RAM_SIZE, Mode, TinyGuest
+from vmonty.testing.guests import Mode, TinyGuest
 
-from .test_fastpath import APIC_ON, DEADLINE_MODE, TSC_DEADLINE
+from .conftest import with_irqchip
+from .test_fastpath import APIC_ON, DEADLINE_MODE
 
 ROOT = Path(__file__).parents[2]
 BELL_PORT, BELL = 0x60, 0xFEB0_0000
@@ -40,21 +38,12 @@ EXITS["all in turn"] = "\n".join(EXITS.values())
 
 @pytest.fixture(params=["kvm_intel", "kvm_amd"])
 def guest(request: pytest.FixtureRequest) -> Iterator[TinyGuest]:
-    with modules.only(request.param), kvm.open("soft") as system, system.create_vm() as vm:
-        ram = Ram(RAM_SIZE)
-        vm.set_user_memory_region(0, 0, ram)
-        vm.create_irqchip()
+    """With two doorbells, and another vCPU to send to."""
+    with with_irqchip(request.param) as made, made.vm.create_vcpu(1):
         event = os.eventfd(0, os.EFD_NONBLOCK)
-        vm.ioeventfd(event, BELL_PORT, 1, pio=True)
-        vm.ioeventfd(event, BELL, 4)
-        leaves = [
-            leaf._replace(ecx=leaf.ecx | TSC_DEADLINE) if leaf.function == 1 else leaf
-            for leaf in system.supported_cpuid()
-        ]
-        with vm.create_vcpu() as vcpu, vm.create_vcpu(1) as other:
-            for one in (vcpu, other):
-                one.set_cpuid2(leaves)
-            yield TinyGuest(vm, vcpu, ram)
+        made.vm.ioeventfd(event, BELL_PORT, 1, pio=True)
+        made.vm.ioeventfd(event, BELL, 4)
+        yield made
         os.close(event)
 
 
