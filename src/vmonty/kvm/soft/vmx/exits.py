@@ -49,6 +49,7 @@ class VmxExits(Intercepts):
         super().__init__(vcpu)
         self.cpu = cpu
         self.emulator = Emulator(vcpu, TwoDimensional(self, cpu))
+        self._emulates_invalid_state = False
 
     # The registers are Vmx's; here are the three that nearly every handler uses.
     def _skip(self) -> None:
@@ -74,8 +75,19 @@ class VmxExits(Intercepts):
     def complete_interrupts(self) -> None:
         """vmx_complete_interrupts(): an event whose delivery was cut short is queued again."""
         info = self.cpu.vmread(Field.IDT_VECTORING_INFO_FIELD)
-        if not info & c.INFO_VALID:
-            return
+        if info & c.INFO_VALID:
+            self._queue_again(info, Field.IDT_VECTORING_ERROR_CODE)
+
+    def cancel_injection(self) -> None:
+        """vmx_cancel_injection(): the entry failed, and what was to be injected is queued again."""
+        info = self.cpu.vmread(Field.VM_ENTRY_INTR_INFO_FIELD)
+        if info & c.INFO_VALID:
+            if info & c.INFO_TYPE == c.TYPE_SOFT_EXCEPTION:  # not the guest's INT3 or INTO, which would run again
+                info = info & ~c.INFO_TYPE | c.TYPE_EXCEPTION
+            self._queue_again(info, Field.VM_ENTRY_EXCEPTION_ERROR_CODE)
+            self.cpu.vmwrite(Field.VM_ENTRY_INTR_INFO_FIELD, 0)
+
+    def _queue_again(self, info: int, error_code: Field) -> None:
         vector = info & c.INFO_VECTOR
         match info & c.INFO_TYPE:
             case c.TYPE_EXTERNAL:
@@ -85,7 +97,7 @@ class VmxExits(Intercepts):
                 old = self.cpu.vmread(Field.GUEST_INTERRUPTIBILITY_INFO)
                 self.cpu.vmwrite(Field.GUEST_INTERRUPTIBILITY_INFO, old & ~c.BLOCKED_NMI)
             case c.TYPE_EXCEPTION:
-                code = self.cpu.vmread(Field.IDT_VECTORING_ERROR_CODE) if info & c.INFO_ERROR_CODE else None
+                code = self.cpu.vmread(error_code) if info & c.INFO_ERROR_CODE else None
                 self.vcpu.exception = QueuedException(vector, code, pending=False)
             case _:
                 pass  # INT n, INT3, INTO: rip is still at the instruction, which runs again
@@ -95,13 +107,30 @@ class VmxExits(Intercepts):
         reason = self.cpu.vmread(Field.VM_EXIT_REASON)
         if reason & FAILED_ENTRY:
             if (self.shadow is not None or self.restricted) and reason & 0xFFFF == INVALID_GUEST_STATE:
-                # handle_invalid_guest_state(): with unrestricted guest it is not.
-                return self.emulator.emulate(WHILE_INVALID)
+                return self._handle_invalid_guest_state()  # with unrestricted guest it is not handled
             return self._fail_entry(reason)
         handler = self.HANDLERS.get(reason & 0xFFFF)
         if handler is None:
             return self._internal_error(flags.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, [reason, self._last_cpu()])
         return handler(self)
+
+    def _handle_invalid_guest_state(self) -> bool:
+        """handle_invalid_guest_state(): emulate until the processor takes the state; what is to be injected waits.
+
+        An exception cannot wait, and is user space's affair: vmx_unhandleable_emulation_required(). So is a state that
+        the emulator, which is the processor, does not take either.
+        """
+        vcpu = self.vcpu
+        if self._emulates_invalid_state or (vcpu.exception is not None and not self.vm86_active):
+            return self._emulation_failure_exit()
+        waits = vcpu.interrupt_injected is not None or vcpu.nmi_injected
+        if waits:  # what comes behind that has no window yet: it would be open, and nothing would be executed
+            self._window(c.PROC_INTERRUPT_WINDOW | c.PROC_NMI_WINDOW, False)
+        self._emulates_invalid_state = True
+        try:
+            return self.emulator.emulate(1 if waits else WHILE_INVALID)
+        finally:
+            self._emulates_invalid_state = False
 
     def _fail_entry(self, reason: int) -> bool:
         run = self.vcpu.run

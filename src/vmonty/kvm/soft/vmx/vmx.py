@@ -20,7 +20,7 @@ from vmonty.kvm.soft.msr_filter import READ, WRITE
 from vmonty.kvm.soft.stats import FPU_RELOAD, HOST_STATE_RELOAD
 from vmonty.kvm.soft.vcpu_state import QueuedException
 from vmonty.kvm.soft.vmx import controls as c
-from vmonty.kvm.soft.vmx.exits import VmxExits
+from vmonty.kvm.soft.vmx.exits import FAILED_ENTRY, VmxExits
 from vmonty.kvm.soft.vmx.processor import PASSED_THROUGH, Processor
 from vmonty.kvm.uapi import flags
 from vmonty.kvm.uapi.vcpu import kvm_cpuid_entry2, kvm_segment
@@ -520,8 +520,10 @@ class Vmx(VmxExits):
         self._exited()
 
     def _exited(self) -> None:
-        self.cpu.vmwrite(Field.VM_ENTRY_INTR_INFO_FIELD, 0)
-        self.complete_interrupts()
+        if self.cpu.vmread(Field.VM_EXIT_REASON) & FAILED_ENTRY:
+            self.cancel_injection()
+        else:
+            self.complete_interrupts()
 
     def _step(self) -> None:
         """One instruction, whose end is a #DB. The guest's own trap flag comes back behind it."""
