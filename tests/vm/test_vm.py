@@ -18,6 +18,7 @@ from vmonty.base.errors import GuestMemoryError, UsageError, VmontyError
 from vmonty.cli.attach import Attached
 from vmonty.kvm.uapi import Exit
 from vmonty.vm import ConsoleEnded, ConsoleTimeout, Ending, Event, State, StateError
+from vmonty.vm.build import Build
 from vmonty.vm.console import PANIC, ConsoleSession
 from vmonty.vmm.inspection import CONTROL_REGISTERS, GENERAL_REGISTERS
 
@@ -99,6 +100,31 @@ def test_a_reset_goes_on_with_a_new_machine_unless_told_otherwise(vm):
         machine.console.expect("ready", 30)
         machine.reset()
         assert machine.wait(30).ending is Ending.RESET
+
+
+def test_who_asks_during_a_reset_waits_for_the_next_machine(vm, monkeypatch):
+    asked, made_anew = threading.Event(), Build.machine
+
+    def slow(build, *arguments):
+        if build._started:  # not for the first
+            asking.start()
+            asked.wait(30)
+        return made_anew(build, *arguments)
+
+    def ask():
+        asked.set()
+        sizes.append(len(machine.read_memory(0, 4)))
+
+    sizes = []
+    asking = threading.Thread(target=ask)
+    monkeypatch.setattr(Build, "machine", slow)
+    with vm() as machine:
+        machine.start()
+        machine.console.expect("ready", 30)
+        machine.reset()
+        machine.console.expect("ready", 30)
+        asking.join(30)
+        assert sizes == [4]
 
 
 def test_a_paused_vm_stands_still_and_shows_its_state(vm):

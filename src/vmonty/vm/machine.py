@@ -211,6 +211,10 @@ class VM(Closing):
 
     def _running(self, *states: State) -> Machine:
         machine = self._machine
+        if machine is None and self.state is State.RUNNING:
+            # A reset is making the next one; no thread that this one waits for comes here meanwhile.
+            with self._lock:
+                machine = self._machine
         if self.state not in states or machine is None:
             wanted = " or ".join(state.value for state in states)
             raise StateError(f"the VM is {self.state.value}; for this it must be {wanted}")
