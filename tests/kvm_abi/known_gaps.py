@@ -53,6 +53,7 @@ GAPS: dict[str, dict[str, str]] = {
         "sw-breakpoint": "the emulated CPU does not intercept INT3 of a nested guest",
         "xsetbv-exit": "the emulated CPU does not intercept XSETBV of a nested guest",
         "cr8-reserved": "the emulated CPU takes a MOV CR8 of more than four bits, and keeps the low four",
+        "gs-base-canonical": "the emulated CPU takes a KERNEL_GS_BASE that is not canonical",
         "string-io-fault": _STRING_IO,
         "string-io-order": _STRING_IO_ORDER,
         "lost-page-table": "with npt=0 a guest's page table whose memory is gone counts as one with nothing in it",
