@@ -303,3 +303,22 @@ def test_a_disk_that_was_slow_is_tried_again(bench: Bench, disk: MemoryDisk, mon
     monkeypatch.setattr(blk, "SLOW_NS", 1)
     assert at_once(2 * blk.PROBE) > 2
     assert not device.quick()
+
+
+def test_large_requests_are_no_vcpus_work(bench: Bench, disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However quick the disk: the vCPU would stand still meanwhile. A few small ones, and it is again."""
+    monkeypatch.setattr(blk, "SLOW_NS", 10**12)
+    device = Blk(bench.memory, bench.loop, disk)
+    driver = bench.driver(device).start()
+
+    def ask_until_quick(wanted: bool, room: int) -> int:
+        for count in range(100):
+            if device.quick() is wanted:
+                return count
+            assert done(driver, ask(driver, blk.T_IN, room=[room]))[0] == 0
+            bench.settle()
+        raise AssertionError(f"after 100 requests of {room} bytes quick() is not {wanted}")
+
+    ask_until_quick(True, 512)
+    assert ask_until_quick(False, 256 << 10) > 0
+    assert ask_until_quick(True, 4096) > 0

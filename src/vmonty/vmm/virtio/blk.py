@@ -42,6 +42,8 @@ WORKERS = 4
 # A read or write that takes longer, in nanoseconds, is worth a thread: for any, and for each byte.
 # Handing over costs some 100 µs with the threads' waits for the interpreter, and while they work a probe waits too.
 SLOW_NS, SLOW_NS_PER_BYTE = 200_000, 0.5
+# Requests that usually have so many bytes are copied beside the vCPU, not in its stead.
+WORTH_WAKING = 32 << 10
 # While they are slow every so many is tried all the same. One that met a busy host counts as this many times slow.
 PROBE, MOST_SLOW = 8, 4.0
 
@@ -90,6 +92,7 @@ class Blk(VirtioDevice):
         # for the interpreter, too.) Not known yet, so slow.
         self._slowness = 2.0
         self._probes = 0
+        self._usual_size = 0.0  # of those requests, in bytes
 
     def _describe(self, queue_count: int) -> bytes:
         shape = self._topology
@@ -139,8 +142,8 @@ class Blk(VirtioDevice):
             self.config[offset] = value
 
     def quick(self) -> bool:
-        """While the host has the file in its page cache."""
-        return self._slowness < 1.0
+        """While the host has the file in its page cache, and requests are small: the vCPU does without its own time."""
+        return self._slowness < 1.0 and self._usual_size < WORTH_WAKING
 
     def handle(self, queue: Queue) -> None:
         """Give each request to the threads."""
@@ -169,6 +172,7 @@ class Blk(VirtioDevice):
     def _note(self, taken_ns: int, size: int) -> None:
         taken = min(taken_ns / (SLOW_NS + SLOW_NS_PER_BYTE * size), MOST_SLOW)
         # Probes are few: a good one counts for more.
+        self._usual_size += (size - self._usual_size) / 8
         self._slowness += (taken - self._slowness) / (8 if self._slowness < 1.0 else 2)
 
     # ---- the threads ------------------------------------------------------------------------------------
