@@ -19,20 +19,16 @@ from vmonty.kvm.soft import modules, pcpu
 from vmonty.kvm.soft.vmx.main import KvmIntel
 from vmonty.testing.guests import RAM_SIZE, Mode, TinyGuest
 
+from .conftest import own_pool
+
 CPUS = 3
 
 
 @pytest.fixture(autouse=True)
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[pcpu.PhysicalCpus]:
     """A pool of three processors, and no module."""
-    monkeypatch.setattr(modules, "_loaded", None)
-    made = pcpu.PhysicalCpus(limit=CPUS)
-    for number in range(CPUS):
-        made.online(number)
-    monkeypatch.setattr(pcpu, "POOL", made)
-    yield made
-    if (module := modules.loaded()) is not None:
-        modules.unload(module.name)
+    with own_pool(monkeypatch, CPUS, CPUS) as made:
+        yield made
 
 
 def footprint(pool: pcpu.PhysicalCpus) -> dict[str, Any]:

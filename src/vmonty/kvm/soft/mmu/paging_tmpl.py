@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vmonty.base import hostcall
-from vmonty.base.record import Record, made
 from vmonty.kvm.soft.memslots import PAGE_SHIFT, Memslots
 
 PRESENT, WRITABLE, USER, ACCESSED, DIRTY, LARGE, NX = 1, 2, 4, 0x20, 0x40, 0x80, 1 << 63
@@ -47,18 +46,19 @@ class Registers(NamedTuple):
         return 8 if self.cr4 & CR4_PAE else 4
 
 
-class Translation(Record):
+class Translation:
     """A successful walk. *tables*: level → gfn of the guest's table there; *access*: level → what the entries above it
     allow; *gptes*: level → the entry used. *level* is that of the leaf; *gfn* of the 4 KiB page; *allowed* of the leaf.
     """
 
-    gfn: int = 0
-    level: int = 1
-    allowed: int = ACC_ALL
-    dirty: bool = True
-    tables: dict[int, int] = made(factory=dict)
-    access: dict[int, int] = made(factory=dict)
-    gptes: dict[int, int] = made(factory=dict)
+    def __init__(self, gfn: int = 0, level: int = 1) -> None:
+        self.gfn = gfn
+        self.level = level
+        self.allowed = ACC_ALL
+        self.dirty = True
+        self.tables: dict[int, int] = {}
+        self.access: dict[int, int] = {}
+        self.gptes: dict[int, int] = {}
 
 
 class GuestFault(Exception):  # it is the guest's, not ours
