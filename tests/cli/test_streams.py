@@ -174,6 +174,16 @@ def test_the_board_is_chosen(kernel: Path, board: str) -> None:
     assert (done.returncode, done.stdout) == (0, b"ready\nq")
 
 
+def test_a_panic_is_a_failure_with_its_reason(kernel: Path) -> None:
+    line = command("panic", kernel, "--timeout", "20")
+    done = subprocess.run(
+        line, stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT_S, check=False, env=environment()
+    )
+    assert done.returncode == 1
+    assert b"vmonty: the guest's kernel panicked: no init\n" in done.stderr
+    assert b"    rip " in done.stderr
+
+
 def test_resets_go_on_until_the_timeout(kernel: Path) -> None:
     line = command("reset", kernel, "--timeout", "0.5")
     done = subprocess.run(

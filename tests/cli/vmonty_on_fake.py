@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from vmm.fake_kvm import FakeKvm
-from vmm.steps import Guest, In, Leave, Out, Wait
+from vmm.steps import Guest, In, Leave, Out, Spin, Wait
 from vmonty import kvm
 from vmonty.cli.main import main
 from vmonty.kvm.uapi import Exit
@@ -68,8 +68,17 @@ def reset(cpu: int) -> Guest:
     yield RESET
 
 
+def panic(cpu: int) -> Guest:
+    """Say Linux's last words, and spin."""
+    yield from say(
+        b"[    1.0] Kernel panic - not syncing: no init\n[    1.1] ---[ end Kernel panic - not syncing: no init ]---\n"
+    )
+    yield Spin(1.0)
+
+
 GUESTS: dict[str, Callable[[int], Guest]] = {
     "echo": echo, "polite": polite, "debug-exit": debug_exit, "deaf": deaf, "flood": flood, "reset": reset,
+    "panic": panic,
 }  # fmt: skip
 _guest = echo
 

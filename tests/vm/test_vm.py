@@ -19,7 +19,7 @@ from vmonty.cli.attach import Attached
 from vmonty.kvm.uapi import Exit
 from vmonty.vm import ConsoleEnded, ConsoleTimeout, Ending, Event, State, StateError
 from vmonty.vm.build import Build
-from vmonty.vm.console import PANIC, ConsoleSession
+from vmonty.vm.console import ConsoleSession
 from vmonty.vmm.inspection import CONTROL_REGISTERS, GENERAL_REGISTERS
 
 RESET = Out(0x64, 0xFE)
@@ -207,20 +207,9 @@ def test_the_log_and_the_output_have_every_byte(vm, tmp_path):
         pass
 
 
-@pytest.mark.parametrize("cut", range(1, len(PANIC) + 12, 5))
-def test_a_panic_is_noticed_however_its_line_arrives(cut):
-    lines = []
-    console = ConsoleSession(lambda data: None, lines.append)
-    text = b"[1.0] " + PANIC + b": no init\r\nmore\n"
-    console.feed(text[:cut])
-    console.feed(text[cut:])
-    console.feed(b"later\n")
-    assert lines == ["Kernel panic - not syncing: no init"]
-
-
 def test_old_output_is_dropped_but_not_the_place(monkeypatch):
     monkeypatch.setattr("vmonty.vm.console.MOST_KEPT", 100)
-    console = ConsoleSession(lambda data: None, lambda line: None)
+    console = ConsoleSession(lambda data: None)
     console.feed(b"first ")
     console.expect("first")
     for _ in range(100):

@@ -13,7 +13,6 @@ from vmonty.base.errors import UsageError, VmontyError
 # What is kept for ``text`` and ``expect``; older output is dropped (a log file has all).
 MOST_KEPT = 16 << 20
 SHOWN_IN_ERRORS = 400
-PANIC = b"Kernel panic - not syncing"
 
 
 class ConsoleTimeout(VmontyError, TimeoutError):
@@ -27,24 +26,21 @@ class ConsoleEnded(VmontyError, EOFError):
 class ConsoleSession:
     """Collects output, and sends input through *send*. Output comes on vCPU threads; all methods work on any.
 
-    Every byte also goes to *output* and to the file *log*. *panicked* is called once with the line of a kernel's panic.
+    Every byte also goes to *output* and to the file *log*.
     """
 
     def __init__(
         self,
         send: Callable[[bytes], None],
-        panicked: Callable[[str], None],
         output: Callable[[bytes], None] | None = None,
         log: Path | None = None,
     ) -> None:
         self._send = send
-        self._panicked = panicked
         self._output = output
         self._changed = threading.Condition()
         self._kept = bytearray()
         self._dropped = 0  # bytes before _kept
         self._read_to = 0  # where the next expect() begins, counted from the first byte
-        self._panic_from = 0
         self._ended = False
         try:
             self._log = log.open("ab", buffering=0) if log is not None else None
@@ -62,19 +58,7 @@ class ConsoleSession:
             if (excess := len(self._kept) - MOST_KEPT) > MOST_KEPT // 4:
                 del self._kept[:excess]
                 self._dropped += excess
-            panic = self._panic() if b"\n" in data else None
             self._changed.notify_all()
-        if panic is not None:
-            self._panicked(panic)
-
-    def _panic(self) -> str | None:
-        begin = max(self._panic_from - self._dropped, 0)
-        end = self._kept.rfind(b"\n")
-        self._panic_from = self._dropped + end
-        at = self._kept.find(PANIC, begin, end)
-        if at < 0:
-            return None
-        return self._kept[at : self._kept.find(b"\n", at)].decode(errors="replace").strip()
 
     def ended(self) -> None:
         """There is no more to come."""

@@ -111,7 +111,7 @@ class VM(Closing):
         try:
             self._choice = accel.choose(self.settings.accel)
             self._build.fetch(lambda: contextlib.nullcontext(self._progress))
-            self._console = ConsoleSession(self._send, self._panicked, self._output, self.settings.console_log)
+            self._console = ConsoleSession(self._send, self._output, self.settings.console_log)
             self._machine = self._build.machine(self._choice.system, self._console.feed)
         except BaseException:
             self.close()
@@ -223,6 +223,7 @@ class VM(Closing):
     def _start_machine(self) -> None:
         machine = self._machine
         assert machine is not None
+        machine.panic.told = self._panicked
         for thread in machine.vcpus:
             thread.hook = self._exit if self._hooks else None
         if self._hooks:

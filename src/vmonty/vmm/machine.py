@@ -31,6 +31,7 @@ from vmonty.vmm.memory import LOW_RAM_LIMIT, GuestMemory, check_size
 from vmonty.vmm.messages import Messages
 from vmonty.vmm.optionrom import OptionRom
 from vmonty.vmm.outcome import Ending, Outcome
+from vmonty.vmm.panicwatch import PanicWatch
 from vmonty.vmm.removable import Removable
 from vmonty.vmm.transmitter import Transmitter
 from vmonty.vmm.vcpu import VcpuThread
@@ -153,7 +154,7 @@ class Machine(Closing, ABC):
         self._cpuid = cpuid(0)
         self.config = config
         self.properties = properties
-        self.console = console
+        self._output = console
         self.screen: Screen | None = None
         self.keyboard: Ps2Keyboard | None = None
         self.mouse: Ps2Mouse | None = None
@@ -162,6 +163,7 @@ class Machine(Closing, ABC):
         self._outcome: Outcome | None = None
         self._outcome_lock = threading.Lock()
         self.vcpus: list[VcpuThread] = []
+        self.panic = PanicWatch(self.vcpus, self._panicked)
         self.networks: list[NetBackend] = []  # what its cards are connected to
         self.boot_order = BootOrder()
         self.removable: dict[str, Removable] = {}  # drives whose media can be changed, by name
@@ -307,10 +309,19 @@ class Machine(Closing, ABC):
         """The guest ends the machine with an exit status of its own."""
         self._end(Outcome(Ending.DEBUG_EXIT, f"the guest ended with status {status}", status=status))
 
+    def console(self, data: bytes) -> None:
+        """What a console prints goes this way. From any thread; as long as its reader takes."""
+        self._output(data)
+        self.panic.feed(data)
+
     def panicked(self) -> None:
         """The guest's kernel reported its panic; on the thread of the vCPU that did."""
-        registers = next((thread.registers() for thread in self.vcpus if thread.on_thread()), {})
-        self._end(Outcome(Ending.PANICKED, "the guest's kernel panicked", registers))
+        self.flush_console()
+        self._panicked(next((thread.registers() for thread in self.vcpus if thread.on_thread()), {}))
+
+    def _panicked(self, registers: Mapping[str, int]) -> None:
+        reason = f": {self.panic.reason}" if self.panic.reason else ""
+        self._end(Outcome(Ending.PANICKED, f"the guest's kernel panicked{reason}", registers))
 
     def _boot(self) -> None:
         """Let the firmware start; or do what it would do, and enter the kernel."""
@@ -352,6 +363,7 @@ class Machine(Closing, ABC):
     def close(self) -> None:
         """Stop and join the vCPUs, and close everything. A second call does nothing."""
         self.stop()
+        self.panic.close()
         for thread in self.vcpus:
             thread.join()
             thread.vcpu.close()

@@ -27,7 +27,7 @@ class VcpuThread:
         self._stop = threading.Event()
         # Guards the three after it, and tells of changes to them.
         self._change = threading.Condition()
-        self._pausing = False
+        self._pausing = 0  # how many have asked for it
         self._parked = False
         self._left = False
         # Sees each exit before it is handled, on this thread.
@@ -41,7 +41,7 @@ class VcpuThread:
     def pause(self) -> None:
         """Ask the thread to wait outside of the guest, no instruction half done. From any thread."""
         with self._change:
-            self._pausing = True
+            self._pausing += 1
         if not self.vcpu.closed:
             self.vcpu.kick()
 
@@ -53,12 +53,12 @@ class VcpuThread:
             return self._change.wait_for(self._stands_still, timeout)
 
     def _stands_still(self) -> bool:
-        return self._left or (self._parked and self._pausing)
+        return self._left or (self._parked and bool(self._pausing))
 
     def resume(self) -> None:
-        """Let the thread go on. From any thread."""
+        """Let the thread go on, when all who paused it have said so. From any thread."""
         with self._change:
-            self._pausing = False
+            self._pausing -= 1
             self._change.notify_all()
 
     def _park(self) -> None:
