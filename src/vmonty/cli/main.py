@@ -11,7 +11,7 @@ import click
 from vmonty import __version__
 from vmonty.base.errors import UsageError, VmontyError
 
-COMMANDS = ("run", "doctor", "guest", "disk", "bench", "stat", "trace", "screenshot", "device", "media")
+COMMANDS = ("run", "doctor", "guest", "disk", "bench", "stat", "trace", "screenshot", "device", "media", "balloon")
 
 
 class Commands(click.Group):

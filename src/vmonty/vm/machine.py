@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from vmonty.base.closing import Closing
 from vmonty.base.errors import UsageError
+from vmonty.base.sizes import parse_size
 from vmonty.guests.progress import Progress, silent
 from vmonty.kvm.api import Vcpu
 from vmonty.kvm.uapi import Exit
 from vmonty.vm.build import Build
 from vmonty.vm.console import ConsoleSession
 from vmonty.vmm import accel, inspection
+from vmonty.vmm.commands import balloon_of
 from vmonty.vmm.control import ControlSocket
 from vmonty.vmm.display.console import screen_of, type_text
 from vmonty.vmm.display.screen import Screen
@@ -324,6 +326,16 @@ class VM(Closing):
     def unplug(self, slot: int, timeout: float = UNPLUG_SECONDS) -> None:
         """Ask the guest for the device in *slot*, and wait *timeout* seconds until it lets go. Raises VmontyError."""
         slots_of(self._running(State.RUNNING)).remove(slot, timeout)
+
+    def balloon(self, size: int | str | None = None) -> dict[str, Any]:
+        """Ask the guest to get along with *size* of its memory; bytes: ``memory``, ``target``, ``actual``, statistics.
+
+        The guest takes its time. Raises UsageError without a virtio-balloon, and for more than the memory.
+        """
+        balloon = balloon_of(self._running(State.RUNNING))
+        if size is not None:
+            balloon.set_target(parse_size(size) if isinstance(size, str) else size)
+        return balloon.state()
 
     # ---- media --------------------------------------------------------------------------------------------
 

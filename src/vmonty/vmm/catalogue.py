@@ -144,7 +144,17 @@ def _rng(machine: Machine) -> VirtioDevice:
 def _balloon(machine: Machine, deflate_on_oom: bool) -> VirtioDevice:
     from vmonty.vmm.virtio.balloon import Balloon
 
-    return _add(machine, Balloon(machine.memory, machine.loop, deflate_on_oom=deflate_on_oom))
+    if machine.balloon is not None:
+        raise UsageError("virtio-balloon: this machine has one")
+    device = Balloon(machine.memory, machine.loop, deflate_on_oom=deflate_on_oom)
+    _add(machine, device)
+    machine.balloon = device
+
+    def removed() -> None:
+        machine.balloon = None
+
+    machine.resources.callback(removed)
+    return device
 
 
 def _port(machine: Machine, name: str, file: str | None) -> VirtioDevice:

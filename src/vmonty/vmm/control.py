@@ -11,7 +11,6 @@ Whatever comes in, the worst that happens is an error line, or for a line withou
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -19,18 +18,14 @@ import queue
 import socket
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from vmonty.base.closing import Closing
 from vmonty.base.errors import UsageError, VmontyError
-from vmonty.vmm.display.console import screen_of, type_text
-from vmonty.vmm.hotplug import UNPLUG_SECONDS, plug, slots_of
-from vmonty.vmm.tracing import Tracers, fields
-
-if TYPE_CHECKING:
-    from vmonty.vmm.machine import Machine
+from vmonty.vmm.commands import Command, Controlled, execute
+from vmonty.vmm.tracing import fields
 
 LONGEST_LINE = 1 << 16
 MOST_CONNECTIONS = 32
@@ -38,42 +33,7 @@ MOST_CONNECTIONS = 32
 BACKLOG = 20_000
 SEND_SECONDS = 10.0
 LONGEST_PATH = 107  # unix(7), sun_path
-
-
-class Controlled(Protocol):
-    """What a control socket controls. Methods raise VmontyError; any thread calls them."""
-
-    tracers: Tracers
-
-    def status(self) -> dict[str, Any]:
-        """What it is and does, for people and programs."""
-        ...
-
-    def counters(self) -> dict[str, dict[str, int]]:
-        """The KVM's counters by id: the VM, each vCPU."""
-        ...
-
-    def registers(self, cpu: int) -> dict[str, int]:
-        """General and control registers of a vCPU; a machine that runs is paused meanwhile."""
-        ...
-
-    def machine(self) -> Machine:
-        """The machine that runs. Raises StateError between two."""
-        ...
-
-    def media(self) -> dict[str, str | None]:
-        """Drives for media, and what is in them."""
-        ...
-
-    def change_medium(self, drive: str, path: Path | None, *, force: bool = False) -> None:
-        """Put another disc, or none, into *drive*."""
-        ...
-
-    def pause(self) -> None: ...
-    def resume(self) -> None: ...
-    def reset(self) -> None: ...
-    def power_down(self) -> None: ...
-    def quit(self) -> None: ...
+TRACE_ARGUMENTS = {"on": bool, "names": list, "vcpus": list}
 
 
 def socket_path(name: str | Path) -> Path:
@@ -250,63 +210,9 @@ class _Connection:
             return {"error": f"internal error: {type(error).__name__}: {error}", **mark}
 
     def _execute(self, request: dict[str, Any]) -> Any:
-        name = request.pop("command", None)
-        target = self._target
-        plain: dict[str, Callable[[], Any]] = {
-            "status": target.status, "stat": target.counters, "pause": target.pause, "resume": target.resume,
-            "reset": target.reset, "powerdown": target.power_down, "quit": target.quit,
-        }  # fmt: skip
-        known: dict[str, dict[str, type]] = {
-            **{key: {} for key in plain},
-            "registers": {"cpu": int},
-            "screen": {"text": bool},
-            "type": {"text": str},
-            "devices": {},
-            "plug": {"kind": str, "options": str},
-            "unplug": {"slot": int, "seconds": int},
-            "media": {},
-            "change": {"drive": str, "file": str, "force": bool},
-            "eject": {"drive": str, "force": bool},
-            "trace": {"on": bool, "names": list, "vcpus": list},
-        }
-        if not isinstance(name, str) or name not in known:
-            raise UsageError(f"there is no command {name!r}; there are: {', '.join(sorted(known))}")
-        for key, value in request.items():
-            if key not in known[name] or type(value) is not known[name][key]:
-                wanted = ", ".join(f"{key} ({kind.__name__})" for key, kind in known[name].items())
-                raise UsageError(f"{name}: {key}={value!r} is wrong; arguments are: {wanted or 'none'}")
-        if name == "registers":
-            return {key: f"{value:#x}" for key, value in target.registers(request.get("cpu", 0)).items()}
-        if name == "screen":
-            screen = screen_of(target.machine())
-            if request.get("text", False):
-                return {"text": screen.text()}
-            return {"png": base64.b64encode(screen.png()).decode()}
-        if name == "type":
-            type_text(target.machine(), request.get("text", ""))
-            return {}
-        if name == "devices":
-            return {str(slot): device for slot, device in slots_of(target.machine()).devices().items()}
-        if name == "plug":
-            return {"slot": plug(target.machine(), request.get("kind", ""), request.get("options", ""))}
-        if name == "unplug":
-            slots_of(target.machine()).remove(request.get("slot", 0), request.get("seconds", UNPLUG_SECONDS))
-            return {}
-        if name == "media":
-            return target.media()
-        if name in ("change", "eject"):
-            file = request.get("file")
-            if name == "change" and not file:
-                raise UsageError("change: which file? To take the disc out there is eject")
-            target.change_medium(
-                request.get("drive", "cd0"), Path(file) if file else None, force=request.get("force", False)
-            )
-            return {}
-        if name == "trace":
-            return self._set_trace(request.get("on", True), request.get("names", []), request.get("vcpus", []))
-        return plain[name]() or {}
+        return execute(self._target, request, {"trace": Command(TRACE_ARGUMENTS, self._set_trace)})
 
-    def _set_trace(self, on: bool, names: list[Any], vcpus: list[Any]) -> dict[str, Any]:
+    def _set_trace(self, _: Controlled, on: bool = True, names: Sequence[Any] = (), vcpus: Sequence[Any] = ()) -> None:
         if not all(isinstance(name, str) for name in names) or not all(type(number) is int for number in vcpus):
             raise UsageError("trace: names are strings, vcpus are numbers")
         self._stop_trace()
@@ -318,7 +224,6 @@ class _Connection:
                 trace.close()
                 raise
             self._trace = trace
-        return {}
 
     def _stop_trace(self) -> None:
         trace, self._trace = self._trace, None

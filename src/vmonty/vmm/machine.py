@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vmonty.vmm.hw.pci import PciDevice
     from vmonty.vmm.hw.ps2 import Ps2Keyboard, Ps2Mouse
     from vmonty.vmm.net.backend import NetBackend
+    from vmonty.vmm.virtio.balloon import Balloon
 
 # An xAPIC's ID is a byte, and 0xFF is everybody.
 MOST_VCPUS = 255
@@ -158,6 +159,7 @@ class Machine(Closing, ABC):
         self.screen: Screen | None = None
         self.keyboard: Ps2Keyboard | None = None
         self.mouse: Ps2Mouse | None = None
+        self.balloon: Balloon | None = None
         self._transmitter: Transmitter | None = None
         self._done = threading.Event()
         self._outcome: Outcome | None = None

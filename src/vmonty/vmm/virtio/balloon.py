@@ -81,6 +81,15 @@ class Balloon(VirtioDevice):
         _, actual = CONFIG.unpack(self.config)
         return int(actual)
 
+    def state(self) -> dict[str, int | dict[str, int]]:
+        """Bytes of memory: all, what the guest shall get along with, what it has now; and what it tells of them."""
+        pages, actual = CONFIG.unpack(self.config)
+        size = self.memory.size
+        return {
+            "memory": size, "target": size - pages * PAGE, "actual": size - actual * PAGE,
+            "statistics": self.statistics(),
+        }  # fmt: skip
+
     def statistics(self, timeout: float = 1.0) -> dict[str, int]:
         """The guest's memory statistics, asked for now; those of before if it does not answer in *timeout* seconds.
 
