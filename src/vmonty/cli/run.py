@@ -7,6 +7,7 @@ import gc
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from vmonty.vmm.peripherals import Cdrom, Disk, Network
 from vmonty.vmm.tracing import Tracers
 
 if TYPE_CHECKING:
+    from vmonty.cli.monitor import Monitor
     from vmonty.cli.tracefile import TraceFile
     from vmonty.guests.progress import Progress
 
@@ -159,8 +161,8 @@ def run(
 
     NAME is a guest that `vmonty guest build` knows (busybox, which is also the default, or debian); or give --kernel.
     What debian writes is kept, and without --net its sshd is reached through a port of this host.
-    Leave with Ctrl-A x. The status is 0 after a power-off, 1 when the guest or KVM failed, 2 for bad
-    arguments, 124 after --timeout. SIGTERM presses the guest's power button.
+    Leave with Ctrl-A x; Ctrl-A c is a monitor. The status is 0 after a power-off, 1 when the guest or KVM failed, 2 for
+    bad arguments, 124 after --timeout. SIGTERM presses the guest's power button.
     """
     if (listing := asked_for_help(board, cpu, devices)) is not None:
         click.echo(listing)
@@ -232,7 +234,7 @@ class Watch(Record):
             if self.control is not None:
                 from vmonty.vmm.control import ControlSocket  # a plain start should not wait for it
 
-                stack.enter_context(ControlSocket(self.control, SessionControl(session)))
+                stack.enter_context(ControlSocket(self.control, session.control))
             return session.run(timeout)
 
     @staticmethod
@@ -336,6 +338,7 @@ class Session:
         self.observation: Observation | None = None
         self._stopping = threading.Event()
         self._console: Console | None = None
+        self.control = SessionControl(self)
         self.status: int | None = None
         self.failure: str | None = None
 
@@ -365,6 +368,11 @@ class Session:
         if machine := self.machine:
             machine.terminal.receive(data)
 
+    def _monitor(self, write: Callable[[bytes], None]) -> Monitor:
+        from vmonty.cli.monitor import Monitor  # nobody waits for it who does not ask
+
+        return Monitor(self.control, write)
+
     def _backlog(self) -> int:
         # Between two machines input stays where it is.
         return machine.terminal.backlog() if (machine := self.machine) else MOST_BACKLOG
@@ -383,7 +391,7 @@ class Session:
                 (self.power_down if number == signal.SIGTERM else self.stop)(FIRST_SIGNAL_STATUS + number)
 
         listener = threading.Thread(target=obey, name="signals", daemon=True)
-        console = Console(self._receive, self.stop, self._backlog)
+        console = Console(self._receive, self.stop, self._backlog, self._monitor)
         # Built before the terminal changes: what it refuses is told on a terminal in order.
         self.machine = self._make(console.write)
         click.echo(f"vmonty: {self.choice.reason}", err=True)

@@ -13,11 +13,14 @@ import threading
 import tty
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 ESCAPE = 0x01  # Ctrl-A
 
-HELP = b"\r\nCtrl-A h   this help\r\nCtrl-A x   end the virtual machine\r\nCtrl-A Ctrl-A   send Ctrl-A\r\n"
+HELP = (
+    b"\r\nCtrl-A h   this help\r\nCtrl-A x   end the virtual machine\r\n"
+    b"Ctrl-A c   switch between the guest and the monitor\r\nCtrl-A Ctrl-A   send Ctrl-A\r\n"
+)
 
 # A stream may be endless and the guest slow: this many bytes may wait for it before reading pauses.
 MOST_BACKLOG = 1 << 16
@@ -40,13 +43,22 @@ def _reopen(fd: int) -> int | None:
         return None
 
 
+class Keys(Protocol):
+    """Who else may have the terminal: `vmonty.cli.monitor`."""
+
+    def show(self) -> None: ...
+    def hide(self) -> None: ...
+    def keys(self, data: bytes) -> None: ...
+
+
 class Console:
     """Reads standard input on its own thread and writes guest output to standard output. Use it with ``with``.
 
     On a terminal: raw mode while it is open, restored on the way out whatever happens; Ctrl-A x calls *quit*.
     Otherwise bytes go through as they are, and the end of input is not the end of the guest. The loss of
     standard output also calls *quit*; ``failure`` then says why, unless the reader only went away.
-    *backlog* tells how many bytes the guest has yet to take.
+    *backlog* tells how many bytes the guest has yet to take. Ctrl-A c gives the keys to what *monitor* makes of
+    ``write``, and back; what the guest prints is shown all the time.
     """
 
     def __init__(
@@ -54,6 +66,7 @@ class Console:
         receive: Callable[[bytes], None],
         quit: Callable[[], None],  # noqa: A002
         backlog: Callable[[], int] = lambda: 0,
+        monitor: Callable[[Callable[[bytes], None]], Keys] | None = None,
     ) -> None:
         self.receive = receive
         self.failure: str | None = None
@@ -69,6 +82,9 @@ class Console:
         self._wake_read, self._wake_write = os.pipe()
         self._release_read, self._release_write = os.pipe()
         self._escaped = False
+        self._make_monitor = monitor
+        self._monitor: Keys | None = None
+        self._monitored = False  # are the keys the monitor's?
         self._thread = threading.Thread(target=self._read_loop, name="console", daemon=True)
 
     @property
@@ -139,11 +155,31 @@ class Console:
             if not data:
                 return
             if self._saved is not None:
-                data = self._escapes(data)
-            if data:
+                self._escapes(data)
+            else:
                 self.receive(data)
 
-    def _escapes(self, data: bytes) -> bytes:
+    def _pass(self, passed: bytearray) -> None:
+        """Give the keys to whose they are."""
+        data = bytes(passed)
+        passed.clear()
+        if data and self._monitored and self._monitor is not None:
+            self._monitor.keys(data)
+        elif data:
+            self.receive(data)
+
+    def _switch(self) -> None:
+        if self._monitor is None and self._make_monitor is not None:
+            self._monitor = self._make_monitor(self.write)
+        if self._monitor is None:
+            return
+        self._monitored = not self._monitored
+        if self._monitored:
+            self._monitor.show()
+        else:
+            self._monitor.hide()
+
+    def _escapes(self, data: bytes) -> None:
         passed = bytearray()
         for byte in data:
             if not self._escaped:
@@ -157,8 +193,11 @@ class Console:
                     self._quit()
                 case 0x68 | 0x48 | 0x3F:  # h ?
                     self.write(HELP)
+                case 0x63 | 0x43:  # c
+                    self._pass(passed)
+                    self._switch()
                 case 0x01:
                     passed.append(ESCAPE)
                 case _:
                     pass  # any other key after Ctrl-A is dropped, as QEMU does
-        return bytes(passed)
+        self._pass(passed)
