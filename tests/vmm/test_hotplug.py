@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,43 @@ def test_linux_takes_and_gives(board: str, tmp_path: Path) -> None:
         again = vm.plug(disk=f"{image},format=raw,ro")
         assert "it went\r\n" in ask("until [ -e /dev/vda ]; do usleep 10000; done; head -c 8 /dev/vda")
         assert list(vm.devices()) == [again]
+
+
+def test_what_came_is_there_after_a_reset(tmp_path: Path) -> None:
+    """In its slot, a card with its address, a disk with what was written even if nobody keeps that."""
+    image = tmp_path / "disk.raw"
+    image.write_bytes(b"it came\n".ljust(1 << 20, b"\0"))
+    with vmonty.VM(accel="soft", machine="pc", devices=["virtio-rng"], timeout=LIMIT_S * 4) as vm:
+
+        def boot() -> None:
+            vm.console.expect("userspace is up", LIMIT_S)
+
+        def ask(command: str) -> bytes:
+            vm.console.sendline(f"echo $({command}) '<''end>'")
+            return vm.console.expect(re.compile(rb"\n([^\n]*?) ?<end>"), LIMIT_S)[1]
+
+        vm.start()
+        boot()
+        card, second, disk = vm.plug(net="user"), vm.plug(net="user"), vm.plug(disk=f"{image},format=raw,snapshot")
+        other = vm.plug(device="virtio-balloon")
+        vm.unplug(card, LIMIT_S)
+        address = ask("until [ -e /sys/class/net/eth1 ]; do usleep 10000; done; cat /sys/class/net/eth1/address")
+        assert address == b"52:54:00:12:34:57"
+        ask("until [ -e /dev/vda ]; do usleep 10000; done; echo it went | dd of=/dev/vda conv=fsync")
+        before = vm.devices()
+        assert before.keys() > {second, disk, other}
+        vm.console.sendline("reboot -f")
+        boot()
+        assert vm.devices() == before
+        assert ask("head -c 7 /dev/vda") == b"it went"
+        assert ask("cat /sys/class/net/eth0/address") == address
+        vm.unplug(disk, LIMIT_S)
+        third = vm.plug(net="user")
+        assert ask("until [ -e /sys/class/net/eth1 ]; do usleep 10000; done; cat /sys/class/net/eth1/address") == (
+            b"52:54:00:12:34:58"
+        )
+        vm.reset()
+        boot()
+        assert vm.devices() == {**{slot: name for slot, name in before.items() if slot != disk}, third: "virtio-net"}
+        assert ask("ls /dev/vda 2>/dev/null | wc -l") == b"0"
+    assert image.read_bytes().startswith(b"it came\n")

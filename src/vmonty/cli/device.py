@@ -38,7 +38,7 @@ def list_(machine: str, as_json: bool) -> None:
 @click.option("--net", metavar="KIND[,OPTIONS]", help="A network card, as `vmonty run --net` has it.")
 @click.option("--device", "other", metavar="NAME[,OPTIONS]", help="Another virtio device, such as virtio-rng.")
 def add(machine: str, disk: str | None, net: str | None, other: str | None) -> None:
-    """Add one device; prints its slot. Paths are the machine's process's; a reset makes a machine without it."""
+    """Add one device; prints its slot. Paths are the machine's process's."""
     given = [(kind, text) for kind, text in (("disk", disk), ("net", net), ("device", other)) if text is not None]
     if len(given) != 1:
         raise UsageError("give one of --disk, --net and --device")

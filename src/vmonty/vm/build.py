@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vmonty.vmm.block.device import BlockDevice
     from vmonty.vmm.display.console import DisplayConsole
     from vmonty.vmm.display.vnc.server import VncServer
+    from vmonty.vmm.hotplug import Addition
 
 DEFAULT_APPEND = "console=ttyS0"
 GUEST_APPEND = "console=ttyS0 quiet cryptomgr.notests=1"
@@ -51,6 +52,7 @@ class Build:
         self._config: Config | None = None
         self._disks: list[BlockDevice] = []
         self._trays: list[Tray] = []
+        self._additions: list[Addition] = []  # devices that came while a machine ran
         self._machine: Machine | None = None
         self._changing = threading.Lock()
         self._started = False
@@ -129,6 +131,14 @@ class Build:
             machine = boards.create(
                 system, config, console, on["virtio"], on["ide"], self._trays, self.plan.networks, on["sata"], indexes
             )
+            try:
+                if machine.has_pci:
+                    from vmonty.vmm.hotplug import slots_of
+
+                    slots_of(machine).restore(self._additions)
+            except BaseException:
+                machine.close()
+                raise
             self._machine, self._started = machine, True
         if self._display is not None:
             self._display.connect(machine)
@@ -167,6 +177,8 @@ class Build:
         if self._vnc is not None:
             self._vnc.stop()
             self._vnc = None
+        while self._additions:
+            self._additions.pop().close()
         while self._disks:
             self._disks.pop().close()
         with self._changing:

@@ -314,7 +314,7 @@ class VM(Closing):
         return slots_of(self._running(State.READY, State.RUNNING, State.PAUSED)).devices()
 
     def plug(self, *, disk: str | None = None, net: str | None = None, device: str | None = None) -> int:
-        """Add a virtio device, described as on the command line, while it runs; gives its slot. It goes with a reset.
+        """Add a virtio device, described as on the command line, while it runs; gives its slot.
 
         Raises UsageError and its kin for what cannot be added.
         """

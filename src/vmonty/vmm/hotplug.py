@@ -28,13 +28,31 @@ class _Plugged:
         self.name, self.resources = name, resources
         self.gone = threading.Event()
         self.complaint = ""
+        self.then: list[Callable[[], None]] = []  # what else is closed behind it
 
     def close(self) -> None:
         try:
             self.resources.close()
+            for close in self.then:
+                close()
         except (VmontyError, OSError) as error:
             self.complaint = str(error)
         self.gone.set()
+
+
+class Addition:
+    """A device of *kind* that is added while a machine runs, and the same again in the next machine after a reset.
+
+    *make* adds it with its number; *close* closes what it keeps over resets.
+    """
+
+    def __init__(
+        self, make: Callable[[Machine, int], object], kind: str, close: Callable[[], None] = lambda: None
+    ) -> None:
+        self.make, self.kind, self.close = make, kind, close
+        # Once it is there: a card keeps its address, and a guest that names it by its slot its name.
+        self.number: int | None = None
+        self.slot: int | None = None
 
 
 class HotPlug:
@@ -46,7 +64,10 @@ class HotPlug:
         self._slots = SlotEvents(self._eject)
         self._lock = threading.Lock()
         self._plugged: dict[int, _Plugged] = {}
-        self._counts: Counter[str] = Counter()  # how many there were of each name
+        self._counts: Counter[str] = Counter()  # the next number of each name
+        self._additions: list[Addition] = []
+        # Last of all, when the devices are closed.
+        machine.resources.callback(self._close_additions, self._additions)
         machine.ports.place(GPE_PORT, GPE_SIZE, self._events, "acpi-gpe0")
         machine.ports.place(SLOTS_PORT, SLOTS_SIZE, self._slots, "acpi-pci-hotplug")
 
@@ -71,17 +92,41 @@ class HotPlug:
                     self._counts[device.name] += 1
                     slots.append(place[0])
 
-    def add(self, make: Callable[[Machine, int], object], kind: str) -> int:
-        """Let *make* add a device of *kind*, the next of this number, and tell the guest; gives the device's slot.
-
-        Raises what *make* raises; then nothing is there.
-        """
-        with self.plugging() as slots:
-            make(self._machine, self._counts[kind])
-        for slot in slots:
-            self._slots.came(slot)
+    def add(self, addition: Addition) -> int:
+        """Add it, and tell the guest; gives the device's slot. Raises what its ``make`` raises, with nothing there."""
+        slot = self._add(addition)
+        self._slots.came(slot)
         self._events.happen(EVENT_PCI)
+        return slot
+
+    def restore(self, additions: list[Addition]) -> None:
+        """Add what the machine before this one had, before this one starts; from now on *additions* is kept, and their
+        owner closes them. Raises what one of them raises.
+        """
+        self._additions = additions
+        for addition in list(additions):
+            self._add(addition)
+
+    def _add(self, addition: Addition) -> int:
+        kind, machine = addition.kind, self._machine
+        number = addition.number if addition.number is not None else self._counts[kind]
+        machine.next_slot = addition.slot
+        try:
+            with self.plugging() as slots:
+                addition.make(machine, number)
+        finally:
+            machine.next_slot = None
+        with self._lock:
+            self._counts[kind] = max(self._counts[kind], number + 1)
+            addition.number, addition.slot = number, slots[0]
+            if addition not in self._additions:
+                self._additions.append(addition)
         return slots[0]
+
+    @staticmethod
+    def _close_additions(additions: list[Addition]) -> None:
+        for addition in additions:
+            addition.close()
 
     def devices(self) -> dict[int, str]:
         """Slot → the name of what may be removed."""
@@ -116,6 +161,10 @@ class HotPlug:
             for (at, _), device in self._machine.pci.devices().items():
                 if at == slot:
                     self._machine.pci.remove(device)
+            gone = [addition for addition in self._additions if addition.slot == slot]
+            for addition in gone:
+                self._additions.remove(addition)
+                plugged.then.append(addition.close)
         plugged.close()
 
 
@@ -131,52 +180,45 @@ def slots_of(machine: Machine) -> HotPlug:
 def plug(machine: Machine, kind: str, options: str) -> int:
     """Add a device to a machine that runs; *kind* and *options* as of the command line's: disk, net or device.
 
-    Gives its slot. A reset makes a machine without it. Raises UsageError and its kin for what cannot be added.
+    Gives its slot. Raises UsageError and its kin for what cannot be added.
     """
     hotplug = slots_of(machine)
-    match kind:
-        case "disk":
-            return hotplug.add(*_disk(options))
-        case "net":
-            return hotplug.add(*_network(options))
-        case "device":
-            return hotplug.add(*_device(options))
-    raise UsageError(f"{kind}: there are disk, net and device")
+    if (made := {"disk": _disk, "net": _network, "device": _device}.get(kind)) is None:
+        raise UsageError(f"{kind}: there are disk, net and device")
+    addition = made(options)
+    try:
+        return hotplug.add(addition)
+    except BaseException:
+        addition.close()
+        raise
 
 
-_Maker = tuple[Callable[["Machine", int], object], str]
-
-
-def _disk(options: str) -> _Maker:
+def _disk(options: str) -> Addition:
     from vmonty.vmm.peripherals import Disk, add_disk
 
     disk = Disk.parse(options)
     if disk.interface != "virtio":
         raise UsageError(f"--disk {options}: a disk that is added to a machine that runs is a virtio disk")
 
-    def make(machine: Machine, number: int) -> None:
-        backend = disk.open()
-        machine.resources.callback(backend.close)
-        add_disk(machine, backend, number)
-
-    return make, "virtio-blk"
+    backend = disk.open()
+    return Addition(lambda machine, number: add_disk(machine, backend, number), "virtio-blk", backend.close)
 
 
-def _network(options: str) -> _Maker:
+def _network(options: str) -> Addition:
     from vmonty.vmm.peripherals import NO_ROM, Network, add_network
 
     # Firmware has run: no ROM is executed, and the boot order has been told.
     network = Network.parse(options)._replace(boot_index=None, rom=NO_ROM)
     if network.kind == "none":
         raise UsageError("--net none: there is nothing to add")
-    return lambda machine, number: add_network(machine, network, number), "virtio-net"
+    return Addition(lambda machine, number: add_network(machine, network, number), "virtio-net")
 
 
-def _device(options: str) -> _Maker:
+def _device(options: str) -> Addition:
     from vmonty.vmm.catalogue import TYPES
 
     device = TYPES.create(options, "device")
     name = device.info.name
     if device.info.parent != "virtio-device" or name == "virtio-console":
         raise UsageError(f"--device {name}: it cannot be added to a machine that runs; virtio-rng and its kin can")
-    return lambda machine, _: device.realize(machine), name
+    return Addition(lambda machine, _: TYPES.create(options, "device").realize(machine), name)

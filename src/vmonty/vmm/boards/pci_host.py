@@ -69,11 +69,14 @@ class PciMachine(Machine):
     isa_hole = True
     pci: PciBus
     acpi_pm: AcpiPm
+    next_slot: int | None = None  # where the next device goes, if it may choose and that is free
     _tables_size = 0
     _roms = 0  # how many cards have a ROM in a memory slot
 
     def add_device(self, device: PciDevice, slot: int | None = None) -> int:
         """Plug *device* in; see Machine.add_device."""
+        if slot is None and self.next_slot is not None and not self.pci.slot_used(self.next_slot):
+            slot = self.next_slot
         return self.pci.add(device, slot)
 
     def plugging(self) -> AbstractContextManager[list[int]]:
