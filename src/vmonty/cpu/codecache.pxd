@@ -4,6 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vmonty.cpu.assembler cimport Assembler
 from vmonty.cpu.decode cimport Insn
+from vmonty.cpu.known cimport Known
 from vmonty.cpu.state cimport CpuState
 
 cdef enum:
@@ -96,6 +97,7 @@ cdef struct CodeCache:
     Link *links
     uint16_t *offsets
     Insn *side
+    Known *known             # what decode made of instructions
     CodePage *pages
     uint32_t *buckets
     uint32_t *page_buckets

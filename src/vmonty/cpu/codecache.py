@@ -24,6 +24,7 @@ from cython.cimports.posix.mman import (
     munmap,
 )
 from cython.cimports.posix.unistd import close, ftruncate
+from cython.cimports.vmonty.cpu.known import KNOWN_BITS
 from cython.cimports.vmonty.cpu.state import (
     JUMP_CACHE_BITS,
     JUMP_CACHE_ENTRIES,
@@ -68,6 +69,7 @@ def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper,
     c.pages = cython.cast(cython.pointer(CodePage), _map(MAX_PAGES * cython.sizeof(CodePage)))
     c.buckets = cython.cast(cython.pointer(uint32_t), _map(BLOCK_BUCKETS * 4))
     c.page_buckets = cython.cast(cython.pointer(uint32_t), _map(PAGE_BUCKETS * 4))
+    c.known = cython.cast(cython.pointer(Known), _map(cython.sizeof(Known) << KNOWN_BITS))
     shadow: cython.p_void = _map(SHADOW_STACK + 8192)
     if (
         cython.cast(cython.p_void, c.writable) == MAP_FAILED
@@ -79,6 +81,7 @@ def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper,
         or c.pages == cython.NULL
         or c.buckets == cython.NULL
         or c.page_buckets == cython.NULL
+        or c.known == cython.NULL
         or shadow == cython.NULL
     ):
         return cython.NULL
@@ -121,6 +124,7 @@ def cache_free(s):
     munmap(c.pages, MAX_PAGES * cython.sizeof(CodePage))
     munmap(c.buckets, BLOCK_BUCKETS * 4)
     munmap(c.page_buckets, PAGE_BUCKETS * 4)
+    munmap(c.known, cython.sizeof(Known) << KNOWN_BITS)
     munmap(cython.cast(cython.p_void, s.shadow_base), SHADOW_STACK + 8192)
     munmap(c, cython.sizeof(CodeCache))
     s.translator = cython.NULL

@@ -98,6 +98,11 @@ cdef enum:
 cdef enum:
     ITSELF = 0xFCD
 
+# Insn.verbatim
+cdef enum:
+    VERBATIM = 1             # uses general registers only
+    VERBATIM_SYSTEM = 2      # if the control registers let it
+
 # decode(): what it returns besides a length
 cdef enum:
     DECODE_TRUNCATED = 0
@@ -168,8 +173,16 @@ cdef struct Insn:
     uint8_t flags_in         # liveness: flags live before it
     uint8_t group            # number of the group that shares one TLB check, + 1; 0 none
     uint8_t leader           # this instruction makes the check
-    uint8_t verbatim         # means the same where it is copied to: its registers are in the same ones of the host
+    uint8_t verbatim         # VERBATIM_...: means the same where it is copied to, as its registers are the host's
     uint8_t loose            # the same but for the address of its memory operand
+    uint8_t simple           # _simple decoded it
+    # What its row says, where it is asked for often.
+    uint8_t cls
+    uint8_t feature
+    uint8_t written
+    uint8_t reads            # flags whose values it uses, those it may leave unchanged included
+    uint8_t kills            # flags that are overwritten whatever happens
+    uint8_t shift_mask       # of a shift's count, which kills no flag if it is 0; of others 0
     int32_t group_offset     # of its operand from the lowest byte of the group
 
 
@@ -189,7 +202,17 @@ cdef int offered_feature(Insn *i, uint64_t *features, int code_size) noexcept no
 
 cdef inline int offered(Insn *i, uint64_t *features, int code_size) noexcept nogil:
     """Whether a processor with these features has the instruction; makes LZCNT and TZCNT the older BSR and BSF."""
-    return ROW[i.row].feature == 0 or offered_feature(i, features, code_size)
+    return i.feature == 0 or offered_feature(i, features, code_size)
+
+
+cdef inline void undecoded(Insn *i, int vector) noexcept nogil:
+    """Make it an instruction of one byte that raises an exception."""
+    i.row = 0
+    i.cls = C_UD
+    i.kills = 0
+    i.verbatim = 0
+    i.fault = vector
+    i.length = 1
 
 
 cdef inline int operand_bytes(Insn *i, int n) noexcept nogil:

@@ -69,8 +69,31 @@ def offered_feature(i, features, code_size):
     if i.map == 1 and not i.vex and f in (_ABM, _BMI1):
         i.row = ROOT[0][1][i.opcode][0]
         i.pp = 0
+        _take_row(i)
         return 1
     return 0
+
+
+@cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _take_row(i: cython.pointer(Insn)) -> cython.void:
+    """Fill in what the row says of the instruction, its operand size and immediate being known."""
+    r: cython.pointer(OpRow) = cython.address(ROW[i.row])
+    i.cls = r.cls
+    i.feature = r.feature
+    i.written = r.written
+    i.reads = F_ALL if r.cls > C_NOP and r.cls != C_BTM and r.cls != C_MOFFS else r.flags_read
+    i.kills = r.flags_written | r.flags_undefined
+    i.shift_mask = 0
+    if r.attributes & (A_SHIFT | A_CL):
+        if r.attributes & A_SHIFT:
+            i.shift_mask = 63 if operand_bytes(i, 0) == 8 else 31
+            if not i.immediate & i.shift_mask:
+                i.kills = 0
+        if r.attributes & A_CL and r.flags_maybe:
+            i.kills = 0
 
 
 @cython.cfunc
@@ -243,6 +266,7 @@ def _clear(i: cython.pointer(Insn)) -> cython.void:
     i.leader = 0
     i.verbatim = 0
     i.loose = 0
+    i.simple = 0
 
 
 @cython.cfunc
@@ -338,6 +362,7 @@ def glance(code, i):
         if r.attributes & A_MEMORY and modrm >= 0xC0:
             return 0
     i.immediate = code[at]  # of shifts, whose first byte is all
+    _take_row(i)
     return at + (r.constant >> (4 if i.operand_size == 8 else 0) & 15)
 
 
@@ -421,7 +446,7 @@ def _simple(code: cython.p_uchar, i: cython.pointer(Insn)) -> cython.int:
         and (r.g == 0 or ITSELF >> i.reg & 1)
         and (r.e == 0 or ITSELF >> i.rm & 1)
     ):
-        i.verbatim = 1
+        i.verbatim = VERBATIM if opcode_map == 0 and not attributes & A_X87 and byte != 0x9B else VERBATIM_SYSTEM
     size = r.constant >> (4 if i.operand_size == 8 else 0) & 15
     if size:
         i.immediate_size = size
@@ -433,6 +458,7 @@ def _simple(code: cython.p_uchar, i: cython.pointer(Insn)) -> cython.int:
             i.immediate >>= shift
         at += size
     i.length = at
+    i.simple = 1
     return at
 
 
@@ -442,15 +468,7 @@ def decode(code, available, rip, code_size, i):
     ``code_size`` is 2, 4 or 8 (16-, 32-bit code, 64-bit mode); ``available`` counts the readable bytes (15 are
     always enough). Gives the length, DECODE_TRUNCATED, DECODE_INVALID (#UD) or DECODE_TOO_LONG (#GP).
     """
-    at: cython.int = 0
-    byte: cython.uchar
-    k: cython.int
-    long_mode: cython.int = code_size == 8
-    entry: cython.ushort
     size: cython.int
-    address_prefix: cython.int = 0
-    limit: cython.int = min(15, available)
-    short: cython.int = DECODE_TRUNCATED if available < 15 else DECODE_TOO_LONG
     i.rip = rip
     _clear(i)
     if available >= 16:
@@ -460,12 +478,35 @@ def decode(code, available, rip, code_size, i):
         cython.cast(cython.pointer(uint64_t), cython.address(i.bytes[8]))[0] = cython.cast(
             cython.pointer(uint64_t), code + 8
         )[0]
-        if long_mode and available >= 24:
+        if code_size == 8 and available >= 24:
             size = _simple(code, i)
             if size:
+                _take_row(i)
                 return size
             _clear(i)
-    else:
+    size = _decode(code, available, rip, code_size, i)
+    if size > 0:
+        _take_row(i)
+    return size
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _decode(
+    code: cython.p_uchar, available: cython.int, rip: uint64_t, code_size: cython.int, i: cython.pointer(Insn)
+) -> cython.int:
+    """Decode any instruction; the fields are clear, and ``bytes`` filled if 16 are there."""
+    at: cython.int = 0
+    byte: cython.uchar
+    k: cython.int
+    long_mode: cython.int = code_size == 8
+    entry: cython.ushort
+    size: cython.int
+    address_prefix: cython.int = 0
+    limit: cython.int = min(15, available)
+    short: cython.int = DECODE_TRUNCATED if available < 15 else DECODE_TOO_LONG
+    if available < 16:
         for k in range(limit):
             i.bytes[k] = code[k]
     while True:

@@ -8,6 +8,7 @@ registers, as the guest's are live from the first block to the last.
 from __future__ import annotations
 
 import cython
+from cython.cimports.vmonty.cpu.ahead import look_ahead
 from cython.cimports.vmonty.cpu.boundary import (
     attention,
     data_trap,
@@ -262,6 +263,7 @@ def _translation(s: cython.pointer(CpuState), single: uint32_t, plain: uint32_t,
     limit: uint64_t = ~cython.cast(uint64_t, 0)
     flushes: uint64_t = c.flushes
     code: uint64_t
+    first: uint32_t
     why[0] = 0
     if s.mode != MODE_LONG64:
         limit = s.segs[CS].limit
@@ -290,6 +292,7 @@ def _translation(s: cython.pointer(CpuState), single: uint32_t, plain: uint32_t,
             block_invalidate(s, b)
             b = cython.NULL
     if b == cython.NULL:
+        first = c.links_used
         b = translate_block(s, s.rip, page, single, plain, why)
         if b == cython.NULL:
             if why[0] == 0:
@@ -299,6 +302,8 @@ def _translation(s: cython.pointer(CpuState), single: uint32_t, plain: uint32_t,
             return 0
         if flushes != c.flushes:
             link = -1
+        elif not single and not plain and s.mode == MODE_LONG64:
+            look_ahead(s, b, page, first)
     if b.host_page2 and b.count == 1 and not _second_page(s, b, why):  # it may be mapped elsewhere by now
         return 0
     s.fetch_second = b.host_page2

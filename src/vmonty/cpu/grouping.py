@@ -35,7 +35,6 @@ from cython.cimports.vmonty.cpu.decode import (
     C_XLAT,
     NO_REGISTER,
     RIP_BASE,
-    ROW,
     W_B,
     W_E,
     W_E_BYTE,
@@ -108,7 +107,7 @@ def constant_step(i, reg, by):
     digit: cython.int = i.modrm >> 3 & 7
     if i.map or i.vex or i.operand_size != 8 or i.opcode not in (0x05, 0x2D, 0x81, 0x83, 0x8D, 0xFF):
         return 0
-    if ROW[i.row].cls == C_LEA:
+    if i.cls == C_LEA:
         reg[0] = i.reg
         by[0] = i.displacement
         return i.base == i.reg and i.index == NO_REGISTER and i.address_size == 8
@@ -137,7 +136,7 @@ def constant_step(i, reg, by):
 
 def count_writes(i, version):
     """Count up the versions of the registers that the instruction writes."""
-    written: cython.uint = ROW[i.row].written
+    written: cython.uint = i.written
     version[i.reg] += (written & W_G) != 0
     if not i.has_memory:
         version[i.rm] += (written & W_E) != 0
@@ -178,7 +177,7 @@ def find_groups(w):
         delta[k] = 0
     for k in range(w.total):
         i = cython.address(w.insns[k])
-        cls = ROW[i.row].cls
+        cls = i.cls
         size = i.operand_size
         if i.fault:
             break

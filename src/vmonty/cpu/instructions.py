@@ -72,7 +72,6 @@ from cython.cimports.vmonty.cpu.operands import (
     emit_ea,
     home,
     host,
-    move,
 )
 from cython.cimports.vmonty.cpu.stack import (
     goes_on,
@@ -248,7 +247,7 @@ def _vector_fault(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.in
         return 7 if key & 0x200 else 0
     if i.map == 0 and i.opcode == 0x9B:
         return 7 if key & 0x4000 else 0
-    if not attributes & A_VECTOR and ROW[i.row].cls != C_EMMS:
+    if not attributes & A_VECTOR and i.cls != C_EMMS:
         return 0
     if i.vex:
         if not key & 0x1000:
@@ -272,7 +271,7 @@ def _intercepted(w: cython.pointer(Work), i: cython.pointer(Insn)) -> cython.int
 
 def emit_instruction(w, i):
     """Emit one instruction of a block, or the exception that it raises."""
-    cls: cython.int = ROW[i.row].cls
+    cls: cython.int = i.cls
     vector: cython.int
     if w.pending and not goes_on(w, i):
         settle_rsp(w)
@@ -282,11 +281,7 @@ def emit_instruction(w, i):
         leave_fault(w, i, i.fault)
         return
     if cls == C_COPY and i.map == 0 and not i.vex and not 0xD8 <= i.opcode <= 0xDF and i.opcode != 0x9B:
-        # no vector, nothing that is intercepted
-        if i.verbatim:
-            move(w, i)
-        else:
-            emit_copy(w, i)
+        emit_copy(w, i)  # no vector, nothing that is intercepted
         return
     vector = _vector_fault(w, i)
     if vector:

@@ -6,8 +6,6 @@ all flags are live: never assume dead.
 
 import cython
 from cython.cimports.vmonty.cpu.decode import (
-    A_CL,
-    A_SHIFT,
     C_BTM,
     C_COPY,
     C_JCC,
@@ -20,30 +18,10 @@ from cython.cimports.vmonty.cpu.decode import (
     C_PUSH,
     C_PUSHI,
     F_ALL,
-    ROW,
     decode,
     glance,
     offered,
-    operand_bytes,
 )
-
-
-def flags_read(i):
-    """Give the flags whose values the instruction uses, the ones it may leave unchanged included."""
-    r: cython.int = ROW[i.row].flags_read
-    if ROW[i.row].cls > C_NOP or i.fault:
-        return F_ALL if ROW[i.row].cls != C_BTM and ROW[i.row].cls != C_MOFFS else r
-    return r
-
-
-def flags_killed(i):
-    """Give the flags that are overwritten whatever happens."""
-    w: cython.int = ROW[i.row].flags_written | ROW[i.row].flags_undefined
-    if ROW[i.row].attributes & A_SHIFT and not i.immediate & (63 if operand_bytes(i, 0) == 8 else 31):
-        return 0
-    if ROW[i.row].attributes & A_CL and ROW[i.row].flags_maybe:
-        return 0
-    return w
 
 
 def live_at(code, available, rip, code_size, features):
@@ -61,10 +39,10 @@ def live_at(code, available, rip, code_size, features):
             n = decode(code + at, available - at, rip + at, code_size, cython.address(i))
             if n <= 0 or not offered(cython.address(i), features, code_size):
                 return live | open_
-        cls = ROW[i.row].cls
+        cls = i.cls
         live |= flags_read(cython.address(i)) & open_
         if cls in (C_COPY, C_LEA, C_NOP, C_PUSH, C_POP, C_PUSHI, C_LEAVE, C_BTM, C_MOFFS):
-            open_ &= ~flags_killed(cython.address(i))
+            open_ &= ~i.kills
         else:
             return live | open_
         if not open_:
@@ -78,10 +56,10 @@ def open_at_end(block, count):
     k: cython.int = count - 1
     cls: cython.int
     while k >= 0:
-        cls = ROW[block[k].row].cls
+        cls = block[k].cls
         if cls not in (C_COPY, C_JCC, C_JMP, C_LEA, C_NOP):
             return 1
-        if flags_killed(cython.address(block[k])) == F_ALL:
+        if block[k].kills == F_ALL:
             return 0
         if cls == C_COPY and block[k].has_memory:
             return 1
@@ -95,6 +73,6 @@ def analyse(block, count, live_out):
     k: cython.int = count - 1
     while k >= 0:
         block[k].flags_needed = live
-        live = (live & ~flags_killed(cython.address(block[k]))) | flags_read(cython.address(block[k]))
+        live = (live & ~block[k].kills) | flags_read(cython.address(block[k]))
         block[k].flags_in = live
         k -= 1

@@ -98,6 +98,7 @@ cdef struct Work:
     int stack_size           # address size of the stack: 8, 4, 2
     uint64_t code_base       # of CS outside 64-bit mode
     int count
+    int ended                # by its last instruction
     int total                # with the rounds of a loop that stand there again
     int stubs
     int base                 # of the memory operand after emit_access
@@ -133,5 +134,6 @@ cdef struct Work:
     Insn insns[64]
     Stub stub[400]
 
+cdef bint cache_full(CodeCache *c) noexcept nogil
 cdef Block *translate_block(CpuState *s, uint64_t rip, FetchEntry *page, uint32_t single, uint32_t plain,
                             int *why) noexcept nogil

@@ -37,14 +37,17 @@ from cython.cimports.vmonty.cpu.decode import (
     DECODE_INVALID,
     DECODE_TOO_LONG,
     F_ALL,
-    ROW,
+    VERBATIM,
     decode,
     offered,
+    undecoded,
 )
 from cython.cimports.vmonty.cpu.exits import emit_stubs, jump_to, leave_at
 from cython.cimports.vmonty.cpu.grouping import find_groups
 from cython.cimports.vmonty.cpu.instructions import emit_instruction
+from cython.cimports.vmonty.cpu.known import decode_known
 from cython.cimports.vmonty.cpu.liveness import analyse, live_at, open_at_end
+from cython.cimports.vmonty.cpu.operands import move
 from cython.cimports.vmonty.cpu.stack import settle_rsp
 from cython.cimports.vmonty.cpu.state import (
     AR_DB,
@@ -64,10 +67,7 @@ from cython.cimports.vmonty.cpu.tlb import fetch_ahead, fetch_page
 @cython.nogil
 @cython.exceptval(check=False)
 def _ends_block(i: cython.pointer(Insn)) -> cython.int:
-    cls: cython.int = ROW[i.row].cls
-    if i.fault:
-        return 1
-    return cls in (C_JCC, C_JMP, C_CALL, C_JMPI, C_CALLI, C_RET, C_LOOP, C_SYSEND, C_UD, C_POPF)
+    return i.fault != 0 or i.cls in (C_JCC, C_JMP, C_CALL, C_JMPI, C_CALLI, C_RET, C_LOOP, C_SYSEND, C_UD, C_POPF)
 
 
 @cython.cfunc
@@ -81,7 +81,7 @@ def _loop_inside(w: cython.pointer(Work)) -> cython.int:
     i: cython.pointer(Insn) = cython.address(w.insns[w.count - 1])
     k: cython.int = w.count - 1
     target: uint64_t = i.rip + i.length + i.immediate
-    if ROW[i.row].cls != C_JCC or i.fault or w.code_size != 8 or target <= w.block.rip or target > i.rip:
+    if i.cls != C_JCC or i.fault or w.code_size != 8 or target <= w.block.rip or target > i.rip:
         return 0
     while k > 0 and w.insns[k].rip > target:
         k -= 1
@@ -119,10 +119,10 @@ def _loop_beyond(w: cython.pointer(Work), code: cython.p_uchar, at: cython.int) 
             return at
         count += 1
         end += n
-        if ROW[i.row].cls == C_COPY and i.has_memory:
+        if i.cls == C_COPY and i.has_memory:
             operands += 1
         if _ends_block(i):
-            if ROW[i.row].cls != C_JCC or i.rip + i.length + i.immediate < b.rip:
+            if i.cls != C_JCC or i.rip + i.length + i.immediate < b.rip:
                 return at
             for k in range(1, w.count):
                 if w.insns[k].rip == i.rip + i.length + i.immediate:  # the loop begins there
@@ -144,6 +144,50 @@ def _loop_beyond(w: cython.pointer(Work), code: cython.p_uchar, at: cython.int) 
 
 
 @cython.cfunc
+@cython.inline
+@cython.nogil
+@cython.exceptval(check=False)
+def _shares_check(i: cython.pointer(Insn)) -> cython.int:
+    """Tell whether the instruction's operand may belong to a group."""
+    if i.cls == C_COPY:
+        return i.has_memory
+    return i.cls in (C_PUSH, C_PUSHI, C_POP, C_CALL, C_RET)
+
+
+@cython.cfunc
+@cython.nogil
+@cython.exceptval(check=False)
+def _read_known(w: cython.pointer(Work), code: cython.p_uchar, at: cython.int, limit: cython.int) -> cython.int:
+    """Decode a block of 64-bit code as far as its bytes are surely there and nothing is wrong with them.
+
+    Gives the offset in the page behind what was read.
+    """
+    rip: uint64_t = w.block.rip
+    count: cython.int = 0
+    operands: cython.int = 0
+    ended: cython.int = 0
+    n: cython.int
+    i: cython.pointer(Insn) = cython.address(w.insns[0])
+    while count < limit and at <= 4096 - 24 and not ended:
+        n = decode_known(w.c.known, code + at, rip, i)
+        if n <= 0:
+            break
+        if not offered(i, cython.address(w.s.features[0]), 8):
+            i.fault = 6
+            i.verbatim = 0
+        operands += _shares_check(i)
+        ended = _ends_block(i)
+        at += n
+        rip += n
+        count += 1
+        i += 1
+    w.count = count
+    w.operands = operands
+    w.ended = ended
+    return at
+
+
+@cython.cfunc
 @cython.nogil
 @cython.exceptval(check=False)
 def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: cython.p_int) -> cython.int:
@@ -159,7 +203,6 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
     n: cython.int
     k: cython.int
     part: cython.int
-    cls: cython.int
     room: uint64_t
     limit: cython.int = 1 if w.single else MAX_INSNS
     left: uint64_t
@@ -169,7 +212,10 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
     w.window_size = 4096
     w.count = 0
     w.operands = 0
-    while w.count < limit and at < 4096 and b.rip + (at - start) <= b.limit:
+    w.ended = 0
+    if w.code_size == 8:
+        at = _read_known(w, code, at, limit)
+    while not w.ended and w.count < limit and at < 4096 and b.rip + (at - start) <= b.limit:
         i = cython.address(w.insns[w.count])
         left = b.limit - (b.rip + (at - start))  # bytes after this one
         part = 4096 - at
@@ -193,27 +239,18 @@ def _read_block(w: cython.pointer(Work), page: cython.pointer(FetchEntry), why: 
                     w.is_global = 0
             if n == 0:
                 n = DECODE_TOO_LONG
-        if n == DECODE_INVALID:
-            i.fault = 6
-            i.row = 0
-            i.length = 1
-            n = 1
-        elif n == DECODE_TOO_LONG:  # or beyond the limit
-            i.fault = 13
-            i.row = 0
-            i.length = 1
+        if n < 0:  # DECODE_TOO_LONG also where the limit comes before its end
+            undecoded(i, 6 if n == DECODE_INVALID else 13)
             n = 1
         elif not offered(i, cython.address(w.s.features[0]), w.code_size) or (i.vex and w.s.mode < MODE_PROT16):
             i.fault = 6
-        cls = ROW[i.row].cls
-        if (cls == C_COPY and i.has_memory) or cls in (C_PUSH, C_PUSHI, C_POP, C_CALL, C_RET):
-            w.operands += 1
+            i.verbatim = 0
+        w.operands += _shares_check(i)
         w.count += 1
         at += n
-        if _ends_block(i):
-            break
+        w.ended = _ends_block(i)
     if at > 4096 - 15 and w.code_size == 8 and w.count > 1 and not w.single:
-        if not _ends_block(cython.address(w.insns[w.count - 1])):
+        if not w.ended:
             at = _loop_beyond(w, code, at)
     n = _loop_inside(w)
     if n:
@@ -245,7 +282,7 @@ def _live_at(w: cython.pointer(Work), target: uint64_t) -> cython.int:
 def _live_out(w: cython.pointer(Work)) -> cython.int:
     """Give the flags that are needed behind the block; all when that makes no difference to its code."""
     i: cython.pointer(Insn) = cython.address(w.insns[w.count - 1])
-    cls: cython.int = ROW[i.row].cls
+    cls: cython.int = i.cls
     next_rip: uint64_t = i.rip + i.length
     live: cython.int
     if i.fault or w.single or not open_at_end(cython.address(w.insns[0]), w.count):
@@ -270,7 +307,7 @@ def _find_loop(w: cython.pointer(Work)) -> cython.void:
     loaded from memory, as pointer chasing seldom stays in a page.
     """
     i: cython.pointer(Insn) = cython.address(w.insns[w.count - 1])
-    cls: cython.int = ROW[i.row].cls
+    cls: cython.int = i.cls
     target: uint64_t = i.rip + i.length + i.immediate
     k: cython.int
     w.in_loop = 0
@@ -286,7 +323,7 @@ def _find_loop(w: cython.pointer(Work)) -> cython.void:
     w.in_loop = 1
     for k in range(w.count):
         i = cython.address(w.insns[k])
-        if ROW[i.row].cls == C_COPY and i.has_memory and i.map == 0 and i.opcode == 0x8B:
+        if i.cls == C_COPY and i.has_memory and i.map == 0 and i.opcode == 0x8B:
             w.loaded |= cython.cast(uint32_t, 1) << i.reg
         elif i.map == 0 and not i.has_memory and i.opcode == 0x01:  # strides of unknown size leave pages often
             w.loaded |= cython.cast(uint32_t, 1) << i.rm
@@ -306,7 +343,7 @@ def _unroll(w: cython.pointer(Work)) -> cython.void:
     rounds: cython.int = 1
     k: cython.int
     w.total = w.count
-    if not w.has_strip and (not w.in_loop or ROW[i.row].cls != C_JCC or i.rip + i.length + i.immediate != w.block.rip):
+    if not w.has_strip and (not w.in_loop or i.cls != C_JCC or i.rip + i.length + i.immediate != w.block.rip):
         return
     if w.has_strip:
         rounds = min(MAX_INSNS // w.count, 4)
@@ -315,7 +352,7 @@ def _unroll(w: cython.pointer(Work)) -> cython.void:
     w.total = rounds * w.count
     for k in range(w.count, w.total):
         w.insns[k] = w.insns[k - w.count]
-        if ROW[w.insns[k].row].cls == C_COPY and w.insns[k].has_memory:
+        if w.insns[k].cls == C_COPY and w.insns[k].has_memory:
             w.operands += 1
 
 
@@ -343,7 +380,11 @@ def _emit_body(w: cython.pointer(Work)) -> cython.void:
         i = cython.address(w.insns[k])
         _offset(w, i)
         if k != last:
-            emit_instruction(w, i)
+            if i.verbatim == VERBATIM and w.pending == 0:
+                w.kept = w.held
+                move(w, i)
+            else:
+                emit_instruction(w, i)
         elif k == w.total - 1:
             if w.has_strip:
                 emit_turn(w, i)
@@ -383,6 +424,18 @@ def _emit_strip(w: cython.pointer(Work)) -> cython.void:
     w.closed = 1
 
 
+def cache_full(c):
+    """Tell whether the next block may not find room."""
+    return (
+        c.a.limit - c.a.at < 65536
+        or c.blocks_used + 1 >= MAX_BLOCKS
+        or c.links_used + 8 >= MAX_LINKS
+        or c.offsets_used + 4 * MAX_INSNS + 2 >= MAX_OFFSETS
+        or c.side_used + MAX_INSNS >= MAX_SIDE
+        or c.pages_used + 2 >= MAX_PAGES
+    )
+
+
 def translate_block(s, rip, page, single, plain, why):
     """Translate the block at ``rip``, whose code lies in ``page``; NULL with ``why`` when it cannot be fetched.
 
@@ -394,14 +447,7 @@ def translate_block(s, rip, page, single, plain, why):
     b: cython.pointer(Block)
     k: cython.int
     start: cython.p_uchar
-    if (
-        c.a.limit - c.a.at < 65536
-        or c.blocks_used + 1 >= MAX_BLOCKS
-        or c.links_used + 8 >= MAX_LINKS
-        or c.offsets_used + 4 * MAX_INSNS + 2 >= MAX_OFFSETS
-        or c.side_used + MAX_INSNS >= MAX_SIDE
-        or c.pages_used + 2 >= MAX_PAGES
-    ):
+    if cache_full(c):
         cache_flush(s)
     cache_prepare(c)
     c.a.at += (0 - cython.cast(uint64_t, c.a.at)) & 63
