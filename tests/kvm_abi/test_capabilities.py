@@ -306,6 +306,12 @@ def steal_time(parts: Parts) -> None:
     assert parts.vcpu().set_msrs({flags.MSR_KVM_STEAL_TIME: DATA | 1}) == 1
 
 
+@uses(Cap.ASYNC_PF, Cap.ASYNC_PF_INT)
+def async_pf(parts: Parts) -> None:
+    """Faults themselves: test_async_pf."""
+    assert parts.vcpu().set_msrs({flags.MSR_KVM_ASYNC_PF_EN: 0}) == 1
+
+
 @uses(Cap.ENFORCE_PV_FEATURE_CPUID)
 def enforced(parts: Parts) -> None:
     parts.vcpu().enable_cap(Cap.ENFORCE_PV_FEATURE_CPUID, 1)

@@ -14,6 +14,7 @@ cdef extern from "errno.h" nogil:
 
 cdef extern from "sys/mman.h" nogil:
     int madvise(void *address, size_t length, int advice)
+    int mincore(void *address, size_t length, unsigned char *pages)
 
 cdef enum:
     MADV_POPULATE_WRITE = 23  # since Linux 5.14, newer than some headers

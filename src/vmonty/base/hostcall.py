@@ -121,6 +121,38 @@ def _transfer(address, data, size, to_memory):  # type: ignore[no-untyped-def]  
         raise OSError(EFAULT, "no memory at this address")
 
 
+def touch(address: int) -> int:
+    """Read the byte at *address* through the kernel, however long its page takes; 0, or errno. The GIL is released."""
+    local: iovec
+    remote: iovec
+    byte: cython.char
+    done: cython.Py_ssize_t
+    local.iov_base = cython.address(byte)
+    local.iov_len = remote.iov_len = 1
+    remote.iov_base = cython.cast(cython.p_void, cython.cast(cython.ulong, address))
+    with cython.nogil:
+        done = process_vm_readv(getpid(), cython.address(local), 1, cython.address(remote), 1, 0)
+    return 0 if done == 1 else errno
+
+
+def resident_pages(address: int, size: int) -> bytes:
+    """mincore(2): a byte for each page from *address* on, 1 where it is in memory. Raises OSError: ENOMEM, EAGAIN."""
+    count: cython.Py_ssize_t = (size + 4095) >> 12
+    found: bytes = PyBytes_FromStringAndSize(cython.NULL, count)
+    pages: cython.p_char = PyBytes_AsString(found)
+    n: cython.Py_ssize_t
+    if (
+        mincore(
+            cython.cast(cython.p_void, cython.cast(cython.ulong, address)), size, cython.cast(cython.p_uchar, pages)
+        )
+        < 0
+    ):
+        raise OSError(errno, "mincore failed")
+    for n in range(count):
+        pages[n] = pages[n] & 1  # the other bits are reserved
+    return found
+
+
 def compare_exchange(address: int, width: int, old: int, new: int) -> bool:
     """Store *new* at *address* if *old* is there, in one step, as other processors see it: 4 or 8 bytes, aligned.
 

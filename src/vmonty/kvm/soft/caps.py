@@ -63,6 +63,8 @@ CAPABILITIES: dict[Cap, int] = {
     Cap.TSC_CONTROL: 1,
     Cap.VM_TSC_CONTROL: 1,
     Cap.STEAL_TIME: 1,
+    Cap.ASYNC_PF: 1,
+    Cap.ASYNC_PF_INT: 1,
     Cap.PRE_FAULT_MEMORY: 1,
     Cap.MEMORY_FAULT_INFO: 1,
     Cap.VM_GPA_BITS: PHYSICAL_BITS,

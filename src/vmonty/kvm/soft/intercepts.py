@@ -398,7 +398,7 @@ class Intercepts:
         if self.shadow is None:
             raise AssertionError("#PF exits without shadow paging")
         match self.shadow.page_fault(gva, error):
-            case Outcome.FIXED:
+            case Outcome.FIXED | Outcome.LATER:
                 return True
             case Outcome.EMULATE:
                 return self.emulator.emulate()

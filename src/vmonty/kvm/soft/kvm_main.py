@@ -20,6 +20,7 @@ from vmonty.base import hostcall
 from vmonty.base.ram import Ram
 from vmonty.cpu.core import memory_written
 from vmonty.kvm.soft import dirty_ring, pcpu
+from vmonty.kvm.soft.async_pf import VmAsyncPf
 from vmonty.kvm.soft.caps import CAPABILITIES, KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS
 from vmonty.kvm.soft.clock import ClockIoctls
 from vmonty.kvm.soft.dirty_log import DirtyLogIoctls
@@ -180,6 +181,8 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
         self.tracer: Tracer | None = None
         self.msr_filter: MsrFilter | None = None
         self.pmu_filter: PmuFilter | None = None
+        # None until a guest asks for asynchronous page faults.
+        self.async_pf: VmAsyncPf | None = None
         self.users_count = 1
         try:
             self.mmu = module.ops.mmu_create(self)
@@ -194,6 +197,12 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
         for vcpu in list(self.vcpus.values()):
             vcpu.clock_update_requested = True
             vcpu.vendor.kick()
+
+    def start_async_pf(self) -> None:
+        """A guest of this VM wants asynchronous page faults."""
+        with self.lock:
+            if self.async_pf is None:
+                self.async_pf = VmAsyncPf(self)
 
     def get(self) -> None:
         """kvm_get_kvm()."""
@@ -210,6 +219,8 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
             for vcpu in self.vcpus.values():
                 vcpu.destroy()
             self.vcpus.clear()
+            if self.async_pf is not None:
+                self.async_pf.workers.close()
             for slot in self.memslots:
                 self._forget_code(slot)
             self.stats.close()
@@ -313,6 +324,7 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
                 last = min(end, slot.userspace_addr + (slot.npages << PAGE_SHIFT))
                 if first < last:
                     base = slot.base_gfn - (slot.userspace_addr >> PAGE_SHIFT)
+                    slot.fetched = None
                     self.mmu.zap_range(base + (first >> PAGE_SHIFT), base + (last - 1 >> PAGE_SHIFT) + 1)
             self.flush_remote_tlbs()
             memory_written(start, end - start)

@@ -29,6 +29,8 @@ class Memslot(Record):
     dirty: bytearray = made(factory=bytearray)
     # Where writes are noted instead of in ``dirty``: (slot, page).
     to_ring: Callable[[int, int], None] | None = None
+    # What of the memory may have to be waited for: see mmu.residency. None: not looked up yet.
+    fetched: tuple[tuple[int, int, bool], ...] | None = None
     # A change of the log reads, changes and writes a byte: no other thread's may come in between.
     _dirty_lock: threading.Lock = made(factory=threading.Lock)
 

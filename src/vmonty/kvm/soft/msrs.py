@@ -61,6 +61,8 @@ class MsrIoctls(VcpuState):
         chosen = self.kvm.msr_filter
         if chosen is not None and not chosen.allows(index, READ):
             raise FilteredMsrError(index)
+        if self.pv.refuses(index):
+            raise OSError(errno.EPERM, "the guest's CPUID does not have the feature")
         return self.get_msr(index)
 
     def write_guest_msr(self, index: int, value: int) -> None:
@@ -102,6 +104,10 @@ class MsrIoctls(VcpuState):
 
     def set_msr(self, index: int, value: int, host: bool = False) -> None:
         """Write an MSR. Raises OSError with EPERM where WRMSR would fault. *host*: KVM_SET_MSRS."""
+        if self.pv.refuses(index):
+            if host and not value:
+                return
+            raise OSError(errno.EPERM, "the guest's CPUID does not have the feature")
         if index == MSR_IA32_TSC:
             self.set_guest_tsc(value)
         elif index == MSR_IA32_APICBASE:
@@ -154,7 +160,8 @@ class MsrIoctls(VcpuState):
         done = 0
         for entry in entries:
             try:
-                entry.data = self.get_msr(entry.index)
+                # kvm_do_msr_access(): what user space is told to save reads as 0 where the guest does not have it.
+                entry.data = 0 if self.pv.refuses(entry.index) else self.get_msr(entry.index)
             except OSError:
                 break
             done += 1

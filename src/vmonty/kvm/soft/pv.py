@@ -1,9 +1,7 @@
 """What a guest that knows it is one may ask for: MSRs and hypercalls beyond kvmclock.
 
-Steal time, PV EOI, polling control; PV IPI, PV unhalt, yield, clock pairing. Async page faults: their MSRs can be set,
-so that a guest can be moved here, but nothing is ever raised, because guest memory is never known to be paged out; so
-neither CPUID nor KVM_CHECK_EXTENSION offers them. Source: Documentation/virt/kvm/x86: msr.rst, hypercalls.rst,
-cpuid.rst.
+Steal time, PV EOI, polling control; PV IPI, PV unhalt, yield, clock pairing; asynchronous page faults are in async_pf.
+Source: Documentation/virt/kvm/x86: msr.rst, hypercalls.rst, cpuid.rst.
 
     struct kvm_steal_time, 64 bytes, aligned:  0 steal, ns   8 version, odd while it changes   12 flags   16 preempted
 """
@@ -17,6 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from vmonty.kvm.soft.apicdef import REMOTE_READ, LapicIrq
+from vmonty.kvm.soft.async_pf import AsyncPf
 from vmonty.kvm.soft.stats import (
     DIRECTED_YIELD_ATTEMPTED,
     DIRECTED_YIELD_SUCCESSFUL,
@@ -32,17 +31,28 @@ ENABLED = 1
 STEAL_VERSION, STEAL_PREEMPTED, VCPU_PREEMPTED = 8, 16, 1
 # A page is written when there is something to tell, and not more often than this: Linux reads it once a tick.
 STEAL_PERIOD_NS = 4_000_000
-ASYNC_PF_EN_VALID, ASYNC_PF_ALIGNED = 0xF, 0x30
-MSRS = (
-    flags.MSR_KVM_STEAL_TIME, flags.MSR_KVM_PV_EOI_EN, flags.MSR_KVM_POLL_CONTROL, flags.MSR_KVM_ASYNC_PF_EN,
-    flags.MSR_KVM_ASYNC_PF_INT, flags.MSR_KVM_ASYNC_PF_ACK,
-)  # fmt: skip
+KEPT = (flags.MSR_KVM_STEAL_TIME, flags.MSR_KVM_PV_EOI_EN, flags.MSR_KVM_POLL_CONTROL)
+MSRS = (*KEPT, flags.MSR_KVM_ASYNC_PF_EN, flags.MSR_KVM_ASYNC_PF_INT, flags.MSR_KVM_ASYNC_PF_ACK)
+# guest_pv_has() of each, and of the clock's.
+FEATURE_OF = {
+    flags.MSR_KVM_STEAL_TIME: flags.KVM_FEATURE_STEAL_TIME,
+    flags.MSR_KVM_PV_EOI_EN: flags.KVM_FEATURE_PV_EOI,
+    flags.MSR_KVM_POLL_CONTROL: flags.KVM_FEATURE_POLL_CONTROL,
+    flags.MSR_KVM_ASYNC_PF_EN: flags.KVM_FEATURE_ASYNC_PF,
+    flags.MSR_KVM_ASYNC_PF_INT: flags.KVM_FEATURE_ASYNC_PF_INT,
+    flags.MSR_KVM_ASYNC_PF_ACK: flags.KVM_FEATURE_ASYNC_PF_INT,
+    flags.MSR_KVM_SYSTEM_TIME: flags.KVM_FEATURE_CLOCKSOURCE,
+    flags.MSR_KVM_WALL_CLOCK: flags.KVM_FEATURE_CLOCKSOURCE,
+    flags.MSR_KVM_SYSTEM_TIME_NEW: flags.KVM_FEATURE_CLOCKSOURCE2,
+    flags.MSR_KVM_WALL_CLOCK_NEW: flags.KVM_FEATURE_CLOCKSOURCE2,
+}
 # What CPUID offers of it. The MSRs' features, then the hypercalls'.
 FEATURES = sum(
     1 << feature
     for feature in (
         flags.KVM_FEATURE_STEAL_TIME, flags.KVM_FEATURE_PV_EOI, flags.KVM_FEATURE_POLL_CONTROL,
         flags.KVM_FEATURE_PV_UNHALT, flags.KVM_FEATURE_PV_SEND_IPI, flags.KVM_FEATURE_PV_SCHED_YIELD,
+        flags.KVM_FEATURE_ASYNC_PF, flags.KVM_FEATURE_ASYNC_PF_INT,
     )
 )  # fmt: skip
 # What hypercalls answer, negated. asm/kvm_para.h.
@@ -80,7 +90,8 @@ class Paravirt:
 
     def __init__(self, vcpu: VcpuState) -> None:
         self._vcpu = vcpu
-        self._msrs = dict.fromkeys(MSRS, 0) | {flags.MSR_KVM_POLL_CONTROL: 1}
+        self._msrs = dict.fromkeys(KEPT, 0) | {flags.MSR_KVM_POLL_CONTROL: 1}
+        self.async_pf = AsyncPf(vcpu)
         self.enforced = False
         # Whether anything is to be done around a guest's run.
         self.active = False
@@ -97,9 +108,23 @@ class Paravirt:
 
     # ---- MSRs ------------------------------------------------------------------------------------------------
 
+    def refuses(self, index: int) -> bool:
+        """Whether it is an MSR of a feature that the guest has not."""
+        return self.enforced and index in FEATURE_OF and not self.has(FEATURE_OF[index])
+
     def read(self, index: int) -> int | None:
         """The MSR's value; None for others."""
-        return self._msrs.get(index)
+        if index == flags.MSR_KVM_ASYNC_PF_EN:
+            return self.async_pf.control
+        if index == flags.MSR_KVM_ASYNC_PF_INT:
+            return self.async_pf.vector
+        return 0 if index == flags.MSR_KVM_ASYNC_PF_ACK else self._msrs.get(index)
+
+    def reset(self) -> None:
+        """kvm_vcpu_reset(), kvm_lapic_reset(): at INIT."""
+        self._msrs[flags.MSR_KVM_STEAL_TIME] = self._msrs[flags.MSR_KVM_PV_EOI_EN] = 0
+        self.active = self.eoi_told = False
+        self.async_pf.reset()
 
     def write(self, index: int, value: int) -> bool:
         """Set it; False where WRMSR would fault."""
@@ -114,8 +139,12 @@ class Paravirt:
         elif index == flags.MSR_KVM_POLL_CONTROL:
             if value & ~1:
                 return False
-        elif index == flags.MSR_KVM_ASYNC_PF_EN and value & ASYNC_PF_ALIGNED:
-            return False
+        elif index == flags.MSR_KVM_ASYNC_PF_EN:
+            return self.async_pf.write_control(value)
+        elif index == flags.MSR_KVM_ASYNC_PF_INT:
+            return self.async_pf.write_vector(value)
+        elif index == flags.MSR_KVM_ASYNC_PF_ACK:
+            return self.async_pf.acknowledge(value)
         self._msrs[index] = value
         in_use = self._msrs[flags.MSR_KVM_STEAL_TIME] | self._msrs[flags.MSR_KVM_PV_EOI_EN]
         self.active = bool(in_use & ENABLED) or self.eoi_told

@@ -155,6 +155,7 @@ class VcpuState(KvmFile):
         self.triple_fault_pending = False
         self.pvclock: PvClock
         self.pv = Paravirt(self)
+        self.async_pf = self.pv.async_pf
         # KVM_HC_KICK_CPU has come: the next halt, or the present one, ends.
         self.pv_unhalted = False
 
@@ -165,12 +166,22 @@ class VcpuState(KvmFile):
         """
         memslots = self.kvm.memslots
         generation = memslots.generation  # before the slots are looked at
-        if gpa >> PAGE_SHIFT == self._mmio_gfn and generation == self._mmio_gen:
+        if self._is_known_mmio(gpa, generation):
             return NO_SLOT
         came_to = self.kvm.mmu.page_fault(gpa, write, walk)
         if not came_to and memslots.find(gpa) is None:
             self._mmio_gfn, self._mmio_gen = gpa >> PAGE_SHIFT, generation
         return came_to
+
+    def _is_known_mmio(self, gpa: int, generation: int) -> bool:
+        """vcpu_match_mmio_gpa()."""
+        return gpa >> PAGE_SHIFT == self._mmio_gfn and generation == self._mmio_gen
+
+    def page_absent(self, gpa: int) -> bool:
+        """Whether the page of *gpa* is fetched by somebody else, and the guest does something else: async_pf."""
+        if self.kvm.async_pf is None or self._is_known_mmio(gpa, self.kvm.memslots.generation):
+            return False
+        return self.async_pf.fault(gpa)
 
     def store_events(self) -> kvm_vcpu_events:
         """KVM_GET_VCPU_EVENTS' struct."""

@@ -466,7 +466,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
                 return
 
     def _runnable(self) -> bool:
-        return self.mp_state == flags.KVM_MP_STATE_RUNNABLE
+        """kvm_vcpu_running()."""
+        return self.mp_state == flags.KVM_MP_STATE_RUNNABLE and not self.async_pf.halted
 
     def _block(self) -> None:
         """vcpu_block(): wait for an event that makes the vCPU runnable."""
@@ -514,6 +515,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
         elif self.mp_state == flags.KVM_MP_STATE_HALTED:
             self.pv_unhalted = False
             self.mp_state = flags.KVM_MP_STATE_RUNNABLE
+        self.async_pf.halted = False
 
     def _has_apic_events(self) -> bool:
         return self.apic is not None and (self.apic.init_pending or self.apic.sipi_pending)
@@ -528,6 +530,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
         assert self.apic is not None
         self.vendor.reset(init=True)
         self.apic.reset(init_event=True)
+        self.pv.reset()
+        self.pvclock.set_system_time(0)
         self.mp_state = flags.KVM_MP_STATE_RUNNABLE if self.apic.bsp else flags.KVM_MP_STATE_INIT_RECEIVED
 
     def sipi_received(self, vector: int) -> None:
@@ -551,9 +555,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
 
     def _has_wakeup(self) -> bool:
         """kvm_arch_vcpu_runnable()."""
-        if self.mp_state == flags.KVM_MP_STATE_RUNNABLE or self._has_apic_events():
+        if self._runnable() or self._has_apic_events() or self.async_pf.done:
             return True
-        if self.mp_state != flags.KVM_MP_STATE_HALTED:
+        if self.mp_state not in (flags.KVM_MP_STATE_HALTED, flags.KVM_MP_STATE_RUNNABLE):
             return False
         return (
             self.pv_unhalted
@@ -600,6 +604,8 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
             self._accept_apic_events()
             if not self._runnable():
                 return True
+        if self.async_pf.ready_requested:
+            self.async_pf.check_completion()
         if self.triple_fault_pending:
             self.triple_fault_pending = False
             self.run.exit_reason = Exit.SHUTDOWN

@@ -95,12 +95,15 @@ class MmuContext:
         counters[PF_TAKEN] += 1
         vendor = self._vcpu.vendor
         try:
-            outcome = self._mmu.fault(self._roots, self.registers, gva, error, vendor.get_cpl(), vendor.get_rflags())
+            outcome = self._mmu.fault(
+                self._roots, self.registers, gva, error, vendor.get_cpl(), vendor.get_rflags(), self._vcpu.page_absent
+            )
         except GuestFault as fault:
             counters[PF_GUEST] += 1
             self._queue(gva, fault.error_code)
             return Outcome.FIXED
-        counters[PF_FIXED if outcome is Outcome.FIXED else PF_EMULATE] += 1
+        if outcome is not Outcome.LATER:
+            counters[PF_FIXED if outcome is Outcome.FIXED else PF_EMULATE] += 1
         return outcome
 
     def _queue(self, gva: int, error_code: int) -> None:

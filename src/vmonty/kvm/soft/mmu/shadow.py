@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,6 +43,7 @@ from vmonty.kvm.soft.mmu.paging_tmpl import (
     gpte_access,
     reserved,
 )
+from vmonty.kvm.soft.mmu.residency import Residency
 from vmonty.kvm.soft.mmu.spte import ADDRESS, LARGE, WRITE, Format
 from vmonty.kvm.soft.mmu.tdp import Tables, TdpMmu
 from vmonty.kvm.soft.stats import (
@@ -76,6 +77,7 @@ class Outcome(Enum):
     EMULATE = 2
     FAILED = 3
     WRITES_ROOT = 4  # a table that the very access needs
+    LATER = 5  # the host fetches the page
 
 
 class Role(NamedTuple):
@@ -129,6 +131,17 @@ class ShadowMmu:
         self._emulated_writable: set[int] = set()
         # The last write for which tables were dropped: gfn and address.
         self._dropped_for = (0, 0)
+        self._residency: Residency | None = None
+
+    def watch(self, residency: Residency) -> None:
+        """As TdpMmu's."""
+        self._residency = residency
+
+    def _at_hand(self, slot: Memslot, gfn: int, count: int) -> bytes | None:
+        """Which pages of *slot* may be mapped ahead; None: all."""
+        if self._residency is None or not self._residency.may_wait(slot):
+            return None
+        return self._residency.present(slot, gfn, count)
 
     @property
     def root(self) -> int:
@@ -305,6 +318,8 @@ class ShadowMmu:
             or slot.hva(gfn << PAGE_SHIFT) & (ENTRIES << PAGE_SHIFT) - 1
         ):  # fmt: skip
             return False
+        if (there := self._at_hand(slot, gfn, ENTRIES)) is not None and not all(there):
+            return False
         if index not in page.large:
             page.large[index] = gfn
             self._large.setdefault(gfn, set()).add((page, index))
@@ -333,7 +348,13 @@ class ShadowMmu:
         for index in range(ENTRIES):
             if slot is None or not slot.base_gfn <= gfn + index < slot.end_gfn:
                 slot = self._memslots.find(gfn + index << PAGE_SHIFT)
-            if slot is not None:
+                there = (
+                    None
+                    if slot is None
+                    else self._at_hand(slot, gfn + index, min(ENTRIES - index, slot.end_gfn - gfn - index))
+                )
+                begin = index
+            if slot is not None and (there is None or there[index - begin]):
                 writable = not slot.logged and gfn + index not in self._of_gfn
                 values[index] = self._spte(slot, gfn + index, page.role.access, writable)
         self.tables.fill(page.table, 0, values)
@@ -470,9 +491,13 @@ class ShadowMmu:
     # ---- page faults --------------------------------------------------------------------------------------------
 
     def fault(
-        self, roots: dict[int, ShadowPage], registers: Registers, gva: int, error: int, cpl: int, rflags: int
-    ) -> Outcome:
-        """FNAME(page_fault)(). Raises GuestFault for what the guest's own tables refuse."""
+        self, roots: dict[int, ShadowPage], registers: Registers, gva: int, error: int, cpl: int, rflags: int,
+        absent: Callable[[int], bool],
+    ) -> Outcome:  # fmt: skip
+        """FNAME(page_fault)(). Raises GuestFault for what the guest's own tables refuse.
+
+        *absent*: whether a guest-physical address is not to be touched yet.
+        """
         with self.lock:
             try:
                 found = (
@@ -486,6 +511,8 @@ class ShadowMmu:
             write = bool(error & ERROR_WRITE)
             if slot is None or (write and slot.flags & KVM_MEM_READONLY):
                 return Outcome.FAILED if error & ERROR_FETCH else Outcome.EMULATE
+            if self._residency is not None and absent(found.gfn << PAGE_SHIFT):
+                return Outcome.LATER
             if write and found.gfn in self._of_gfn:
                 upper = any(page.role.level > 1 for page in self._of_gfn[found.gfn])
                 self._unprotect(found.gfn)
@@ -586,7 +613,7 @@ class ShadowMmu:
                 continue
             gfn = (gpte & (ADDRESS if page.role.width == 8 else 0xFFFF_F000)) >> PAGE_SHIFT
             slot = self._memslots.find(gfn << PAGE_SHIFT)
-            if slot is None:
+            if slot is None or ((there := self._at_hand(slot, gfn, 1)) is not None and not there[0]):
                 continue
             access = page.role.access & gpte_access(gpte, nx)
             if not gpte & DIRTY:

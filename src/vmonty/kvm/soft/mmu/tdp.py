@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from vmonty.base.ram import Ram
 from vmonty.kvm.soft.memslots import PAGE_SHIFT, Memslot, Memslots
+from vmonty.kvm.soft.mmu.residency import Residency
 from vmonty.kvm.soft.mmu.spte import ADDRESS, LARGE, WRITE, Format
 from vmonty.kvm.soft.stats import PAGES_1G, PAGES_2M, PAGES_4K, Statistics
 from vmonty.kvm.uapi.flags import KVM_MEM_READONLY
@@ -113,6 +114,12 @@ class TdpMmu:
         self.pages = 1
         # Page-table pages that were taken out, and may still be walked.
         self._retired: list[int] = []
+        # With asynchronous page faults: only pages that are at hand are mapped before they are needed.
+        self._residency: Residency | None = None
+
+    def watch(self, residency: Residency) -> None:
+        """From now on map ahead only what *residency* says is at hand."""
+        self._residency = residency
 
     @staticmethod
     def _index(gpa: int, level: int) -> int:
@@ -135,6 +142,8 @@ class TdpMmu:
                 return SPURIOUS
             if slot.logged:
                 self._map_logged(self._descend(gpa, 1), gpa, slot, write)
+            elif self._residency is not None and self._residency.may_wait(slot):
+                self._map_present(self._residency, gpa, slot)
             elif slot.flags & KVM_MEM_READONLY or not self._map_large(gpa, slot):
                 self._map_around(self._descend(gpa, 1), gpa, slot)
         return FIXED
@@ -146,10 +155,10 @@ class TdpMmu:
                 return bool(entry & PRESENT) and (not write or bool(entry & WRITE))
         return False
 
-    def _map_large(self, gpa: int, slot: Memslot) -> bool:
+    def _map_large(self, gpa: int, slot: Memslot, highest: int = 3) -> bool:
         """kvm_mmu_max_mapping_level(): a page of 1 GiB or 2 MiB, where slot and host memory have a whole one there.
 
-        False where they don't, or where the table of a lower level is already.
+        False where they don't, or where the table of a lower level is already. *highest*: the level of the largest one.
         """
         table = self.root
         for level in range(LEVELS, 1, -1):
@@ -161,7 +170,12 @@ class TdpMmu:
                 size = ENTRIES ** (level - 1)
                 first = gpa >> PAGE_SHIFT & ~(size - 1)
                 inside = slot.base_gfn <= first and first + size <= slot.end_gfn
-                if not entry & PRESENT and inside and not slot.hva(first << PAGE_SHIFT) & (size << PAGE_SHIFT) - 1:
+                if (
+                    level <= highest
+                    and not entry & PRESENT
+                    and inside
+                    and not slot.hva(first << PAGE_SHIFT) & (size << PAGE_SHIFT) - 1
+                ):
                     self._tables.write(table, index, self._leaf(slot, first, True) | LARGE)
                     self._stats.values[LARGE_PAGES[level]] += 1
                     return True
@@ -200,6 +214,21 @@ class TdpMmu:
         begin, end = max(first, slot.base_gfn), min(first + ENTRIES, slot.end_gfn)
         self._stats.values[PAGES_4K] += end - begin - self._tables.count(table, begin - first, end - begin)
         self._tables.fill(table, begin - first, [self._leaf(slot, gfn, True) for gfn in range(begin, end)])
+
+    def _map_present(self, residency: Residency, gpa: int, slot: Memslot) -> None:
+        """As _map_around(), but of the other pages only those that are at hand."""
+        first = gpa >> PAGE_SHIFT & ~(ENTRIES - 1)
+        begin, end = max(first, slot.base_gfn), min(first + ENTRIES, slot.end_gfn)
+        there = residency.present(slot, begin, end - begin)
+        if all(there):
+            if slot.flags & KVM_MEM_READONLY or not self._map_large(gpa, slot, highest=2):
+                self._map_around(self._descend(gpa, 1), gpa, slot)
+            return
+        table = self._descend(gpa, 1)
+        for gfn, at_hand in enumerate(there, begin):
+            if (at_hand or gfn == gpa >> PAGE_SHIFT) and not self._tables.read(table, gfn - first):
+                self._stats.values[PAGES_4K] += 1
+                self._tables.write(table, gfn - first, self._leaf(slot, gfn, True))
 
     def map_page(self, gpa: int, slot: Memslot, write: bool) -> None:
         """Map one page, writable if *write*. The caller has the lock."""

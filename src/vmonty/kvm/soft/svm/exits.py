@@ -233,6 +233,8 @@ class SvmExits(Intercepts):
         counters = self.vcpu.stats.values
         counters[PF_TAKEN] += 1
         write = bool(access & NPF_WRITE)
+        if self.vcpu.page_absent(gpa):
+            return True
         if came_to := self.vcpu.page_fault(gpa, write, walk=not access & NPF_FINAL):
             counters[PF_SPURIOUS if came_to == SPURIOUS else PF_FIXED] += 1
             return True

@@ -245,6 +245,8 @@ class VmxExits(Intercepts):
         counters = self.vcpu.stats.values
         counters[PF_TAKEN] += 1
         write = bool(access & EPT_WRITE_ACCESS)
+        if self.vcpu.page_absent(gpa):
+            return True
         if came_to := self.vcpu.page_fault(gpa, write, walk=not access & EPT_FINAL):
             counters[PF_SPURIOUS if came_to == SPURIOUS else PF_FIXED] += 1
             return True
