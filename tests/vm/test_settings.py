@@ -9,6 +9,7 @@ import pytest
 import vmonty
 from vmonty.base.errors import UsageError
 from vmonty.vm.settings import Disk, Settings, TapNetwork, UserNetwork, read_file, settings
+from vmonty.vmm.peripherals import Disk as PlannedDisk
 
 
 def test_text_and_tables_mean_the_same():
@@ -22,6 +23,7 @@ def test_text_and_tables_mean_the_same():
     )
     assert text == tables
     assert text.disks == (Disk(file=Path("a.img"), snapshot=True),)
+    assert settings({"disks": "a,bps=2M,iops_wr=7"}).plan().disks == (PlannedDisk.parse("a,bps=2M,iops_wr=7"),)
     network = text.net[0]
     assert isinstance(network, UserNetwork)
     assert network.config().restrict
@@ -46,6 +48,9 @@ def test_cards_of_both_kinds_and_none():
         ({"cpu": "Z80"}, "cpu: "),
         ({"disks": [{"file": "x", "format": "zip"}]}, "disks.0.format: "),
         ({"disks": {"format": "raw"}}, "disks.0.file: "),
+        ({"disks": "x,iops=fast"}, "disks.0.iops: "),
+        ({"disks": [{"file": "x", "bps": "1M", "bps_rd": 5}]}, "disks.0: give a disk's limit either"),
+        ({"disks": "x,if=sata,bps=1M"}, "disks.0: --disk x: limits need if=virtio"),
         ({"net": "wifi"}, "net.0: 'wifi' is no kind of network"),
         ({"net": ["user", "user,hostfwd=tcp:22"]}, "net.1: hostfwd=tcp:22"),
         ({"net": "user,speed=fast"}, "net.0.speed: there is no such setting"),

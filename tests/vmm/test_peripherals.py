@@ -9,6 +9,7 @@ import pytest
 from vmonty.base.errors import UsageError
 from vmonty.kvm.api import System
 from vmonty.vmm import boards
+from vmonty.vmm.block.throttle import Limits
 from vmonty.vmm.boards.microvm import Microvm
 from vmonty.vmm.boards.pci_host import PciMachine
 from vmonty.vmm.machine import Config
@@ -24,6 +25,7 @@ from .fake_kvm import FakeKvm
         ("a.img", Disk(Path("a.img"))),
         ("/x/a.img,format=qcow2,ro", Disk(Path("/x/a.img"), "qcow2", read_only=True)),
         ("a,,b.img,snapshot,if=virtio", Disk(Path("a,b.img"), snapshot=True)),
+        ("a,bps_rd=1M,bps_wr=512K,iops=9", Disk(Path("a"), limits=Limits(bps_rd=1 << 20, bps_wr=1 << 19, iops=9))),
         ("a,ro=on,snapshot=off,format=raw", Disk(Path("a"), "raw", read_only=True)),
     ],
 )
@@ -31,9 +33,15 @@ def test_disks(text: str, disk: Disk) -> None:
     assert Disk.parse(text) == disk
 
 
-@pytest.mark.parametrize("text", ["", ",ro", "a,format=zip", "a,if=scsi", "a,ro=maybe", "a,size=3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", ",ro", "a,format=zip", "a,if=scsi", "a,ro=maybe", "a,size=3", "a,iops=", "a,iops=-1", "a,bps=fast",
+        "a,bps=1M,bps_rd=1M", "a,if=ide,iops=3",
+    ],
+)  # fmt: skip
 def test_disks_that_cannot_be(text: str) -> None:
-    with pytest.raises(UsageError, match="--disk"):
+    with pytest.raises(UsageError, match=r"--disk|limit|size"):
         Disk.parse(text)
 
 

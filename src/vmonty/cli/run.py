@@ -90,7 +90,8 @@ STATUS = {
 )
 @click.option(
     "--disk", "disk_options", multiple=True, metavar="FILE[,format=raw|qcow2][,ro][,snapshot][,if=ide|sata]",
-    help="Add a virtio, IDE or SATA disk; with snapshot the file stays as it is. Firmware tries bootindex=0 first.",
+    help="Add a virtio, IDE or SATA disk; with snapshot the file stays as it is. Firmware tries bootindex=0 first. "
+    "bps=, iops= and, for one direction, bps_rd=, iops_wr= are limits a second.",
 )  # fmt: skip
 @click.option(
     "--cdrom", "cdroms", multiple=True, metavar="FILE[,bootindex=N]", help="An ISO in a CD-ROM drive.",

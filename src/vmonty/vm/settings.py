@@ -15,6 +15,7 @@ from vmonty.base.sizes import parse_size
 from vmonty.vm.plan import Plan, usual_firmware
 from vmonty.vmm import catalogue, peripherals
 from vmonty.vmm import cpu as cpu_model
+from vmonty.vmm.block.throttle import Limits
 from vmonty.vmm.bootorder import MOST_INDEX
 from vmonty.vmm.firmware import NAMES, BootOptions
 from vmonty.vmm.machine import MOST_VCPUS
@@ -73,12 +74,25 @@ class Disk(_Model):
     bus: Literal["virtio", "ide", "sata"] = "virtio"
     size: Annotated[int, BeforeValidator(_size)] | None = None
     bootindex: BootIndex = None
+    bps: Annotated[int, BeforeValidator(_size)] = 0
+    bps_rd: Annotated[int, BeforeValidator(_size)] = 0
+    bps_wr: Annotated[int, BeforeValidator(_size)] = 0
+    iops: int = 0
+    iops_rd: int = 0
+    iops_wr: int = 0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Disk:
+        _as_value_error(self.plan)
+        return self
 
     def plan(self) -> peripherals.Disk:
-        """For the machine."""
+        """For the machine. Raises UsageError for limits that contradict each other."""
+        limits = {name: value for name in peripherals.LIMITS if (value := getattr(self, name))}
         return peripherals.Disk(
-            self.file, self.format, self.readonly, self.snapshot, self.bus, self.size, self.bootindex
-        )
+            self.file, self.format, self.readonly, self.snapshot, self.bus, self.size, self.bootindex,
+            Limits(**limits) if limits else None,
+        ).checked()  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod

@@ -21,6 +21,7 @@ from vmonty.vmm.removable import Removable
 
 if TYPE_CHECKING:
     from vmonty.vmm.block.device import BlockDevice
+    from vmonty.vmm.block.throttle import Limits
     from vmonty.vmm.boards.pci_host import PciMachine
     from vmonty.vmm.net.backend import NetBackend
     from vmonty.vmm.net.user.config import UserConfig
@@ -34,15 +35,16 @@ MAC_PREFIX = bytes.fromhex("5254001234")
 FIRST_MAC = 0x56
 # As vmm.block.image has them, which is imported when a disk is opened.
 FORMATS = ("auto", "raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc", "dmg")
+LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")  # bytes and operations a second
 IDE_DRIVES, FIRST_CD_PLACE = 4, 2
 NO_ROM = Path()  # what an empty path is
 NO_INDEXES: Mapping[Any, int] = MappingProxyType({})
 
 
 class Disk(NamedTuple):
-    """A disk from ``FILE,format=…,ro,snapshot,if=virtio|ide|sata,size=…,bootindex=N``.
+    """A disk from ``FILE,format=…,ro,snapshot,if=virtio|ide|sata,size=…,bootindex=N,bps=…,iops=…``.
 
-    With *size* it is made if there is none.
+    With *size* it is made if there is none; *limits* slow it down, which a virtio disk can do.
     """
 
     path: Path
@@ -52,12 +54,14 @@ class Disk(NamedTuple):
     interface: str = "virtio"
     size: int | None = None
     boot_index: int | None = None
+    limits: Limits | None = None
 
     @classmethod
     def parse(cls, text: str) -> Disk:
         """Raises UsageError that names the option. Two commas are one in the file's name."""
         name, options = _image_options("--disk", text)
         disk = cls(Path(name))
+        limits: dict[str, int] = {}
         for option, key, value in options:
             match key, value:
                 case "format", _ if value in FORMATS:
@@ -74,13 +78,26 @@ class Disk(NamedTuple):
                     disk = disk._replace(size=_disk_size(name, value))
                 case (("ro" | "snapshot"), "off"):
                     continue
+                case _ if key in LIMITS:
+                    limits[key] = _limit(name, key, value)
                 case _:
                     raise UsageError(
                         f"--disk {name}: {option!r} is no option; "
                         f"there are: format={'|'.join(FORMATS)}, ro, snapshot, if=virtio|ide|sata, size=BYTES, "
-                        "bootindex=N"
+                        f"bootindex=N, {'=, '.join(LIMITS)}="
                     )
-        return disk
+        if not limits:
+            return disk
+        from vmonty.vmm.block.throttle import Limits
+
+        return disk._replace(limits=Limits(**limits)).checked()
+
+    def checked(self) -> Disk:
+        """Itself. Raises UsageError for what does not go together."""
+        if self.limits is not None and self.interface != "virtio":
+            # There a vCPU or a controller would stand still meanwhile.
+            raise UsageError(f"--disk {self.path}: limits need if=virtio")
+        return self
 
     def open(self) -> BlockDevice:
         """The image. Raises DiskImageError."""
@@ -91,8 +108,9 @@ class Disk(NamedTuple):
 
             create_image(self.path, self.size, format="raw" if self.format == "raw" else "qcow2")
         return open_image(
-            self.path, format=self.format, read_only=self.read_only, snapshot=self.snapshot, probe_raw=False
-        )
+            self.path, format=self.format, read_only=self.read_only, snapshot=self.snapshot, probe_raw=False,
+            limits=self.limits,
+        )  # fmt: skip
 
 
 class Cdrom(NamedTuple):
@@ -124,6 +142,14 @@ def _image_options(command: str, text: str) -> tuple[str, list[tuple[str, str, s
 def split_options(text: str) -> list[str]:
     """What stands between commas; two of them are one that is meant."""
     return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
+
+
+def _limit(name: str, key: str, text: str) -> int:
+    if key.startswith("bps"):
+        return parse_size(text)
+    if not text.isdecimal():
+        raise UsageError(f"--disk {name}: {key}={text}: write a number of operations a second")
+    return int(text)
 
 
 def _disk_size(name: str, text: str) -> int:

@@ -9,6 +9,7 @@ import pytest
 from vmonty.base.errors import UsageError
 from vmonty.vmm.block.image import open_image
 from vmonty.vmm.block.throttle import BURST_S, Limits, ThrottledDevice
+from vmonty.vmm.peripherals import Disk
 
 
 class Clock:
@@ -53,3 +54,11 @@ def test_rates(tmp_path: Path, limits: Limits, reads: int, writes: int, least: f
 def test_limits_that_make_no_sense(wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError):
         Limits(**wrong)
+
+
+def test_a_disk_of_the_command_line_is_limited(tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(1 << 20))
+    with Disk.parse(f"{image},format=raw,iops=1000000").open() as disk:
+        assert isinstance(disk, ThrottledDevice)
+        assert disk.read(0, 512) == bytes(512)

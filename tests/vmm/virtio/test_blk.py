@@ -6,12 +6,15 @@ import errno
 import struct
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from vmonty.base.errors import BlockError
 from vmonty.testing.virtio import LIMIT_S, Buffer, VirtioDriver
 from vmonty.vmm.block.device import BlockDevice
+from vmonty.vmm.block.image import open_image
+from vmonty.vmm.block.throttle import Limits, ThrottledDevice
 from vmonty.vmm.virtio import blk
 from vmonty.vmm.virtio import device as virtio_device
 from vmonty.vmm.virtio.blk import Blk, Topology
@@ -212,6 +215,21 @@ def test_a_reset_waits_for_what_is_in_flight(driver: VirtioDriver, disk: MemoryD
     assert not resetting.is_alive()
     assert driver.access.status() == 0
     assert driver.memory.read(buffer.writable[1][0], 1) == b"\0"  # it ended well
+
+
+def test_who_is_held_back_does_not_hold_up_the_end(bench: Bench, tmp_path: Path) -> None:
+    """Sixteen requests of a disk that takes one in a minute, and then a reset: all are done, at once."""
+    image = tmp_path / "disk"
+    image.write_bytes(b"x" * (1 << 20))
+    with ThrottledDevice(open_image(image, format="raw"), Limits(bps=1024)) as disk:
+        driver = bench.driver(Blk(bench.memory, bench.loop, disk)).start()
+        first, *_ = [ask(driver, blk.T_IN, room=[65536]) for _ in range(16)]
+        assert driver.queues[0].wait() == [first]
+        resetting = threading.Thread(target=driver.access.set_status, args=(0,), daemon=True)
+        resetting.start()
+        resetting.join(LIMIT_S)
+        assert not resetting.is_alive()
+        assert first.data() == b"x" * 65536 + b"\0"
 
 
 def test_write_through_flushes_before_it_answers(bench: Bench, disk: MemoryDisk) -> None:

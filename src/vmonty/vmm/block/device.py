@@ -24,6 +24,8 @@ class BlockDevice(Closing, ABC):
     """Bytes, a multiple of 512."""
     read_only: bool
     """Whether changes are refused with EROFS."""
+    waits: bool = False
+    """Whether operations may wait for more than the host: then nobody else's thread should do them."""
 
     @abstractmethod
     def preadv(self, offset: int, buffers: Sequence[memoryview]) -> None:
@@ -44,6 +46,9 @@ class BlockDevice(Closing, ABC):
     @abstractmethod
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Make the range read as zeroes; with *unmap* its storage may be given up. Raises BlockError."""
+
+    def hurry(self, on: bool) -> None:  # most disks wait for nothing but the host
+        """While *on*, operations wait for nothing but the host: the one who uses it shall end."""
 
     @abstractmethod
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vmonty.base.errors import UsageError
@@ -56,16 +56,19 @@ class Bucket:
 class ThrottledDevice(BlockDevice):
     """*inner* within *limits*: an operation that is too early waits, in its thread. Owns *inner*."""
 
+    waits = True
+
     def __init__(
         self,
         inner: BlockDevice,
         limits: Limits,
         *,
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] | None = None,
     ) -> None:
         self._inner = inner
-        self._sleep = sleep
+        self._hurry = threading.Event()
+        self._sleep = sleep or self._hurry.wait
         self.read_only = inner.read_only
 
         def buckets(*rates: int) -> list[Bucket]:
@@ -94,6 +97,16 @@ class ThrottledDevice(BlockDevice):
     def pwritev(self, offset: int, buffers: Sequence[memoryview]) -> None:
         self._wait(self._writes, total(buffers))
         self._inner.pwritev(offset, buffers)
+
+    def hurry(self, on: bool) -> None:
+        if on:
+            self._hurry.set()
+        else:
+            self._hurry.clear()
+        self._inner.hurry(on)
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        return self._inner.extents()
 
     def flush(self) -> None:
         self._inner.flush()

@@ -123,8 +123,10 @@ class Blk(VirtioDevice):
 
     def stopped(self) -> None:
         """Wait for the requests in flight: they use guest RAM."""
+        self.backend.hurry(True)
         with self._idle:
             self._idle.wait_for(lambda: not self._in_flight)
+        self.backend.hurry(False)
 
     def close(self) -> None:
         """End the threads. The backend stays open: it is its maker's."""
@@ -167,7 +169,7 @@ class Blk(VirtioDevice):
 
     def _probe(self) -> bool:
         self._probes = (self._probes + 1) % PROBE
-        return self._probes == 0
+        return self._probes == 0 and not self.backend.waits
 
     def _note(self, taken_ns: int, size: int) -> None:
         taken = min(taken_ns / (SLOW_NS + SLOW_NS_PER_BYTE * size), MOST_SLOW)
