@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import io
 import os
 import random
 import re
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from vmonty import kvm
 from vmonty.guests import busybox
+from vmonty.guests.cpio import SEGMENT_ALIGN, Writer
+from vmonty.testing.nasm import assemble
 from vmonty.vmm import boards
+from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.block.image import open_image
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.net.user.backend import UserBackend
@@ -43,6 +48,8 @@ result readonly $(cat /sys/block/vdb/ro)
 result read $(md5sum </dev/vda)
 dd if=/dev/vda of=/tmp/copy bs=1M count=4 2>/dev/null
 result written $(tr 'a-z' 'b-za' </tmp/copy | dd of=/dev/vda bs=64k seek=128 conv=fsync 2>/dev/null; md5sum </dev/vda)
+blkdiscard -o $((1 << 20)) -l $((2 << 20)) /dev/vda; result discarded "$? $(md5sum </dev/vda)"
+/zeroout; result zeroed "$? $(md5sum </dev/vda)"
 result random $(head -c 4096 /dev/hwrng | wc -c)
 exec 3<>/dev/$(cd /sys/class/virtio-ports; grep -l echo */name | cut -d/ -f1)
 echo hello port >&3; read answer <&3; result port "$answer"
@@ -56,6 +63,79 @@ read answer <&3
 result inflated "$answer $(($(sed -n 's/MemFree: *\\([0-9]*\\).*/\\1/p' /proc/meminfo) < 140000))"
 poweroff -f
 """
+
+# BLKZEROOUT (linux/fs.h) of /dev/vda; the exit status is the error. Linux makes one WRITE ZEROES of it.
+ZEROOUT_AT, ZEROOUT_SIZE = 4 * MIB, MIB
+ZEROOUT = f"""
+header: db 0x7f, 'ELF', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0
+    dw 2, 62
+    dd 1
+    dq start, 64, 0
+    dd 0
+    dw 64, 56, 1, 0, 0, 0
+    dd 1, 5
+    dq 0, header, header, end - header, end - header, 4096
+start:
+    mov eax, 2
+    lea rdi, [path]
+    mov esi, 2
+    syscall
+    mov edi, eax
+    mov eax, 16
+    mov esi, 0x127f
+    lea rdx, [range]
+    syscall
+    neg eax
+    mov edi, eax
+    mov eax, 60
+    syscall
+path: db '/dev/vda', 0
+range: dq {ZEROOUT_AT}, {ZEROOUT_SIZE}
+end:
+"""
+
+
+class Told(BlockDevice):
+    """A disk that writes down what it is asked for beside reads and writes; *inner* stays its owner's."""
+
+    def __init__(self, inner: BlockDevice) -> None:
+        self._inner, self.size, self.read_only = inner, inner.size, inner.read_only
+        self.calls: set[tuple[object, ...]] = set()
+
+    def preadv(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self._inner.preadv(offset, buffers)
+
+    def pwritev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self._inner.pwritev(offset, buffers)
+
+    def flush(self) -> None:
+        self.calls.add(("flush",))
+        self._inner.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        self.calls.add(("discard", offset, length))
+        self._inner.discard(offset, length)
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self.calls.add(("zeroes", offset, length))
+        self._inner.write_zeroes(offset, length, unmap)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def zeroing_tool() -> bytes:
+    """A second initrd, with that program."""
+    if shutil.which("nasm") is None:
+        pytest.skip("nasm is not on this host: apt-get install nasm")
+    made = io.BytesIO()
+    with Writer(made) as archive:
+        archive.file("zeroout", assemble(ZEROOUT, bits=64, org=0x40_0000), mode=0o755)
+    return made.getvalue()
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % SEGMENT_ALIGN)
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +185,8 @@ def test_linux_drives_all_devices(
     port, served = server
     console, echo = bytearray(), Port(lambda data: echo.receive(data.upper()), name="echo")
     config = Config(
-        guest.kernel.read_bytes(), guest.initrd.read_bytes(), "console=ttyS0 quiet cryptomgr.notests=1", MEMORY,
-        machine=board,
+        guest.kernel.read_bytes(), padded(guest.initrd.read_bytes()) + zeroing_tool(),
+        "console=ttyS0 quiet cryptomgr.notests=1", MEMORY, machine=board,
     )  # fmt: skip
     with (
         open_image(disk) as backend,
@@ -114,7 +194,8 @@ def test_linux_drives_all_devices(
         kvm.open("soft") as system,
         boards.create(system, config, screen.write) as machine,
     ):
-        add_disk(machine, backend)
+        told = Told(backend)
+        add_disk(machine, told)
         add_disk(machine, second, 1)
         add_network_card(machine, UserBackend())
         add_virtio(machine, Rng(machine.memory, machine.loop))
@@ -132,7 +213,9 @@ def test_linux_drives_all_devices(
     assert outcome is not None, text[-2000:]
     assert outcome.ending is Ending.POWER_OFF, (outcome, text[-2000:])
     found = dict(re.findall(rb"^<(\w+):(.*?)(?:  -)?>\r?$", text, re.MULTILINE))
-    after = before[: 8 * MIB] + rotated(before[: 4 * MIB]) + before[12 * MIB :]
+    written = before[: 8 * MIB] + rotated(before[: 4 * MIB]) + before[12 * MIB :]
+    discarded = written[:MIB] + bytes(2 * MIB) + written[3 * MIB :]
+    after = discarded[:ZEROOUT_AT] + bytes(ZEROOUT_SIZE) + discarded[ZEROOUT_AT + ZEROOUT_SIZE :]
     assert found == {
         b"sectors": b"%d" % (DISK // 512),
         b"serial": b"vmonty-0",
@@ -140,7 +223,9 @@ def test_linux_drives_all_devices(
         b"discard": b"%d" % (2 << 30),
         b"readonly": b"1",
         b"read": hashlib.md5(before).hexdigest().encode(),
-        b"written": hashlib.md5(after).hexdigest().encode(),
+        b"written": hashlib.md5(written).hexdigest().encode(),
+        b"discarded": b"0 " + hashlib.md5(discarded).hexdigest().encode(),
+        b"zeroed": b"0 " + hashlib.md5(after).hexdigest().encode(),
         b"random": b"4096",
         b"port": b"HELLO PORT",
         b"typed": b"typed",
@@ -152,6 +237,7 @@ def test_linux_drives_all_devices(
     }
     assert int(found[b"offloads"]) > 3000, "frames came in one by one, not as large segments"
     assert disk.read_bytes() == after
+    assert told.calls == {("flush",), ("discard", MIB, 2 * MIB), ("zeroes", ZEROOUT_AT, ZEROOUT_SIZE)}
     assert b"hello console\r\n" in console
     assert allocated[0] - allocated[1] > 4 * MIB  # what the guest had touched of it
 
