@@ -8,7 +8,6 @@ import io
 import os
 import random
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,6 @@ import pytest
 from vmonty import kvm
 from vmonty.guests import busybox
 from vmonty.guests.cpio import SEGMENT_ALIGN, Writer
-from vmonty.testing.nasm import assemble
 from vmonty.vmm import boards
 from vmonty.vmm.block.device import BlockDevice
 from vmonty.vmm.block.image import open_image
@@ -32,6 +30,7 @@ from vmonty.vmm.virtio.console import Console, Port
 from vmonty.vmm.virtio.rng import Rng
 
 from .conftest import Screen
+from .guest_ioctl import ioctl_program
 
 # A boot takes 3 to 8 seconds of CPU time; a busy host needs longer.
 BOOT_LIMIT_S = 240.0
@@ -64,35 +63,8 @@ result inflated "$answer $(($(sed -n 's/MemFree: *\\([0-9]*\\).*/\\1/p' /proc/me
 poweroff -f
 """
 
-# BLKZEROOUT (linux/fs.h) of /dev/vda; the exit status is the error. Linux makes one WRITE ZEROES of it.
-ZEROOUT_AT, ZEROOUT_SIZE = 4 * MIB, MIB
-ZEROOUT = f"""
-header: db 0x7f, 'ELF', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0
-    dw 2, 62
-    dd 1
-    dq start, 64, 0
-    dd 0
-    dw 64, 56, 1, 0, 0, 0
-    dd 1, 5
-    dq 0, header, header, end - header, end - header, 4096
-start:
-    mov eax, 2
-    lea rdi, [path]
-    mov esi, 2
-    syscall
-    mov edi, eax
-    mov eax, 16
-    mov esi, 0x127f
-    lea rdx, [range]
-    syscall
-    neg eax
-    mov edi, eax
-    mov eax, 60
-    syscall
-path: db '/dev/vda', 0
-range: dq {ZEROOUT_AT}, {ZEROOUT_SIZE}
-end:
-"""
+# Linux makes one WRITE ZEROES of that.
+BLKZEROOUT, ZEROOUT_AT, ZEROOUT_SIZE = 0x127F, 4 * MIB, MIB
 
 
 class Told(BlockDevice):
@@ -126,11 +98,9 @@ class Told(BlockDevice):
 
 def zeroing_tool() -> bytes:
     """A second initrd, with that program."""
-    if shutil.which("nasm") is None:
-        pytest.skip("nasm is not on this host: apt-get install nasm")
     made = io.BytesIO()
     with Writer(made) as archive:
-        archive.file("zeroout", assemble(ZEROOUT, bits=64, org=0x40_0000), mode=0o755)
+        archive.file("zeroout", ioctl_program("/dev/vda", BLKZEROOUT, ZEROOUT_AT, ZEROOUT_SIZE), mode=0o755)
     return made.getvalue()
 
 

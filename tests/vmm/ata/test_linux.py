@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import random
 import re
 from pathlib import Path
 
+import pytest
+
 from vmonty import kvm
+from vmonty.base.errors import UsageError
 from vmonty.guests import busybox
 from vmonty.guests.cpio import SEGMENT_ALIGN, Writer
 from vmonty.vmm import boards
@@ -18,11 +22,14 @@ from vmonty.vmm.outcome import Ending
 from vmonty.vmm.peripherals import open_cdrom
 
 from ..conftest import Screen
+from ..guest_ioctl import ioctl_program
 
 BOOT_LIMIT_S = 240.0
 MIB = 1 << 20
+CDROMEJECT = 0x5309
 MODULES = ("scsi_common", "scsi_mod", "libata", "ata_piix", "sd_mod", "cdrom", "sr_mod")
 SCRIPT = """
+stty -echo
 result() { echo "<$1:$2>"; }
 for module in @MODULES@; do insmod /ide/$module.ko; done
 n=0; until [ -b /dev/sda -a -b /dev/sdb -a -b /dev/sr0 ] || [ $n = 100 ]; do sleep 0.1; n=$((n+1)); done
@@ -36,7 +43,19 @@ result disc $(md5sum </dev/sr0)
 result blocks $(cat /sys/block/sr0/size)
 result mode "$(echo $(cat /sys/class/ata_device/dev[12].*/dma_mode))"
 result errors $(dmesg | grep -ci 'failed command')
-poweroff -f
+exec 7</dev/sr0
+result open yes
+"""
+EMPTY = """
+exec 7<&-
+dd if=/dev/sr0 of=/dev/null count=1 2>/dev/null; result empty $?
+"""
+CHANGED = """
+n=0; until dd if=/dev/sr0 of=/dev/null bs=2k count=1 2>/dev/null || [ $n = 100 ]; do sleep 0.1; n=$((n+1)); done
+result second $(md5sum </dev/sr0)
+result larger $(cat /sys/block/sr0/size)
+/eject; result ejected $?
+dd if=/dev/sr0 of=/dev/null count=1 2>/dev/null; result gone $?
 """
 
 
@@ -44,7 +63,7 @@ def padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % SEGMENT_ALIGN)
 
 
-def test_linux_drives_disks_and_a_cdrom(screen: Screen, tmp_path: Path) -> None:
+def test_linux_drives_disks_and_a_cdrom_whose_disc_changes(screen: Screen, tmp_path: Path) -> None:
     """On a pc; a q35 has them on SATA, which the cloud kernel cannot drive: see test_ahci_linux."""
     guest = busybox.build()
     modules = busybox.kernel_modules(MODULES)
@@ -52,9 +71,11 @@ def test_linux_drives_disks_and_a_cdrom(screen: Screen, tmp_path: Path) -> None:
     with Writer(extra) as archive:
         for name in MODULES:
             archive.file(f"ide/{name}.ko", modules[name])
+        archive.file("eject", ioctl_program("/dev/sr0", CDROMEJECT, flags=os.O_RDONLY | os.O_NONBLOCK), mode=0o755)
     source = random.Random(7)
-    before, disc = source.randbytes(8 * MIB), source.randbytes(3 * MIB)
-    disk, second, iso = (tmp_path / name for name in ("disk", "second", "iso"))
+    before, disc, other = source.randbytes(8 * MIB), source.randbytes(3 * MIB), source.randbytes(5 * MIB)
+    disk, second, iso, later = (tmp_path / name for name in ("disk", "second", "iso", "later"))
+    later.write_bytes(other)
     disk.write_bytes(before)
     second.write_bytes(bytes(MIB))
     iso.write_bytes(disc)
@@ -67,21 +88,37 @@ def test_linux_drives_disks_and_a_cdrom(screen: Screen, tmp_path: Path) -> None:
         open_image(disk, format="raw") as first,
         open_image(second, format="raw", read_only=True) as protected,
         open_cdrom(iso) as medium,
+        open_cdrom(later) as next_medium,
         kvm.open("soft") as system,
         boards.create(system, config, screen.write, ide_disks=[first, protected], cdroms=[medium]) as machine,
     ):
         machine.serial.receive(SCRIPT.replace("@MODULES@", " ".join(MODULES)).encode())
         machine.start()
+        screen.wait_for(b"<open:yes>", BOOT_LIMIT_S)
+        drive = machine.removable["cd0"]
+        with pytest.raises(UsageError, match="has locked its tray"):
+            drive.change("cd0", None)
+        drive.change("cd0", None, force=True)
+        machine.serial.receive(EMPTY.encode())
+        screen.wait_for(b"<empty:", BOOT_LIMIT_S)
+        drive.change("cd0", next_medium)
+        machine.serial.receive(CHANGED.encode())
+        screen.wait_for(b"<gone:", BOOT_LIMIT_S)
+        assert not drive.drive.locked
+        drive.change("cd0", medium)
+        machine.serial.receive(b"result back $(md5sum </dev/sr0); poweroff -f\n")
         outcome = machine.wait(BOOT_LIMIT_S)
     text = bytes(screen.text)
     assert outcome is not None, text[-3000:]
     assert outcome.ending is Ending.POWER_OFF, (outcome, text[-3000:])
-    found = dict(re.findall(rb"^<(\w+):(.*?)(?:  -)?>\r?$", text, re.MULTILINE))
+    found = dict(re.findall(rb"<(\w+):(.*?)(?:  -)?>\r?$", text, re.MULTILINE))
     after = before[: 4 * MIB] + before[: 2 * MIB] + before[6 * MIB :]
     assert found == {
         b"sectors": b"16384", b"model": b"vmonty disk     ",
         b"read": hashlib.md5(before).hexdigest().encode(), b"written": hashlib.md5(after).hexdigest().encode(),
         b"disc": hashlib.md5(disc).hexdigest().encode(), b"blocks": b"6144",
-        b"mode": b" ".join([b"XFER_MW_DMA_2"] * 3), b"errors": b"0",
+        b"mode": b" ".join([b"XFER_MW_DMA_2"] * 3), b"errors": b"0", b"open": b"yes",
+        b"empty": b"1", b"second": hashlib.md5(other).hexdigest().encode(), b"larger": b"10240",
+        b"ejected": b"0", b"gone": b"1", b"back": hashlib.md5(disc).hexdigest().encode(),
     }, text.decode(errors="replace")  # fmt: skip
     assert disk.read_bytes() == after
