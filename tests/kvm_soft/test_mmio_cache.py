@@ -66,11 +66,15 @@ def test_rom_is_no_device(guest: TinyGuest) -> None:
         assert guest.out() == (0x10, 0x4D4F52)
 
 
-def test_two_devices_by_turns(guest: TinyGuest) -> None:
+def test_two_devices_by_turns(guest: TinyGuest, found: list[int]) -> None:
     other = AT + 0x5000
     guest.load(Mode.LONG, f"mov esi, {AT:#x}\n again: mov eax, [rsi]\n mov eax, [rsi + 0x5000]\n jmp again")
     for _ in range(3):
         for address in (AT, other):
             assert guest.run() is Exit.MMIO
             assert guest.vcpu.kvm_run.u.mmio.phys_addr == address
+    found.clear()
+    for _ in range(6):
+        assert guest.run() is Exit.MMIO
+    assert found == []
     assert RAM_SIZE < AT

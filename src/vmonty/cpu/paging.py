@@ -507,7 +507,7 @@ def _walk_wide(s, va, access, t):
     at: uint64_t
     width: uint64_t = s.physical_bits
     if s.direct and s.nested == 0:
-        width = 52  # shadow tables of host software name addresses of this process
+        width = 51  # shadow tables of host software name addresses of this process, which never have bit 51
     reserved = cython.cast(uint64_t, 0xFFFFFFFFFFFFF) & ~((cython.cast(uint64_t, 1) << width) - 1)
     if (s.efer & EFER_NXE) == 0:
         reserved |= cython.cast(uint64_t, 1) << 63
@@ -555,6 +555,8 @@ def _walk_wide(s, va, access, t):
                 _remember_table(known, va, cython.address(steps[count]), rights, no_execute)
             return _page_fault(s, t, access, 0)
         if (value & reserved) or _reserved_address_bits(level, value):
+            if level == 1 and count and accessed:
+                _remember_table(known, va, cython.address(steps[count]), rights, no_execute)
             return _page_fault(s, t, access, 9)
         upper_rights = rights
         upper_no_execute = no_execute

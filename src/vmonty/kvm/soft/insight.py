@@ -9,7 +9,7 @@ from vmonty.kvm.exit_record import ExitRecord as ExitRecord
 from vmonty.kvm.soft.mmu.context import MmuContext
 from vmonty.kvm.soft.mmu.guest_walk import walk
 from vmonty.kvm.soft.mmu.shadow import ShadowMmu
-from vmonty.kvm.soft.mmu.spte import ADDRESS, LARGE
+from vmonty.kvm.soft.mmu.spte import ADDRESS, LARGE, is_mmio_spte
 from vmonty.kvm.soft.mmu.tdp import PRESENT
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def translate(kvm: Kvm, vcpu: VcpuX86, gva: int) -> Translation:
     table, entries = _hardware_walk(kvm, vcpu, gva, found.gpa)
     for level, address, value in entries:
         steps.append(Step(table, level, address, value))
-        if value & PRESENT and (level == 1 or value & LARGE):
+        if value & PRESENT and (level == 1 or value & LARGE) and not (table == "shadow" and is_mmio_spte(value)):
             offset = (1 << 12 + 9 * (level - 1)) - 1
             hpa = value & ADDRESS & ~offset | found.gpa & offset
     return Translation(gva, found.gpa, hva, hpa, tuple(steps))

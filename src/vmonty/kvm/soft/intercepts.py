@@ -400,7 +400,7 @@ class Intercepts:
         match self.shadow.page_fault(gva, error):
             case Outcome.FIXED | Outcome.LATER:
                 return True
-            case Outcome.EMULATE:
+            case Outcome.EMULATE | Outcome.DEVICE:
                 return self.emulator.emulate()
             case Outcome.WRITES_ROOT:
                 return self.emulator.emulate(WHILE_TABLES_CHANGE)

@@ -31,6 +31,7 @@ from vmonty.kvm.soft.insight import Tracer
 from vmonty.kvm.soft.irqchip import IrqchipIoctls
 from vmonty.kvm.soft.mce import MCE_CAP_SUPPORTED
 from vmonty.kvm.soft.memslots import PAGE_SHIFT, Change, Memslot, Memslots
+from vmonty.kvm.soft.mmu.spte import GENERATION_BITS
 from vmonty.kvm.soft.modules import Module
 from vmonty.kvm.soft.msr_filter import MsrFilter, from_user
 from vmonty.kvm.soft.msrs import FEATURE_MSRS, MAX_IO_MSRS, MSRS_TO_SAVE
@@ -293,6 +294,8 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
 
     def _memory_changed(self, change: Change) -> None:
         self.ioeventfds.memory_changed()
+        if not self.memslots.generation & (1 << GENERATION_BITS) - 1:
+            self.mmu.invalidate_mmio_sptes()
         if change.old is not None:
             self.mmu.zap(change.old)
             self.flush_remote_tlbs()

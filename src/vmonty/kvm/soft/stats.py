@@ -97,6 +97,7 @@ PF_TAKEN, PF_FIXED, PF_EMULATE, PF_SPURIOUS, PF_GUEST, TLB_FLUSH, INVLPG = (
     _index(VCPU_STATISTICS, name)
     for name in ("pf_taken", "pf_fixed", "pf_emulate", "pf_spurious", "pf_guest", "tlb_flush", "invlpg")
 )
+PF_MMIO_SPTE_CREATED = _index(VCPU_STATISTICS, "pf_mmio_spte_created")
 HOST_STATE_RELOAD, FPU_RELOAD, REQ_EVENT = (
     _index(VCPU_STATISTICS, name) for name in ("host_state_reload", "fpu_reload", "req_event")
 )

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DB_VECTOR, PF_VECTOR = 1, 14
 DR6_TRAPS, DR6_BS, DR6_RTM = 0xF, 1 << 14, 1 << 16
 RFLAGS_TF = 1 << 8
+# More pages of devices than machines have.
+MOST_MMIO_PAGES = 256
 
 
 class QueuedException(NamedTuple):
@@ -148,8 +150,9 @@ class VcpuState(KvmFile):
         # KVM_SET_GUEST_DEBUG: KVM_GUESTDBG_*, 0 when off; and an instruction was emulated that was to be stepped.
         self.guest_debug = 0
         self.step_done = False
-        # vcpu_cache_mmio_info(): the frame that was a device's when last looked at, and the slots' generation then.
-        self._mmio_gfn, self._mmio_gen = -1, 0
+        # vcpu_cache_mmio_info(): frames that were devices' when last looked at, and the slots' generation then.
+        self._mmio_gfns: set[int] = set()
+        self._mmio_gen = 0
         self.sipi_vector = 0
         self.signal_pending = False
         self.triple_fault_pending = False
@@ -162,7 +165,7 @@ class VcpuState(KvmFile):
     def page_fault(self, gpa: int, write: bool, walk: bool = False) -> int:
         """kvm_mmu_page_fault(), of the second dimension: 0 where no memory allows the access; see TdpMmu.page_fault().
 
-        A device's page is met again and again: then neither slots nor tables are looked at (vcpu_match_mmio_gpa()).
+        Devices' pages are met again and again: then neither slots nor tables are looked at (vcpu_match_mmio_gpa()).
         """
         memslots = self.kvm.memslots
         generation = memslots.generation  # before the slots are looked at
@@ -170,12 +173,15 @@ class VcpuState(KvmFile):
             return NO_SLOT
         came_to = self.kvm.mmu.page_fault(gpa, write, walk)
         if not came_to and memslots.find(gpa) is None:
-            self._mmio_gfn, self._mmio_gen = gpa >> PAGE_SHIFT, generation
+            if generation != self._mmio_gen or len(self._mmio_gfns) == MOST_MMIO_PAGES:
+                self._mmio_gfns.clear()
+                self._mmio_gen = generation
+            self._mmio_gfns.add(gpa >> PAGE_SHIFT)
         return came_to
 
     def _is_known_mmio(self, gpa: int, generation: int) -> bool:
         """vcpu_match_mmio_gpa()."""
-        return gpa >> PAGE_SHIFT == self._mmio_gfn and generation == self._mmio_gen
+        return gpa >> PAGE_SHIFT in self._mmio_gfns and generation == self._mmio_gen
 
     def page_absent(self, gpa: int) -> bool:
         """Whether the page of *gpa* is fetched by somebody else, and the guest does something else: async_pf."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vmonty.kvm.soft.mmu.paging_tmpl import CR4_PAE, EFER_LMA, PRESENT, GuestFault, Registers
+from vmonty.kvm.soft.mmu.paging_tmpl import CR4_PAE, EFER_LMA, ERROR_RESERVED, PRESENT, GuestFault, Registers
 from vmonty.kvm.soft.mmu.shadow import PAE_ROOT, Outcome, ShadowMmu, ShadowPage
-from vmonty.kvm.soft.stats import PF_EMULATE, PF_FIXED, PF_GUEST, PF_TAKEN
+from vmonty.kvm.soft.stats import PF_EMULATE, PF_FIXED, PF_GUEST, PF_MMIO_SPTE_CREATED, PF_TAKEN
 from vmonty.kvm.soft.vcpu_state import PF_VECTOR, QueuedException
 
 if TYPE_CHECKING:
@@ -86,12 +86,18 @@ class MmuContext:
 
     def invlpg(self, gva: int) -> None:
         """kvm_mmu_invlpg()."""
-        long_mode = self.registers.long_mode
-        self._mmu.sync_address(self._roots.get(PAE_ROOT if long_mode else gva >> 30 & 3), gva)
+        self._mmu.sync_address(self._root_of(gva), gva)
+
+    def _root_of(self, gva: int) -> ShadowPage | None:
+        return self._roots.get(PAE_ROOT if self.registers.long_mode else gva >> 30 & 3)
 
     def page_fault(self, gva: int, error: int) -> Outcome:
         """kvm_mmu_page_fault(): the processor's #PF; that of the guest's own tables is queued."""
         counters = self._vcpu.stats.values
+        if error & ERROR_RESERVED:
+            if self._mmu.is_mmio(self._root_of(gva), gva):
+                return Outcome.EMULATE
+            error &= ~ERROR_RESERVED  # the slots have changed since
         counters[PF_TAKEN] += 1
         vendor = self._vcpu.vendor
         try:
@@ -102,6 +108,7 @@ class MmuContext:
             counters[PF_GUEST] += 1
             self._queue(gva, fault.error_code)
             return Outcome.FIXED
+        counters[PF_MMIO_SPTE_CREATED] += outcome is Outcome.DEVICE
         if outcome is not Outcome.LATER:
             counters[PF_FIXED if outcome is Outcome.FIXED else PF_EMULATE] += 1
         return outcome

@@ -44,7 +44,7 @@ from vmonty.kvm.soft.mmu.paging_tmpl import (
     reserved,
 )
 from vmonty.kvm.soft.mmu.residency import Residency
-from vmonty.kvm.soft.mmu.spte import ADDRESS, LARGE, WRITE, Format
+from vmonty.kvm.soft.mmu.spte import ADDRESS, LARGE, WRITE, Format, check_mmio_spte, make_mmio_spte
 from vmonty.kvm.soft.mmu.tdp import Tables, TdpMmu
 from vmonty.kvm.soft.stats import (
     MAX_MMU_RMAP_SIZE,
@@ -78,6 +78,7 @@ class Outcome(Enum):
     FAILED = 3
     WRITES_ROOT = 4  # a table that the very access needs
     LATER = 5  # the host fetches the page
+    DEVICE = 6  # emulate, and an entry for devices was made
 
 
 class Role(NamedTuple):
@@ -94,7 +95,9 @@ class Role(NamedTuple):
 class ShadowPage:
     """struct kvm_mmu_page."""
 
-    __slots__ = ("children", "filled", "gfn", "invalid", "large", "parents", "role", "snapshot", "table", "unsync")
+    __slots__ = (
+        "children", "filled", "gfn", "invalid", "large", "mmio", "parents", "role", "snapshot", "table", "unsync",
+    )  # fmt: skip
 
     def __init__(self, gfn: int, role: Role, table: int) -> None:
         self.gfn, self.role, self.table = gfn, role, table
@@ -104,6 +107,8 @@ class ShadowPage:
         self.filled: dict[int, tuple[int, int]] = {}
         # Entries that are large pages: index → the gfn of the first of their pages.
         self.large: dict[int, int] = {}
+        # Entries for devices' pages: index → the guest's entry.
+        self.mmio: dict[int, int] = {}
         self.unsync = self.invalid = False
         self.snapshot = b""
 
@@ -236,6 +241,8 @@ class ShadowMmu:
             self._drop(page, index)
         for index in list(page.large):
             self._drop_large(page, index)
+        for index in list(page.mmio):
+            self._drop_mmio(page, index)
         for index, child in page.children.items():
             child.parents.discard((page, index))
         page.children.clear()
@@ -292,6 +299,8 @@ class ShadowMmu:
     def _set(self, page: ShadowPage, index: int, gfn: int, gpte: int, spte: int) -> None:
         if index in page.filled:
             self._drop(page, index)
+        if index in page.mmio:
+            self._drop_mmio(page, index)
         page.filled[index] = gpte, gfn
         page.snapshot = b""  # the table as a whole has not been compared with this entry
         entries = self._rmap.setdefault(gfn, set())
@@ -309,6 +318,30 @@ class ShadowMmu:
             del self._rmap[gfn]
         self._stats.values[PAGES_4K] -= 1
         self.tables.write(page.table, index, 0)
+
+    def _set_mmio(self, page: ShadowPage, index: int, found: Translation, generation: int) -> None:
+        """mark_mmio_spte(): where no slot is, as of *generation*."""
+        if index in page.filled:
+            self._drop(page, index)
+        page.mmio[index] = 0 if page.role.direct else found.gptes[1]
+        page.snapshot = b""
+        self.tables.write(page.table, index, make_mmio_spte(found.gfn, found.allowed, generation))
+
+    def _drop_mmio(self, page: ShadowPage, index: int) -> None:
+        del page.mmio[index]
+        self.tables.write(page.table, index, 0)
+
+    def is_mmio(self, root: ShadowPage | None, gva: int) -> bool:
+        """handle_mmio_page_fault(): whether *gva* is still known as a device's."""
+        with self.lock:
+            page = root
+            while page is not None and page.role.level > 1:
+                page = page.children.get(gva >> PAGE_SHIFT + 9 * (page.role.level - 1) & ENTRIES - 1)
+            if page is None:
+                return False
+            return check_mmio_spte(
+                self.tables.read(page.table, gva >> PAGE_SHIFT & ENTRIES - 1), self._memslots.generation
+            )
 
     def _set_large(self, page: ShadowPage, index: int, gfn: int, access: int, slot: Memslot) -> bool:
         """A page of 2 MiB, where slot and host memory have one whole, and nothing in it is watched; whether it is."""
@@ -343,20 +376,14 @@ class ShadowMmu:
     def _fill_direct(self, page: ShadowPage) -> None:
         """All entries of a direct page of the last level: a large page of the guest, or a guest without paging."""
         values = [0] * ENTRIES
-        gfn = page.gfn
-        slot = None
-        for index in range(ENTRIES):
-            if slot is None or not slot.base_gfn <= gfn + index < slot.end_gfn:
-                slot = self._memslots.find(gfn + index << PAGE_SHIFT)
-                there = (
-                    None
-                    if slot is None
-                    else self._at_hand(slot, gfn + index, min(ENTRIES - index, slot.end_gfn - gfn - index))
-                )
-                begin = index
-            if slot is not None and (there is None or there[index - begin]):
-                writable = not slot.logged and gfn + index not in self._of_gfn
-                values[index] = self._spte(slot, gfn + index, page.role.access, writable)
+        first = page.gfn
+        for slot in self._memslots:
+            begin, end = max(first, slot.base_gfn), min(first + ENTRIES, slot.end_gfn)
+            there = self._at_hand(slot, begin, end - begin) if begin < end else None
+            for gfn in range(begin, end):
+                if there is None or there[gfn - begin]:
+                    writable = not slot.logged and gfn not in self._of_gfn
+                    values[gfn - first] = self._spte(slot, gfn, page.role.access, writable)
         self.tables.fill(page.table, 0, values)
         self._stats.values[PAGES_4K] += sum(map(bool, values))
 
@@ -416,6 +443,8 @@ class ShadowMmu:
         if table is None:
             for index in list(page.filled):
                 self._drop(page, index)
+            for index in list(page.mmio):
+                self._drop_mmio(page, index)
             return True
         data = bytes(table)
         if data == page.snapshot:
@@ -425,7 +454,10 @@ class ShadowMmu:
         stale = [index for index, (gpte, _) in page.filled.items() if values[index] != gpte]
         for index in stale:
             self._drop(page, index)
-        return bool(stale)
+        devices = [index for index, gpte in page.mmio.items() if values[index] != gpte]
+        for index in devices:
+            self._drop_mmio(page, index)
+        return bool(stale or devices)
 
     def _set_sync(self, page: ShadowPage) -> None:
         page.unsync = False
@@ -469,6 +501,10 @@ class ShadowMmu:
         self.drop_all()
         self.tdp.zap_range(first_gfn, end_gfn)
 
+    def invalidate_mmio_sptes(self) -> None:
+        """kvm_mmu_invalidate_mmio_sptes(): the generation begins anew, and old entries would seem to be of it."""
+        self.drop_all()
+
     def drop_all(self) -> None:
         """Every shadow page: user space may have changed anything."""
         with self.lock:
@@ -485,6 +521,8 @@ class ShadowMmu:
                 if page.role.level == 1:
                     if index in page.filled:
                         self._drop(page, index)
+                    elif index in page.mmio:
+                        self._drop_mmio(page, index)
                     return
                 page = page.children.get(index)
 
@@ -507,8 +545,13 @@ class ShadowMmu:
                 )
             except Absent:
                 return Outcome.FAILED
+            generation = self._memslots.generation
             slot = self._memslots.find(found.gfn << PAGE_SHIFT)
             write = bool(error & ERROR_WRITE)
+            if slot is None and not error & ERROR_FETCH:
+                outcome = self._fetch(roots, registers, gva, error, found, None, generation)
+                self._flush_and_free()
+                return outcome
             if slot is None or (write and slot.flags & KVM_MEM_READONLY):
                 return Outcome.FAILED if error & ERROR_FETCH else Outcome.EMULATE
             if self._residency is not None and absent(found.gfn << PAGE_SHIFT):
@@ -533,9 +576,12 @@ class ShadowMmu:
 
     def _fetch(
         self, roots: dict[int, ShadowPage], registers: Registers, gva: int, error: int, found: Translation,
-        slot: Memslot,
+        slot: Memslot | None, generation: int = 0,
     ) -> Outcome:  # fmt: skip
-        """FNAME(fetch)(): descend from the root, making what is missing, and set the last entry."""
+        """FNAME(fetch)(): descend from the root, making what is missing, and set the last entry.
+
+        Without a *slot* it says that none was there at *generation*.
+        """
         index = PAE_ROOT if registers.long_mode else gva >> 30 & 3
         page = roots.get(index)
         if page is None or page.invalid:
@@ -564,12 +610,19 @@ class ShadowMmu:
                 if not page.role.direct and registers.paging and self._changed(registers, gva, found, found.level):
                     return Outcome.FIXED
                 base = found.gfn & ~((1 << 9 * level) - 1)
-                if level == 1 and self._set_large(page, gva >> 21 & ENTRIES - 1, base, allowed, slot):
+                if (
+                    level == 1
+                    and slot is not None
+                    and self._set_large(page, gva >> 21 & ENTRIES - 1, base, allowed, slot)
+                ):
                     return Outcome.FIXED
                 child = self.get_page(base, Role(level, allowed, True, 0, 8, context))
             self.link(page, gva >> PAGE_SHIFT + 9 * level & ENTRIES - 1, child)
             page = child
         index = gva >> PAGE_SHIFT & ENTRIES - 1
+        if slot is None:
+            self._set_mmio(page, index, found, generation)
+            return Outcome.DEVICE
         protected = self._protected(found.gfn)
         if write:
             if protected:
@@ -578,6 +631,8 @@ class ShadowMmu:
         writable = not protected and (write or not slot.logged)
         spte = self._spte(slot, found.gfn, allowed, writable)
         if page.role.direct:
+            if index in page.mmio:
+                self._drop_mmio(page, index)
             self._stats.values[PAGES_4K] += not self.tables.read(page.table, index)
             self.tables.write(page.table, index, spte)
             return Outcome.FIXED

@@ -256,6 +256,9 @@ class TdpMmu:
                 return
             table = value & ADDRESS
 
+    def invalidate_mmio_sptes(self) -> None:
+        """There are none: vCPUs remember where devices are, with all of the generation."""
+
     def zap_all(self) -> list[int]:
         """kvm_mmu_zap_all(): unmap everything. The page-table pages now out of use; ``free`` them after a flush."""
         gone: list[int] = []
