@@ -68,6 +68,7 @@ class Pc(PciMachine):
         self.piix4_pm.config_write(piix4_pm.PM_MISC, 1, piix4_pm.PM_IO_ENABLE)
         prepare_legacy_devices(self.legacy)
         self._assign_addresses()
+        self.prepare_screen()
         self._prepare_memory(self.host_bridge, i440fx.PAM)
         self.publish()
 
@@ -86,7 +87,7 @@ class Pc(PciMachine):
         )  # fmt: skip
         return acpi.Platform(
             cpus=self.config.cpus, pm_base=self.piix4_pm.base or PM_BASE, sci=SCI_IRQ,
-            hpet=self.hpet, hpet_id=hpet.IDENTITY, gpe=GPE_PORT,
+            vga=self.screen is not None, hpet=self.hpet, hpet_id=hpet.IDENTITY, gpe=GPE_PORT,
             dsdt=acpi.soft_off()
             + dsdt.system_bus(
                 dsdt.processors(self.config.cpus),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,7 @@ class PciMachine(Machine):
     isa_hole = True
     pci: PciBus
     acpi_pm: AcpiPm
+    prepare_screen: Callable[[], None] = staticmethod(lambda: None)  # what a video BIOS would do
     next_slot: int | None = None  # where the next device goes, if it may choose and that is free
     _tables_size = 0
     _roms = 0  # how many cards have a ROM in a memory slot

@@ -70,6 +70,7 @@ class Q35(PciMachine):
         self.lpc.config_write(ich9_lpc.ACPI_CONTROL, 1, ich9_lpc.ACPI_ENABLE)
         prepare_legacy_devices(self.legacy)
         self._assign_addresses()
+        self.prepare_screen()
         self._prepare_memory(self.mch, q35_mch.PAM)
         self.publish()
 
@@ -89,7 +90,8 @@ class Q35(PciMachine):
         reserved = dsdt.plain_device("MEMC", "PNP0C02", aml.fixed_memory(self.ecam_window.first, ECAM_SIZE), uid=1)
         return acpi.Platform(
             cpus=self.config.cpus, pm_base=self.lpc.pm_base or PM_BASE, sci=SCI_IRQ,
-            hpet=self.hpet, hpet_id=hpet.IDENTITY, gpe=GPE_PORT, ecam=self.ecam_window.first,
+            vga=self.screen is not None, hpet=self.hpet, hpet_id=hpet.IDENTITY, gpe=GPE_PORT,
+            ecam=self.ecam_window.first,
             dsdt=acpi.soft_off()
             + dsdt.system_bus(
                 dsdt.processors(self.config.cpus),

@@ -117,6 +117,11 @@ class Placement(NamedTuple):
     command_line: bytes
 
 
+# struct screen_info to orig_video_points: cursor, mode, columns, EGA's answer to INT 10h AH=12h, lines, VGA, font.
+SCREEN_INFO = struct.Struct("<BBHHBBHHHBBH")
+TEXT_SCREEN = SCREEN_INFO.pack(0, 0, 0, 0, 3, 80, 0, 3, 0, 25, 1, 16)
+
+
 def place(kernel: bytes, initrd: bytes | None, command_line: str, low_end: int) -> Placement:
     """Find room for a bzImage in the RAM that ends at *low_end*, below 4 GiB.
 
@@ -234,6 +239,8 @@ def _hand_over(
     page = bytearray(PAGE)
     header = placed.header
     page[HEADER : HEADER + len(header.raw)] = header.raw
+    if platform.vga:
+        page[: SCREEN_INFO.size] = TEXT_SCREEN
     page[0x210] = 0xFF  # type_of_loader: none of the assigned ones
     if entry.mode is Mode.PROTECTED:
         struct.pack_into("<I", page, 0x214, placed.kernel)  # code32_start

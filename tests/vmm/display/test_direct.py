@@ -1,0 +1,69 @@
+"""A kernel that is entered directly: text on the screen as after a video BIOS, drawn with that one's font."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from tests.vmm.display.card import Driver
+
+import vmonty
+from vmonty.base.errors import GuestError, UsageError
+from vmonty.guests import busybox
+from vmonty.vmm.display.screen import Screen
+from vmonty.vmm.hw.vga import textmode
+
+LIMIT_S = 120.0
+BIOS = Path("/usr/share/seabios/vgabios-stdvga.bin")
+needs_bios = pytest.mark.skipif(not BIOS.exists(), reason="no video BIOS: apt-get install seabios")
+
+
+@needs_bios
+def test_characters_are_drawn() -> None:
+    driver = Driver()
+    textmode.set_text_mode(driver.card.registers, driver.card.memory, BIOS.read_bytes())
+    screen = Screen(driver.card.mode, driver.card.memory)
+    assert screen.text().strip() == ""
+    driver.poke(0xB8000, b"A\x1e")
+    assert screen.text().startswith("A")
+    frame = screen.frame()
+    assert (frame.width, frame.height) == (720, 400)
+    # Yellow on blue, as an EGA has them; the bar of the letter is in its eighth line.
+    pixels = {bytes(frame.pixels[at : at + 3]) for at in range(7 * 4 * 720, 7 * 4 * 720 + 4 * 8, 4)}
+    assert pixels == {b"\x55\xff\xff", b"\xaa\x00\x00"}
+
+
+def test_a_bios_without_a_font_is_no_mistake() -> None:
+    assert textmode.font(b"\x55\xaa" * 100) == bytes(textmode.GLYPH_ROOM * textmode.CHARACTERS)
+    assert textmode.font(textmode.SMILE) == bytes(textmode.GLYPH_ROOM * textmode.CHARACTERS)
+
+
+@needs_bios
+@pytest.mark.parametrize("board", ["pc", "q35"])
+def test_linux_shows_its_messages(board: str) -> None:
+    try:
+        busybox.build()
+    except GuestError as error:
+        pytest.skip(f"the busybox guest cannot be built here: {error}")
+    line = "console=ttyS0 console=tty0 cryptomgr.notests=1"
+    with vmonty.VM(append=line, machine=board, memory="128M", accel="soft", devices="VGA") as vm:
+        assert vm._machine is not None
+        assert vm._machine.platform().vga, "ACPI says that there is an adapter"
+        vm.start()
+        end = time.monotonic() + LIMIT_S
+        while "userspace is up" not in (text := shown(vm)):
+            assert time.monotonic() < end, text
+            time.sleep(0.1)
+        vm.reset()
+        time.sleep(0.5)
+        while "userspace is up" not in (text := shown(vm)):
+            assert time.monotonic() < end, text
+            time.sleep(0.1)
+
+
+def shown(vm: vmonty.VM) -> str:
+    try:
+        return vm.screen.text()
+    except UsageError as error:
+        return str(error)
