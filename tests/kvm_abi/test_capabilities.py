@@ -167,7 +167,7 @@ def pit(parts: Parts) -> None:
     vm.reinject_control(False)
 
 
-@uses(Cap.MP_STATE, Cap.VCPU_EVENTS, Cap.DEBUGREGS, Cap.XSAVE, Cap.XCRS, Cap.INTR_SHADOW, Cap.SREGS2)
+@uses(Cap.MP_STATE, Cap.VCPU_EVENTS, Cap.DEBUGREGS, Cap.XSAVE, Cap.XSAVE2, Cap.XCRS, Cap.INTR_SHADOW, Cap.SREGS2)
 def state(parts: Parts) -> None:
     parts.chips()
     vcpu = parts.vcpu()
@@ -178,6 +178,8 @@ def state(parts: Parts) -> None:
     vcpu.set_debugregs(vcpu.get_debugregs())
     vcpu.set_xcrs(vcpu.get_xcrs())
     vcpu.set_xsave(vcpu.get_xsave())
+    if size := parts.vm.check_extension(Cap.XSAVE2):
+        assert vcpu.get_xsave2(size)[:4096] == bytes(vcpu.get_xsave())
     if parts.system.check_extension(Cap.SREGS2):
         vcpu.set_sregs2(vcpu.get_sregs2())
 

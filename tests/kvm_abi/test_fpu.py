@@ -6,12 +6,14 @@ import errno
 
 import pytest
 
-from vmonty.kvm.api import System, Vcpu
+from vmonty.kvm.api import CpuidEntry, System, Vcpu, Vm
 from vmonty.kvm.uapi import Cap
 from vmonty.kvm.uapi.vcpu import kvm_xsave
 from vmonty.testing.guests import DATA, Mode, TinyGuest
 
 from .refusals import refused
+
+CR4_OSXSAVE = 1 << 18
 
 
 def test_fpu_round_trip(vcpu: Vcpu) -> None:
@@ -69,6 +71,42 @@ def test_xsave2(vector_guest: TinyGuest) -> None:
     area = vector_guest.vcpu.get_xsave2(size)
     assert len(area) == size >= 4096
     assert area[160:176] == b"from the guest!!"
+
+
+def test_xsave2_is_as_long_for_the_system(system: System, vm: Vm) -> None:
+    """The whole, whatever a guest enables; and never less than struct kvm_xsave."""
+    size = vm.check_extension(Cap.XSAVE2)
+    assert size == system.check_extension(Cap.XSAVE2)
+    assert not 0 < size < 4096
+
+
+@pytest.mark.needs(Cap.XSAVE2)
+def test_xsave2_has_the_guests_vectors(guest: TinyGuest, system: System, cpuid: list[CpuidEntry]) -> None:
+    """The upper halves of YMM0 to YMM15 at the offset that CPUID leaf 0xD tells; KVM_SET_XSAVE takes as much."""
+    features = next((entry.ecx for entry in cpuid if entry.function == 1), 0)
+    at = next((entry.ebx for entry in cpuid if (entry.function, entry.index) == (0xD, 2)), 0)
+    if not features >> 26 & features >> 28 & 1 or not at:
+        pytest.skip("this KVM offers guests no AVX")
+    # In CPL 3 once the state is enabled: there every KVM executes them on the processor.
+    guest.load(
+        Mode.USER,
+        f"vmovups ymm0, [abs {DATA}]\n out 0x10, al\n vmovups [abs {DATA + 64}], ymm0\n out 0x11, al", cpuid=cpuid,
+    )  # fmt: skip
+    sregs = guest.vcpu.get_sregs()
+    sregs.cr4 |= CR4_OSXSAVE
+    guest.vcpu.set_sregs(sregs)
+    guest.vcpu.set_xcrs({0: 7})
+    guest.ram.write(DATA, bytes(range(32)))
+    assert guest.out()[0] == 0x10
+    guest.vcpu.complete_io()
+    area = guest.vcpu.get_xsave2(guest.vm.check_extension(Cap.XSAVE2))
+    assert area[512] & 6 == 6
+    assert area[160:176] == bytes(range(16))
+    assert area[at : at + 16] == bytes(range(16, 32))
+    area[160:176], area[at : at + 16] = b"the lower half..", b"the upper half.."
+    guest.vcpu.set_xsave(kvm_xsave.from_buffer(area))
+    assert guest.out()[0] == 0x11
+    assert guest.ram.read(DATA + 64, 32) == b"the lower half..the upper half.."
 
 
 def test_xsave_with_an_impossible_component(vcpu: Vcpu) -> None:

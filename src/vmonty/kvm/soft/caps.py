@@ -11,6 +11,8 @@ KVM_MAX_VCPUS = 1024
 KVM_MAX_VCPU_IDS = 4096
 RECOMMENDED_VCPUS = 8
 MAX_NR_RESERVED_IOAPIC_PINS = 4096
+# struct kvm_xsave, which is longer than what XCR0 can enable here: KVM_GET_XSAVE2 says no more than KVM_GET_XSAVE.
+XSAVE_SIZE = 4096
 
 # Arguments of KVM_ENABLE_CAP that are known.
 X2APIC_API_VALID = flags.KVM_X2APIC_API_USE_32BIT_IDS | flags.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
@@ -58,6 +60,7 @@ CAPABILITIES: dict[Cap, int] = {
     Cap.VCPU_EVENTS: 1,
     Cap.DEBUGREGS: 1,
     Cap.XSAVE: 1,
+    Cap.XSAVE2: XSAVE_SIZE,
     Cap.XCRS: 1,
     Cap.GET_TSC_KHZ: 1,
     Cap.TSC_CONTROL: 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 
+from vmonty.kvm.soft.caps import XSAVE_SIZE
 from vmonty.kvm.soft.files import answers
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.soft.vcpu_state import VcpuState
@@ -169,11 +170,16 @@ class RegisterIoctls(VcpuState):
 
     @answers(Requests.KVM_GET_XSAVE)
     def get_xsave(self, argument: Argument) -> None:
-        argument.write(self.vendor.get_xsave().ljust(4096, b"\0")[:4096])
+        argument.write(self.vendor.get_xsave().ljust(XSAVE_SIZE, b"\0"))
+
+    @answers(Requests.KVM_GET_XSAVE2)
+    def get_xsave2(self, argument: Argument) -> None:
+        """kvm_vcpu_ioctl_x86_get_xsave2(): as many bytes as KVM_CAP_XSAVE2 says."""
+        self.get_xsave(argument)
 
     @answers(Requests.KVM_SET_XSAVE)
     def set_xsave(self, argument: Argument) -> None:
-        area = argument.read(4096)
+        area = argument.read(XSAVE_SIZE)
         features = int.from_bytes(area[XSAVE_HEADER : XSAVE_HEADER + 8], "little")
         if features & ~(XSTATE_X87 | XSTATE_SSE | XSTATE_AVX) or any(area[XSAVE_HEADER + 8 : XSAVE_HEADER + 64]):
             raise OSError(errno.EINVAL, "state components that are not offered")
