@@ -24,7 +24,7 @@ from .conftest import SECTORS
 READY, FAILED = 0x50, 0x51
 BY_REGISTER, BY_PIO, DEVICE_BITS, OVERFLOW, INTERFACE, HOST_BUS, TASK_FILE = 1, 2, 8, 1 << 24, 1 << 27, 1 << 29, 1 << 30
 IDENTIFY, READ_DMA_EXT, WRITE_DMA_EXT, READ_SECTORS, WRITE_SECTORS, FLUSH = 0xEC, 0x25, 0x35, 0x24, 0x34, 0xEA
-READ_QUEUED, WRITE_QUEUED, READ_LOG, PACKET = 0x60, 0x61, 0x2F, 0xA0
+READ_QUEUED, WRITE_QUEUED, READ_LOG, PACKET, TRIM = 0x60, 0x61, 0x2F, 0xA0, 0x06
 
 
 @pytest.fixture
@@ -80,6 +80,31 @@ def test_descriptors_decide_how_much_moves(driver: AhciDriver, image: Path) -> N
     assert causes == BY_REGISTER | TASK_FILE
     assert status == 0x4 << 8 | FAILED
     assert image.read_bytes() == before, "half a write is none"
+
+
+def trim(*ranges: tuple[int, int]) -> bytes:
+    """The data of DATA SET MANAGEMENT."""
+    return b"".join(struct.pack("<Q", count << 48 | first) for first, count in ranges).ljust(512, b"\0")
+
+
+def test_trim(driver: AhciDriver, image: Path) -> None:
+    before = image.read_bytes()
+    region = [(BUFFER, 512)]
+    driver.memory.write(BUFFER, trim((8, 16), (0, 0), (SECTORS - 8, 8)))
+    assert driver.command(TRIM, 0, 1, feature=1, regions=region, write=True) == (BY_REGISTER, READY)
+    after = bytearray(before)
+    after[8 * 512 : 24 * 512] = bytes(16 * 512)
+    after[-8 * 512 :] = bytes(8 * 512)
+    assert image.read_bytes() == after
+    driver.memory.write(BUFFER, trim((100, 1), (SECTORS - 8, 9)))
+    assert driver.command(TRIM, 0, 1, feature=1, regions=region, write=True) == (
+        BY_REGISTER | TASK_FILE, 0x10 << 8 | FAILED,
+    )  # fmt: skip
+    for feature, count in ((0, 1), (2, 1), (1, 0), (1, 9)):
+        driver.restart()
+        causes, status = driver.command(TRIM, 0, count, feature=feature, regions=[(BUFFER, 512 * 16)], write=True)
+        assert (causes, status) == (BY_REGISTER | TASK_FILE, 0x4 << 8 | FAILED)
+    assert image.read_bytes() == after, "nothing of what lies outside in part"
 
 
 def test_a_queue(driver: AhciDriver, image: Path) -> None:

@@ -48,6 +48,7 @@ done
 wait %1 %2 %3 %4
 echo 3 >/proc/sys/vm/drop_caches
 result written $(md5sum </dev/$big)
+blkdiscard -o $((6 << 20)) -l $((1 << 20)) /dev/$big; result trimmed "$? $(md5sum </dev/$big)"
 dd if=/tmp/part0 of=/dev/$small bs=4k count=1 conv=fsync 2>/dev/null; result protected $?
 result disc $(md5sum </dev/sr0)
 result blocks $(cat /sys/block/sr0/size)
@@ -118,11 +119,12 @@ def test_linux_drives_sata(screen: Screen, tmp_path: Path, board: str) -> None:
     assert outcome is not None, bytes(screen.text)[-3000:]
     assert outcome.ending is Ending.POWER_OFF, (outcome, bytes(screen.text)[-3000:])
     half = MIB // 2
-    after = before[: 4 * MIB] + before[: 4 * half] + before[4 * MIB + 4 * half :]
+    written = before[: 4 * MIB] + before[: 4 * half] + before[4 * MIB + 4 * half :]
+    after = written[: 6 * MIB] + bytes(MIB) + written[7 * MIB :]
     wanted = {
         b"sectors": b"16384", b"model": b"vmonty disk     ", b"depth": b"32",
-        b"read": hashlib.md5(before).hexdigest().encode(), b"written": hashlib.md5(after).hexdigest().encode(),
-        b"protected": b"1",
+        b"read": hashlib.md5(before).hexdigest().encode(), b"written": hashlib.md5(written).hexdigest().encode(),
+        b"trimmed": b"0 " + hashlib.md5(after).hexdigest().encode(), b"protected": b"1",
     }  # fmt: skip
     found = results(screen)
     assert {name: found.get(name) for name in wanted} == wanted, bytes(screen.text).decode(errors="replace")

@@ -112,6 +112,17 @@ def test_dma(driver: Driver, image: Path, master_first: bool) -> None:
     assert image.read_bytes()[1000 * 512 :][:1024] == before[10 * 512 : 12 * 512]
 
 
+def test_trim_by_dma(driver: Driver, image: Path) -> None:
+    before = image.read_bytes()
+    driver.memory.write(BUFFER, (8 << 48 | 16).to_bytes(8, "little").ljust(512, b"\0"))
+    driver.table((BUFFER, 512))
+    driver.command(0x06, 0, 1, feature=1, wide=True)
+    driver.start(to_memory=False)
+    assert driver.stop() == 4
+    assert driver.status() == READY
+    assert image.read_bytes() == before[: 16 * 512] + bytes(8 * 512) + before[24 * 512 :]
+
+
 def test_a_table_that_is_too_short(driver: Driver) -> None:
     driver.table((BUFFER, 512))
     driver.command(0xC8, 0, 2)

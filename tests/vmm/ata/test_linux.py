@@ -39,6 +39,7 @@ result model "$(cat /sys/block/$big/device/model)"
 result read $(md5sum </dev/$big)
 dd if=/dev/$big of=/tmp/copy bs=1M count=2 2>/dev/null
 result written $(dd if=/tmp/copy of=/dev/$big bs=64k seek=64 conv=fsync 2>/dev/null; md5sum </dev/$big)
+blkdiscard -o $((6 << 20)) -l $((1 << 20)) /dev/$big; result trimmed "$? $(md5sum </dev/$big)"
 result disc $(md5sum </dev/sr0)
 result blocks $(cat /sys/block/sr0/size)
 result mode "$(echo $(cat /sys/class/ata_device/dev[12].*/dma_mode))"
@@ -112,10 +113,12 @@ def test_linux_drives_disks_and_a_cdrom_whose_disc_changes(screen: Screen, tmp_p
     assert outcome is not None, text[-3000:]
     assert outcome.ending is Ending.POWER_OFF, (outcome, text[-3000:])
     found = dict(re.findall(rb"<(\w+):(.*?)(?:  -)?>\r?$", text, re.MULTILINE))
-    after = before[: 4 * MIB] + before[: 2 * MIB] + before[6 * MIB :]
+    written = before[: 4 * MIB] + before[: 2 * MIB] + before[6 * MIB :]
+    after = written[: 6 * MIB] + bytes(MIB) + written[7 * MIB :]
     assert found == {
         b"sectors": b"16384", b"model": b"vmonty disk     ",
-        b"read": hashlib.md5(before).hexdigest().encode(), b"written": hashlib.md5(after).hexdigest().encode(),
+        b"read": hashlib.md5(before).hexdigest().encode(), b"written": hashlib.md5(written).hexdigest().encode(),
+        b"trimmed": b"0 " + hashlib.md5(after).hexdigest().encode(),
         b"disc": hashlib.md5(disc).hexdigest().encode(), b"blocks": b"6144",
         b"mode": b" ".join([b"XFER_MW_DMA_2"] * 3), b"errors": b"0", b"open": b"yes",
         b"empty": b"1", b"second": hashlib.md5(other).hexdigest().encode(), b"larger": b"10240",

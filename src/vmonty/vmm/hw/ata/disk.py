@@ -39,6 +39,9 @@ WRITES = {
 QUEUED = {0x60: True, 0x61: False}
 QUEUE_DEPTH = 32
 READ_LOG, LOG_DIRECTORY, LOG_QUEUE_ERROR = 0x2F, 0x00, 0x10
+# DATA SET MANAGEMENT: a block has 64 ranges of eight bytes, 48 of whose bits are the first sector.
+DATA_SET_MANAGEMENT, TRIM, MOST_TRIM_BLOCKS = 0x06, 0x01, 8
+TRIM_ADDRESS = 48
 VERIFIES = {0x40: False, 0x41: False, 0x42: True}
 FUA = 0x80
 FLUSHES = frozenset((0xE7, 0xEA))
@@ -91,6 +94,8 @@ class AtaDisk(Drive):
             return self.answer(self.identify())
         if command == SMART:
             return self._smart_command()
+        if command == DATA_SET_MANAGEMENT:
+            return self._trim()
         if command == READ_LOG and self._sata:
             return self._read_log()
         if command in VERIFIES:
@@ -197,6 +202,35 @@ class AtaDisk(Drive):
 
     # ---- data ---------------------------------------------------------------------------------------------------
 
+    def _trim(self) -> Transfer:
+        """The ranges come as data; nothing is done when one of them is outside the disk."""
+        registers = self.registers
+        blocks = registers.count & 0xFFFF
+        if registers.feature & 0xFF != TRIM or not 1 <= blocks <= MOST_TRIM_BLOCKS or self.backend.read_only:
+            raise Aborted
+        data = bytearray(blocks * SECTOR)
+
+        def move(offset: int, views: Sequence[memoryview]) -> None:
+            for view in views:
+                data[offset : offset + len(view)] = view
+                offset += len(view)
+
+        def end() -> None:
+            ranges = [
+                (entry & (1 << TRIM_ADDRESS) - 1, entry >> TRIM_ADDRESS) for (entry,) in struct.iter_unpack("<Q", data)
+            ]
+            if any(first + count > self._sectors for first, count in ranges if count):
+                raise Aborted(ERROR_NOT_FOUND)
+            try:
+                for first, count in ranges:
+                    if count:
+                        self.backend.discard(first * SECTOR, count * SECTOR)
+            except BlockError as error:
+                raise Aborted from error
+            self.done()
+
+        return Transfer(len(data), False, SECTOR, move, end, True)
+
     def _range(self, *, wide: bool) -> tuple[int, int]:
         """The first sector and the number of sectors that the registers ask for. Raises Aborted outside the disk."""
         registers = self.registers
@@ -281,6 +315,8 @@ class AtaDisk(Drive):
         words[88] = 0x3F | (1 << (self._mode & 7) + 8 if self._mode >> 3 == 8 else 0)
         words[93] = 0x6001
         put(100, struct.pack("<Q", self._sectors))
+        if not self.backend.read_only:
+            words[105], words[169] = MOST_TRIM_BLOCKS, 1
         if self._sata:
             words[75], words[76] = QUEUE_DEPTH - 1, 0x0102  # the queue; 1.5 Gbit/s
             words[84] |= 0x20  # logs
