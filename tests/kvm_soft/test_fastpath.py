@@ -17,7 +17,7 @@ from vmonty.base.ram import Ram
 from vmonty.kvm.exit_record import ExitRecord
 from vmonty.kvm.soft import fastpath, modules, stats
 from vmonty.kvm.soft.vmx.exits import Handler, VmxExits
-from vmonty.kvm.uapi import Exit
+from vmonty.kvm.uapi import Exit, flags
 from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
 from vmonty.kvm.uapi.flags import KVM_MP_STATE_RUNNABLE, KVM_MSR_FILTER_READ, KVM_PIO_PAGE_OFFSET
 from vmonty.kvm.uapi.run import kvm_run, kvm_run_u_io
@@ -242,6 +242,24 @@ def test_an_nmi_and_an_interrupt_at_once(guest: TinyGuest) -> None:
         handlers={2: "sti\n nop\n out 0x13, al\n iretq", VECTOR: "out 0x14, al\n iretq"},
     )
     assert [guest.out()[0] for _ in range(4)] == [0x14, 0x13, 0x11, 0x12]
+
+
+def test_an_x2apic_guest_sends_its_eoi(guest: TinyGuest) -> None:
+    """It is handled sooner than the guest could be told that it need not: the bit of PV EOI is never set there."""
+    assert guest.vcpu.set_msrs({flags.MSR_KVM_PV_EOI_EN: DATA | 1}) == 1
+    end = f"btr dword [abs {DATA}], 0\n setc al\n mov r9b, al\n mov ecx, 0x80b\n xor eax, eax\n xor edx, edx\n wrmsr"
+    guest.load(
+        Mode.LONG,
+        f"{APIC_ON} sti\n again: out 0x10, al\n jmp again",
+        handlers={VECTOR: f"{end}\n mov al, r9b\n out 0x14, al\n iretq"},
+    )
+    assert guest.out()[0] == 0x10
+    for _ in range(5):
+        guest.vm.signal_msi(0xFEE00000, VECTOR)
+        seen = [guest.out() for _ in range(3)]
+        assert (0x14, 0) in seen
+        assert (0x14, 1) not in seen
+    assert not any(bytes(guest.vcpu.get_lapic().regs)[0x100:0x180])
 
 
 def test_cr8_and_the_x2apics_tpr(guest: TinyGuest) -> None:

@@ -213,6 +213,24 @@ def test_discarded_space_is_given_back(make: Make) -> None:
     assert_clean(path)
 
 
+def test_a_range_in_one_piece_is_one_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters that follow each other in the file, too; and where they do not, each comes from its place."""
+    with open_image(make(1 << 20, cluster_size=512)) as disk:
+        data = random.Random(5).randbytes(8 * 512)
+        for first, end in ((0, 4), (6, 8), (4, 6)):
+            for cluster in range(first, end):
+                disk.write(cluster * 512, data[cluster * 512 : (cluster + 1) * 512])
+        reads = []
+        file = qcow2(disk).file
+        preadv = file.preadv
+        monkeypatch.setattr(file, "preadv", lambda at, views: (reads.append(at), preadv(at, views)))
+        for first, end, pieces in ((0, 4, 1), (1, 4, 1), (6, 8, 1), (2, 6, 2), (0, 8, 3), (0, 9, 3), (3, 5, 2)):
+            reads.clear()
+            expected = (data + bytes(512))[first * 512 + 7 : end * 512 - 2]
+            assert disk.read(first * 512 + 7, len(expected)) == expected
+            assert len(reads) == pieces, (first, end)
+
+
 def test_refcount_structures_grow(make: Make) -> None:
     """Small clusters need many refcount blocks, and then another refcount table."""
     path = make(8 << 20, cluster_size=512, refcount_bits=64)

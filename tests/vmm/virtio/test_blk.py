@@ -340,3 +340,35 @@ def test_large_requests_are_no_vcpus_work(bench: Bench, disk: MemoryDisk, monkey
     ask_until_quick(True, 512)
     assert ask_until_quick(False, 256 << 10) > 0
     assert ask_until_quick(True, 4096) > 0
+
+
+def test_what_is_done_is_told_while_the_rest_goes_on(
+    bench: Bench, disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread does a batch; the driver gets on with its first requests while the later ones wait for the disk."""
+    monkeypatch.setattr(blk, "SLOW_NS", 10**12)
+    monkeypatch.setattr(virtio_device, "UNTOLD_NS", 0)
+    device = Blk(bench.memory, bench.loop, disk)
+    driver = bench.driver(device).start()
+    while not device.quick():
+        assert done(driver, ask(driver, blk.T_IN, room=[512]))[0] == 0
+    bench.settle()
+    threads = readers(disk, monkeypatch)
+    third = threading.Event()
+    read = disk.preadv
+
+    def preadv(offset: int, buffers: Sequence[memoryview]) -> None:
+        if offset == 2 * 512:
+            assert third.wait(LIMIT_S)
+        read(offset, buffers)
+
+    monkeypatch.setattr(disk, "preadv", preadv)
+    with monkeypatch.context() as quiet:
+        quiet.setattr(driver.access, "notify", lambda index: None)
+        for sector in range(3):
+            ask(driver, blk.T_IN, sector, room=[512])
+    driver.access.notify(0)
+    assert len(driver.queues[0].wait(2)) == 2
+    third.set()
+    assert len(driver.queues[0].wait()) == 1
+    assert threads == [bench.loop.name] * 3

@@ -191,12 +191,17 @@ class Paravirt:
 
     # ---- PV EOI ----------------------------------------------------------------------------------------------
 
+    @property
+    def tells_eoi(self) -> bool:
+        """Whether the guest may be told that it need not send an EOI. In x2APIC mode sending it costs less."""
+        apic = self._vcpu.apic
+        return bool(self._msrs[flags.MSR_KVM_PV_EOI_EN] & ENABLED) and apic is not None and not apic.x2apic_enabled
+
     def eoi_to_guest(self) -> None:
         """apic_sync_pv_eoi_to_guest(): the guest may end the interrupt in service by clearing a bit."""
-        control = self._msrs[flags.MSR_KVM_PV_EOI_EN]
         apic = self._vcpu.apic
-        if control & ENABLED and apic is not None and apic.pv_eoi_vector() is not None:
-            self.eoi_told = self._vcpu.kvm.write_gpa(control & ~3, b"\1")
+        if self.tells_eoi and apic is not None and apic.pv_eoi_vector() is not None:
+            self.eoi_told = self._vcpu.kvm.write_gpa(self._msrs[flags.MSR_KVM_PV_EOI_EN] & ~3, b"\1")
 
     def eoi_from_guest(self) -> None:
         """apic_sync_pv_eoi_from_guest(): if it has cleared the bit, that was its EOI."""

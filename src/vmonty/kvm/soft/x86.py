@@ -686,7 +686,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
             or self.vendor.shadow is not None
             or (user_injects and apic is not None)
         )
-        self.arch.allow_fast(plain, kvm.msr_filter is None, again, user_injects, self.pv.active)
+        self.arch.allow_fast(plain, kvm.msr_filter is None, again, user_injects, self.pv.tells_eoi)
 
     def _run_traced(self, tracer: Tracer) -> None:
         entered = time.monotonic_ns()

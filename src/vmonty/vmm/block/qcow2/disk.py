@@ -33,6 +33,8 @@ from vmonty.vmm.block.qcow2.writeback import Writeback
 
 _DECOMPRESSED_BYTES = 1 << 20
 _ZERO_STEP = 1 << 20
+# Clusters of a range that are compared one by one to see whether they lie in one piece.
+_MOST_PLAIN = 64
 
 
 class Kind(Enum):
@@ -238,16 +240,24 @@ class Qcow2Disk(BlockDevice):
     # -- reading
 
     def _plain_data(self, offset: int, length: int) -> int:
-        """Where in the file a range lies that is within one cluster of plain data, the commonest case, else 0."""
+        """Where in the file a range lies that is plain data in one piece, the commonest case, else 0."""
         cluster = offset >> self._bits
-        if length == 0 or offset + length - 1 >> self._bits != cluster:
+        more = (offset + length - 1 >> self._bits) - cluster
+        index = cluster & (1 << self._l2_bits) - 1
+        if length == 0 or more > _MOST_PLAIN or index + more >> self._l2_bits:
             return 0
         table = self.tables.table(cluster >> self._l2_bits)
         if table is None:
             return 0
-        entry = table[cluster & (1 << self._l2_bits) - 1]
+        entry = table[index]
         if entry & (COMPRESSED | self._zero) or not entry & OFFSET:
             return 0
+        if more and not self.tables.valid((entry & OFFSET) + more * self._cluster):
+            return 0
+        while more:
+            if table[index + more] != entry + more * self._cluster:
+                return 0
+            more -= 1
         return self.tables.host_offset(entry) + (offset & self._cluster - 1)
 
     def map(self, offset: int, length: int) -> list[Run]:
