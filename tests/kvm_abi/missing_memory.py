@@ -19,19 +19,22 @@ from vmonty.kvm.api import Vm
 # linux/userfaultfd.h, asm/unistd_64.h.
 SYS_USERFAULTFD = 323
 UFFDIO_API, UFFDIO_REGISTER, UFFDIO_COPY = 0xC018AA3F, 0xC020AA00, 0xC028AA03
-UFFD_API, REGISTER_MODE_MISSING, EVENT_PAGEFAULT = 0xAA, 1, 0x12
+UFFD_API, REGISTER_MODE_MISSING, EVENT_PAGEFAULT, USER_MODE_ONLY = 0xAA, 1, 0x12, 1
 MESSAGE = struct.Struct("<B7xQQ8x")
 # As long as the guests' own limit.
 WAIT_MS = 30_000
 
 
 class MissingMemory:
-    """*ram*, of which only those pages are there that somebody has touched."""
+    """*ram*, of which only those pages are there that somebody has touched.
 
-    def __init__(self, ram: Ram) -> None:
+    *user_mode*: as without privileges. The kernel does not wait for a page, on whoever's behalf: it fails with EFAULT.
+    """
+
+    def __init__(self, ram: Ram, user_mode: bool = False) -> None:
         self.ram = ram
         libc = ctypes.CDLL(None, use_errno=True)
-        self._fd = libc.syscall(SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
+        self._fd = libc.syscall(SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK | (USER_MODE_ONLY if user_mode else 0))
         if self._fd < 0:
             pytest.skip(f"userfaultfd: {os.strerror(ctypes.get_errno())}")
         self._request(UFFDIO_API, struct.pack("<QQQ", UFFD_API, 0, 0))

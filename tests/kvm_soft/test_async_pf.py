@@ -133,6 +133,20 @@ def test_memory_that_is_registered_later(chipped: TinyGuest) -> None:
         missing.close()
 
 
+def test_memory_that_the_kernel_does_not_wait_for(chipped: TinyGuest, runner: Callable[[Vcpu], Runner]) -> None:
+    """No worker can: the processor itself waits, as without asynchronous faults."""
+    missing = MissingMemory(Ram(PAGES * PAGE_SIZE), user_mode=True)
+    try:
+        chipped.vm.set_user_memory_region(1, AWAY, missing.ram)
+        begin(chipped, f"{TOUCH} {TOUCH} {DONE}")
+        thread = runner(chipped.vcpu)
+        assert missing.wanted() == 0
+        missing.give(0, 0x600D)
+        assert [thread.next() for _ in range(2)] == [(VALUE, 0x600D)] * 2
+    finally:
+        missing.close()
+
+
 def test_memory_that_never_comes(chipped: TinyGuest, away: MissingMemory, runner: Callable[[Vcpu], Runner]) -> None:
     """Its worker fails; the guest finds what it would have found without one."""
     begin(chipped, f"{TOUCH} {DONE}")
