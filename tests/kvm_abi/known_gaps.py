@@ -41,6 +41,7 @@ GAPS: dict[str, dict[str, str]] = {
         "emulation-cpl3": "code of CPL3 that cannot be fetched is an internal error, as in CPL0",
         "string-io-order": _STRING_IO_ORDER,
         "debugctl-reserved": "IA32_DEBUGCTL takes reserved bits, and drops them",
+        "set-tpr": "CPL0 code is emulated, and the emulator tells user space of no task priority",
         "async-pf": "CPL0 code is emulated, and the emulator waits for a page itself",
         "hypercall": "CPL0 code is emulated, and VMCALL and VMMCALL are patched and executed again for ever",
     },

@@ -8,6 +8,7 @@ import time
 import pytest
 from tests.kvm_abi.irq_guests import APIC, APIC_ON, REPORT, handler
 
+from vmonty.kvm.uapi import Exit
 from vmonty.testing.guests import DATA, Mode, TinyGuest
 
 LOW, HIGH = 0x45, 0x95
@@ -48,6 +49,32 @@ def test_user_space_sets_it(chipped: TinyGuest) -> None:
         sregs.cr8 = value
         chipped.vcpu.set_sregs(sregs)
         assert chipped.out() == (0x90, value)
+
+
+@pytest.mark.known_gap("set-tpr")
+def test_user_space_hears_of_lower_ones_only(guest: TinyGuest) -> None:
+    """Without an in-kernel local APIC: KVM_EXIT_SET_TPR, for what was held back may come now."""
+    guest.load(
+        Mode.LONG, f"{cr8(5)} {cr8(5)} {cr8(9)} mov rbx, cr8\n mov eax, ebx\n out 0x90, al\n {cr8(3)} mov rax, cr8\n"
+        f"out 0x91, al\n {cr8(3)} {cr8(4)} out 0x92, al\n {cr8(0)} out 0x93, al",
+    )  # fmt: skip
+    assert guest.out() == (0x90, 9)
+    assert guest.vcpu.kvm_run.cr8 == 9
+    assert guest.run() is Exit.SET_TPR
+    assert guest.vcpu.kvm_run.cr8 == 3
+    assert guest.out() == (0x91, 3)
+    assert guest.out() == (0x92, 4)
+    assert guest.run() is Exit.SET_TPR
+    assert guest.vcpu.kvm_run.cr8 == 0
+    assert guest.out() == (0x93, 0)
+
+
+def test_user_space_sets_it_in_kvm_run(guest: TinyGuest) -> None:
+    guest.load(Mode.LONG, "again: mov rax, cr8\n out 0x90, al\n jmp again")
+    for value in (9, 9, 0, 15, 2):
+        guest.vcpu.kvm_run.cr8 = value
+        assert guest.out() == (0x90, value)
+        assert guest.vcpu.get_sregs().cr8 == value
 
 
 @pytest.mark.known_gap("cr8-reserved")

@@ -422,13 +422,14 @@ class Intercepts:
         return True
 
     def _write_cr8(self, register: int) -> bool:
-        """handle_set_cr8(): without an in-kernel local APIC user space is told."""
+        """handle_set_cr8(): without an in-kernel local APIC user space is told that interrupts may come now."""
         value = self.vcpu.vendor.get_gpr(register)
         if value >> 4:
             return self._gp()
+        before = self.vcpu.get_cr8()
         self.vcpu.set_cr8(value)
         self._skip()
-        if self.vcpu.apic is not None:
+        if self.vcpu.apic is not None or before <= value:
             return True
         self.vcpu.run.exit_reason = Exit.SET_TPR
         return False

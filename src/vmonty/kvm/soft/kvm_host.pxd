@@ -102,7 +102,7 @@ cdef struct KvmVcpuArch:
     uint32_t tpr_threshold   # the guest's controls make it exit when its task priority falls below this class. vCPU
     uint32_t nmi_pending     # NMIs that wait, two at most. Lock to write
     uint32_t fast_nmi        # the vendor's run loop delivers them. Scheduler
-    uint64_t cr8             # without a local APIC: the task priority in kvm_run. vCPU
+    uint64_t cr8             # without a local APIC: the task priority, which kvm_run has, too. vCPU
     # The vendor's run loop, on the processor that holds the vCPU, NULL when none does; what it gave. Scheduler
     int64_t (*enter)(KvmVcpuArch *a) noexcept nogil
     int64_t outcome

@@ -193,7 +193,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
         """Set the task priority."""
         if self.apic is not None:
             self.apic.set_cr8(value)
-        self._cr8 = value & 15
+        self._cr8 = self.arch.cr8 = value & 15
 
     # ---- CPUID ----------------------------------------------------------------------------------------
 

@@ -155,6 +155,7 @@ def _sync_lapic_to_cr8(a, m):
     bit: uint32_t = cython.cast(uint32_t, 1) << (SVM_WRITE_CR0 + 8)
     on: uint32_t
     if a.apic == cython.NULL:
+        put32(m, VMCB_INT_CTL, (get32(m, VMCB_INT_CTL) & ~cython.cast(uint32_t, V_TPR)) | cython.cast(uint32_t, a.cr8))
         return
     put32(m, VMCB_INT_CTL, (get32(m, VMCB_INT_CTL) & ~cython.cast(uint32_t, V_TPR)) | apic_cr8(a.apic))
     a.tpr_threshold = kvm_apic_tpr_threshold(a.apic)

@@ -54,7 +54,7 @@ DEBUG_REGISTERS = (0, 1, 2, 3, 7)
 RFLAGS_IF, RFLAGS_TF = 1 << 9, 1 << 8
 # init_vmcb()
 INTERCEPTED = (
-    X.READ_CR0 + 8, X.WRITE_CR0 + 8, X.EXCEPTION_DE + UD_VECTOR, X.INTR, X.NMI, X.SMI, X.RDPMC, X.CPUID, X.INVD, X.HLT,
+    X.WRITE_CR0 + 8, X.EXCEPTION_DE + UD_VECTOR, X.INTR, X.NMI, X.SMI, X.RDPMC, X.CPUID, X.INVD, X.HLT,
     X.INVLPGA, X.IOIO, X.MSR, X.TASK_SWITCH, X.SHUTDOWN, X.VMRUN, X.VMMCALL, X.VMLOAD, X.VMSAVE, X.STGI, X.CLGI,
     X.SKINIT, X.WBINVD, X.MONITOR, X.MWAIT, X.XSETBV, X.RSM,
 )  # fmt: skip
@@ -125,9 +125,8 @@ class Svm(SvmExits):
                 vmcb.intercept(code)
 
     def lapic_created(self, page: int) -> None:
-        """The guest has V_TPR for CR8; when writes exit, svm_vcpu_run() knows."""
-        for code in (X.READ_CR0 + 8, X.WRITE_CR0 + 8):
-            self.vmcb.intercept(code, False)
+        """The guest has V_TPR for CR8; when writes exit, svm_vcpu_run() knows. (Without an APIC all do.)"""
+        self.vmcb.intercept(X.WRITE_CR0 + 8, False)
 
     def reset(self, init: bool) -> None:
         """svm_vcpu_reset(): real mode at the reset vector. APM, "Processor Initialization State"."""
