@@ -48,6 +48,18 @@ def test_memtest_tests_memory() -> None:
         until(machine, lambda text: all(part in text for part in wanted))
 
 
+@pytest.mark.parametrize("name", ["x64", "ia32"])
+def test_memtest_as_a_kernel(name: str) -> None:
+    """Its image, entered directly: it writes on the screen that a video BIOS would have left."""
+    image = Path(f"/boot/memtest86+{name}.bin")
+    if not image.exists() or not BIOS.exists():
+        pytest.skip("not on this host: packages memtest86+ and seabios")
+    with vmonty.VM(kernel=image, memory="64M", accel="soft", devices="VGA") as machine:
+        machine.start()
+        wanted = "Memtest86+", "vmonty virtual CPU", "Testing: ", "Errors: 0"
+        until(machine, lambda text: all(part in text for part in wanted))
+
+
 @needs(IPXE, BIOS)
 def test_ipxe_starts() -> None:
     with vmonty.VM(cdroms=IPXE, memory="128M", accel="soft", devices="VGA") as machine:

@@ -129,9 +129,8 @@ def test_a_boot_sector(bios: Firmware, screen: Screen, tmp_path: Path) -> None:
     assert path.read_bytes()[1024:1034] == b"sector one"
 
 
-@pytest.mark.parametrize("board", ["pc", "q35"])
-def test_a_cd(bios: Firmware, screen: Screen, tmp_path: Path, board: str) -> None:
-    """El Torito: the BIOS starts GRUB, which reads its menu and a file by INT 13h."""
+def grub_image(tmp_path: Path) -> Path:
+    """An image with GRUB: an ISO, whose first sector is a boot sector for disks also."""
     for program, package in (("grub-mkrescue", "grub-common"), ("xorriso", "xorriso"), ("mformat", "mtools")):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not on this host: apt-get install {package}")
@@ -147,14 +146,36 @@ def test_a_cd(bios: Firmware, screen: Screen, tmp_path: Path, board: str) -> Non
         ["grub-mkrescue", "-d", "/usr/lib/grub/i386-pc", modules, "-o", iso, tree],
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
+    return iso
+
+
+@pytest.mark.parametrize("board", ["pc", "q35"])
+def test_a_cd(bios: Firmware, screen: Screen, tmp_path: Path, board: str) -> None:
+    """El Torito: the BIOS starts GRUB, which reads its menu and a file by INT 13h."""
     config = Config(memory=64 << 20, firmware=bios, machine=board)
     with (
-        open_cdrom(iso) as medium,
+        open_cdrom(grub_image(tmp_path)) as medium,
         kvm.open("soft") as system,
         boards.create(system, config, screen.write, cdroms=[medium]) as machine,
     ):
         machine.start()
         screen.wait_for(b"Booting from DVD/CD...", LIMIT_S)
+        screen.wait_for(b"a file on the CD", LIMIT_S)
+
+
+@pytest.mark.parametrize(("board", "bus"), [("pc", "ide"), ("pc", "virtio"), ("q35", "ide")])
+def test_grub_on_a_disk(bios: Firmware, screen: Screen, tmp_path: Path, board: str, bus: str) -> None:
+    """By its master boot record, on each kind of disk that SeaBIOS knows."""
+    config = Config(memory=64 << 20, firmware=bios, machine=board)
+    with (
+        open_image(grub_image(tmp_path), format="raw", read_only=True) as disk,
+        kvm.open("soft") as system,
+        boards.create(
+            system, config, screen.write, [disk] if bus == "virtio" else [], [disk] if bus == "ide" else [],
+        ) as machine,
+    ):  # fmt: skip
+        machine.start()
+        screen.wait_for(b"Booting from Hard Disk...", LIMIT_S)
         screen.wait_for(b"a file on the CD", LIMIT_S)
 
 
