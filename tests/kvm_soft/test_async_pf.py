@@ -33,6 +33,7 @@ from kvm_abi.runner import Runner
 from vmonty.base import hostcall
 from vmonty.base.ram import PAGE_SIZE, Ram
 from vmonty.kvm.api import Vcpu
+from vmonty.kvm.soft.async_pf import MOST_THREADS, Work, Workers
 from vmonty.kvm.soft.memslots import Memslot
 from vmonty.kvm.soft.mmu.residency import Residency, fetched_ranges
 from vmonty.kvm.uapi import Exit, Requests
@@ -159,6 +160,69 @@ def test_memory_that_never_comes(chipped: TinyGuest, away: MissingMemory, runner
     assert chipped.vcpu.kvm_run.exit_reason == Exit.MEMORY_FAULT
     os.ftruncate(away.ram.fileno(), PAGES * PAGE_SIZE)
     assert chipped.out() == (VALUE, 0)
+
+
+def test_no_thread_to_be_had(
+    chipped: TinyGuest, away: MissingMemory, runner: Callable[[Vcpu], Runner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processor waits itself."""
+    asked: list[Work] = []
+    monkeypatch.setattr(Workers, "submit", lambda _, work: asked.append(work))
+    begin(chipped, f"{TOUCH} {DONE}", ON | SEND_ALWAYS)
+    thread = runner(chipped.vcpu)
+    assert away.wanted() == 0
+    away.give(0, 0x600D)
+    assert thread.next() == (VALUE, 0x600D)
+    assert len(asked) == 1
+
+
+def test_the_host_has_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        assert not Workers().submit(Work(Waiting(), 0, 0, 0))  # type: ignore[arg-type]
+
+
+class Waiting:
+    """Stands for the vCPU that pages are fetched for."""
+
+    def __init__(self) -> None:
+        self.done: list[int] = []
+
+    def fetched(self, work: Work) -> None:
+        self.done.append(work.token)
+
+
+def test_threads_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as pages are waited for, up to a limit; then pages wait for threads."""
+    come, touched = threading.Semaphore(0), threading.Semaphore(0)
+
+    def touch(_: int) -> int:
+        touched.release()
+        come.acquire()
+        return 0
+
+    monkeypatch.setattr(hostcall, "touch", touch)
+    workers_of_a_vm, owner = Workers(), Waiting()
+    works = [Work(owner, number, 0, number) for number in range(MOST_THREADS + 4)]  # type: ignore[arg-type]
+    for number in range(3):
+        assert workers_of_a_vm.submit(works[number])
+        touched.acquire()
+    assert workers() == 3
+    for work in works[3:]:
+        assert workers_of_a_vm.submit(work)
+    works[-1].cancelled = True  # before its turn
+    for _ in range(MOST_THREADS - 3):
+        touched.acquire()
+    assert workers() == MOST_THREADS
+    come.release(len(works))
+    workers_of_a_vm.close()
+    for thread in threading.enumerate():
+        if thread.name == "kvm-async-pf":
+            thread.join(30)
+    assert sorted(owner.done) == list(range(len(works) - 1))
 
 
 # ---- which memory ------------------------------------------------------------------------------------------------

@@ -56,15 +56,20 @@ class Workers:
         self._queue: deque[Work | None] = deque()
         self._threads = self._idle = 0
 
-    def submit(self, work: Work) -> None:
-        """schedule_work()."""
+    def submit(self, work: Work) -> bool:
+        """schedule_work(); False when the host has no more threads."""
         with self._wake:
+            if self._idle <= len(self._queue) and self._threads < MOST_THREADS:
+                try:
+                    threading.Thread(target=self._run, name="kvm-async-pf", daemon=True).start()
+                except RuntimeError:
+                    if not self._threads:
+                        return False
+                else:
+                    self._threads += 1
             self._queue.append(work)
-            if self._idle >= len(self._queue) or self._threads == MOST_THREADS:
-                self._wake.notify()
-                return
-            self._threads += 1
-        threading.Thread(target=self._run, name="kvm-async-pf", daemon=True).start()
+            self._wake.notify()
+        return True
 
     def close(self) -> None:
         """The VM is gone. A thread whose page never comes stays with it."""
@@ -192,14 +197,16 @@ class AsyncPf:
             return False
         # alloc_apf_token(): never 0.
         self._id = self._id + 1 & 0xF_FFFF or 1
-        work = self._fetching[gfn] = Work(self, gfn, slot.hva(gfn << PAGE_SHIFT), self._id << 12 | vcpu.vcpu_id)
+        work = Work(self, gfn, slot.hva(gfn << PAGE_SHIFT), self._id << 12 | vcpu.vcpu_id)
+        if not shared.workers.submit(work):
+            return False
+        self._fetching[gfn] = work
         self._queued += 1
         work.told = self._can_deliver() and self._put(0, PAGE_NOT_PRESENT)
         if work.told:
             vcpu.queue_exception(PF_VECTOR, 0, payload=work.token)
         else:
             self.halted = True
-        shared.workers.submit(work)
         return True
 
     def _can_do(self) -> bool:
