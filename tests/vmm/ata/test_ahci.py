@@ -18,7 +18,7 @@ from vmonty.vmm.hw.ata.ahci_port import CI, CMD, IE, IS, SACT, SCTL, SERR, SIG, 
 from vmonty.vmm.hw.ata.drive import Aborted
 from vmonty.vmm.peripherals import open_cdrom
 
-from .ahci_driver import BUFFER, LIST, RECEIVED, TABLE_SIZE, TABLES, AhciDriver
+from .ahci_driver import BUFFER, LIST, RECEIVED, SLOT, TABLE_SIZE, TABLES, AhciDriver
 from .conftest import SECTORS
 
 READY, FAILED = 0x50, 0x51
@@ -242,6 +242,37 @@ def test_interrupts_are_masked_and_come_back(driver: AhciDriver) -> None:
     assert driver.interrupted
     driver.acknowledge()
     assert not driver.interrupted
+
+
+MSI = 0x80
+
+
+def test_messages_in_place_of_the_line(driver: AhciDriver) -> None:
+    host, config = driver.host, driver.host.config
+    assert config(SLOT, MSI, 1) == 5
+    for offset, size, value in ((4, 4, 0xFEE0_1000), (8, 4, 0), (12, 2, 0x4041), (2, 2, 1)):
+        config(SLOT, MSI + offset, size, value)
+    assert config(SLOT, MSI + 2, 2) == 0x81
+    host.lines.clear()
+    driver.prepare(IDENTIFY)
+    driver.issue(0)
+    assert host.messages == [(0xFEE0_1000, 0x4041)]
+    driver.issue(0)
+    assert len(host.messages) == 1, "the driver knows that there is something"
+    driver.write(0x08, 1)
+    assert len(host.messages) == 2, "the port was not asked: there still is"
+    driver.acknowledge()
+    assert len(host.messages) == 2
+    driver.write(0x04, 1 << 31)
+    driver.issue(0)
+    assert len(host.messages) == 2, "interrupts are off"
+    driver.write(0x04, 1 << 31 | 2)
+    assert len(host.messages) == 3
+    assert not host.lines
+    config(SLOT, MSI + 2, 2, 0)
+    assert host.lines[-1] == (SLOT, 0, 1), "the line again"
+    config(SLOT, MSI + 2, 2, 1)
+    assert host.lines[-1] == (SLOT, 0, 0)
 
 
 def test_a_cdrom(tmp_path: Path) -> None:

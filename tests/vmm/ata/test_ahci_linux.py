@@ -37,6 +37,7 @@ n=0; until [ -b /dev/sda -a -b /dev/sdb -a -b /dev/sr0 ] || [ $n = 300 ]; do sle
 big=sda small=sdb; if [ $(cat /sys/block/sda/size) = 2048 ]; then big=sdb small=sda; fi
 result sectors $(cat /sys/block/$big/size)
 result model "$(cat /sys/block/$big/device/model)"
+result messages $(grep -c 'MSI.*ahci' /proc/interrupts)
 result depth $(cat /sys/block/$big/device/queue_depth)
 result read $(md5sum </dev/$big)
 for part in 0 1 2 3; do
@@ -122,7 +123,7 @@ def test_linux_drives_sata(screen: Screen, tmp_path: Path, board: str) -> None:
     written = before[: 4 * MIB] + before[: 4 * half] + before[4 * MIB + 4 * half :]
     after = written[: 6 * MIB] + bytes(MIB) + written[7 * MIB :]
     wanted = {
-        b"sectors": b"16384", b"model": b"vmonty disk     ", b"depth": b"32",
+        b"sectors": b"16384", b"model": b"vmonty disk     ", b"depth": b"32", b"messages": b"1",
         b"read": hashlib.md5(before).hexdigest().encode(), b"written": hashlib.md5(written).hexdigest().encode(),
         b"trimmed": b"0 " + hashlib.md5(after).hexdigest().encode(), b"protected": b"1",
     }  # fmt: skip

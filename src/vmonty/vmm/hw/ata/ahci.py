@@ -16,7 +16,7 @@ from vmonty.vmm.hw.pci import PciDevice
 DEVICE_ICH9_AHCI = 0x2922
 SATA_AHCI = 0x01_0601
 PORTS = 6
-MAP, MAP_AHCI = 0x90, 0x40
+MSI, MAP, MAP_AHCI = 0x80, 0x90, 0x40
 REGISTERS_BAR, REGISTERS_SIZE = 5, 4096
 
 CAPABILITIES, CONTROL, INTERRUPTS, IMPLEMENTED, VERSION = 0x00, 0x04, 0x08, 0x0C, 0x10
@@ -43,16 +43,22 @@ class Ahci(PciDevice):
         self.config.set(MAP, 1, MAP_AHCI)
         self.lock = threading.RLock()
         self._control = CONTROL_AHCI
-        self._pending = 0
+        self._pending = self._told = 0  # ports with something to tell; those of which a message has told
         self.ports = [
             Port(drive, memory, loop, self.lock, lambda: self.bus_master, self._changed)
             for drive, loop in zip(drives, loops, strict=True)
         ]
+        self.add_msi(MSI)
         self.add_bar(REGISTERS_BAR, _Registers(self), REGISTERS_SIZE)
 
     def exclusively(self, port: int) -> Callable[[Callable[[], None]], None]:
         """A way to call functions while the drive at *port* carries no command out."""
         return self.ports[port].run_idle
+
+    def config_written(self, offset: int, size: int) -> None:
+        """MSI may have been switched: what waits is told the new way."""
+        with self.lock:
+            self._changed()
 
     # ---- registers, with the lock held ------------------------------------------------------------------------------
 
@@ -95,6 +101,8 @@ class Ahci(PciDevice):
             self._changed()
         elif register == INTERRUPTS:
             self._pending &= ~value
+            # What is still there, or comes back, is told anew.
+            self._told = 0
             self._changed()
 
     def _changed(self) -> None:
@@ -102,7 +110,14 @@ class Ahci(PciDevice):
         for number, port in enumerate(self.ports):
             if port.pending:
                 self._pending |= 1 << number
-        self.set_irq(int(bool(self._control & CONTROL_INTERRUPT and self._pending)))
+        wanted = self._pending if self._control & CONTROL_INTERRUPT else 0
+        if self.msi is None:
+            self.set_irq(int(bool(wanted)))
+            return
+        self.set_irq(0)
+        fresh, self._told = wanted & ~self._told, wanted
+        if fresh:
+            self.send_msi()
 
 
 class _Registers:

@@ -1,10 +1,11 @@
-"""A PCI function: header, base address registers, capabilities, INTx and MSI-X.
+"""A PCI function: header, base address registers, capabilities, INTx, MSI and MSI-X.
 
 Source: PCI Local Bus Specification 3.0, "Configuration Space", "Base Addresses", "Capabilities List".
 """
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,6 +22,7 @@ BAR_IO, BAR_64_BITS, BAR_PREFETCHABLE = 1, 4, 8
 ROM_ENABLE = 1
 ROM = 6  # the expansion ROM's place among the BARs
 FIRST_EXTENDED = 0x100
+MSI_CAPABILITY, MSI_ENABLE, MSI_64_BITS = 0x05, 1 << 0, 1 << 7
 
 
 class Slot(NamedTuple):
@@ -77,7 +79,7 @@ class PciDevice:
         self._irq_lock = threading.Lock()
         self._irq_level = 0  # what the device drives
         self._irq_shown = 0  # what the bus sees of it
-        self._msix_control = 0
+        self._msix_control = self._msi_control = 0
         self._last_capability = cfg.CAPABILITIES
         self._next_capability = cfg.HEADER_SIZE
         self._next_extended = FIRST_EXTENDED
@@ -182,12 +184,31 @@ class PciDevice:
         self._msix_control = self.add_capability(msix_module.CAPABILITY_ID, body, writable) + 2
         return made
 
+    def add_msi(self, at: int | None = None) -> None:
+        """MSI with one message. Source: PCI Local Bus Specification 3.0, "Message Signaled Interrupts"."""
+        body = MSI_64_BITS.to_bytes(2, "little") + bytes(12)
+        writable = struct.pack("<HIIHH", MSI_ENABLE, 0xFFFF_FFFC, 0xFFFF_FFFF, 0xFFFF, 0)
+        self._msi_control = self.add_capability(MSI_CAPABILITY, body, writable, at) + 2
+
     # ---- what a running device uses ---------------------------------------------------------------------
 
     @property
     def bus_master(self) -> bool:
         """May the device reach memory? The driver says so in the command register."""
         return bool(self.config.data[cfg.COMMAND] & cfg.COMMAND_MASTER)
+
+    @property
+    def msi(self) -> tuple[int, int] | None:
+        """Address and data of the message, None while MSI is off, or if there is none: then it is INTx."""
+        at = self._msi_control
+        if not at or not self.config.get(at, 2) & MSI_ENABLE:
+            return None
+        return self.config.get(at + 2, 8), self.config.get(at + 10, 2)
+
+    def send_msi(self) -> None:
+        """Send the message, if MSI is on. From any thread."""
+        if (message := self.msi) is not None:
+            self._send_msi(*message)
 
     def set_irq(self, level: int) -> None:
         """Drive INTx. From any thread."""
