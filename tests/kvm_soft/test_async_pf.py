@@ -35,7 +35,7 @@ from vmonty.base.ram import PAGE_SIZE, Ram
 from vmonty.kvm.api import Vcpu
 from vmonty.kvm.soft.async_pf import MOST_THREADS, Work, Workers
 from vmonty.kvm.soft.memslots import Memslot
-from vmonty.kvm.soft.mmu.residency import Residency, fetched_ranges
+from vmonty.kvm.soft.mmu.residency import Residency
 from vmonty.kvm.uapi import Exit, Requests
 from vmonty.kvm.uapi.vm import kvm_userspace_memory_region
 from vmonty.testing.guests import TinyGuest
@@ -240,40 +240,44 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     os.close(fd)
 
 
-def ranges(mapping: mmap.mmap) -> list[tuple[int, int, bool]]:
-    begin = hostcall.address_of(mapping)
-    return [
-        (start - begin, end - begin, by_user)
-        for start, end, by_user in fetched_ranges(begin, begin + len(mapping))
-    ]  # fmt: skip
+def ranges(address: int, size: int) -> list[tuple[int, int, bool]]:
+    """What of it is fetched, by offset."""
+    slot = Memslot(0, 0, size // PAGE_SIZE, address, 0)
+    Residency().look([slot])
+    return [(start - address, end - address, by_user) for start, end, by_user in slot.fetched or ()]
+
+
+def mapped(mapping: mmap.mmap) -> list[tuple[int, int, bool]]:
+    return ranges(hostcall.address_of(mapping), len(mapping))
 
 
 def test_memory_of_its_own_is_at_hand() -> None:
     ram = Ram(PAGES * PAGE_SIZE)
-    assert fetched_ranges(ram.address, ram.address + ram.size) == ()
+    assert ranges(ram.address, ram.size) == []
     with mmap.mmap(-1, 4 * PAGE_SIZE) as anonymous:
-        assert ranges(anonymous) == []
+        assert mapped(anonymous) == []
 
 
 def test_missing_memory_is_fetched() -> None:
     missing = MissingMemory(Ram(PAGES * PAGE_SIZE))
-    begin, end = missing.ram.address, missing.ram.address + missing.ram.size
+    ram = missing.ram
     try:
-        assert fetched_ranges(begin, end) == ((begin, end, True),)
-        slot = Memslot(0, 0x100, PAGES, begin, 0)
+        assert ranges(ram.address, ram.size) == [(0, ram.size, True)]
+        assert ranges(ram.address + PAGE_SIZE, PAGE_SIZE) == [(0, PAGE_SIZE, True)]
+        slot = Memslot(0, 0x100, PAGES, ram.address, 0)
         residency = Residency()
         missing.give(2, 1)
-        missing.ram.read_u32(2 * PAGE_SIZE)  # give() puts it into the file, this into the page tables
+        ram.read_u32(2 * PAGE_SIZE)  # give() puts it into the file, this into the page tables
         assert residency.present(slot, 0x100, PAGES) == b"\0\0\1\0"
         assert residency.present(slot, 0x102, 1) == b"\1"
     finally:
         missing.close()
-    assert not fetched_ranges(begin, end)
+    assert ranges(ram.address, ram.size) == []
 
 
 def test_a_file_is_read_from_its_disk(file: int) -> None:
     with mmap.mmap(file, 8 * PAGE_SIZE) as mapping:
-        found = ranges(mapping)
+        found = mapped(mapping)
         if not found:
             pytest.skip("/var/tmp is in memory here")
         assert found == [(0, 8 * PAGE_SIZE, False)]
@@ -289,7 +293,7 @@ def test_a_file_is_read_from_its_disk(file: int) -> None:
 def test_guests_read_a_file_that_is_not_in_memory(chipped: TinyGuest, file: int) -> None:
     """Whichever way: a disk may be too quick to be seen waiting for."""
     with mmap.mmap(file, 8 * PAGE_SIZE) as mapping:
-        if not ranges(mapping):
+        if not mapped(mapping):
             pytest.skip("/var/tmp is in memory here")
         region = kvm_userspace_memory_region(
             slot=1, guest_phys_addr=AWAY, memory_size=8 * PAGE_SIZE, userspace_addr=hostcall.address_of(mapping)

@@ -100,6 +100,7 @@ class VmAsyncPf:
         self.residency = Residency()
         self.workers = Workers()
         kvm.mmu.watch(self.residency)
+        self.residency.look(kvm.memslots)
         for slot in kvm.memslots:
             if self.residency.may_wait(slot):  # it may be mapped whole
                 kvm.invalidate_range(slot.userspace_addr, slot.userspace_addr + (slot.npages << PAGE_SHIFT))

@@ -1,6 +1,7 @@
 """Which of a guest's pages the host has at hand, and which must be fetched before anybody can use them.
 
 Pages of a file may have to be read; those of memory that is registered with userfaultfd(2) come from whoever serves it.
+(Who hands the userfaultfd on keeps it open here, too: by it one sees that there is such memory.)
 Other memory counts as there: what was never touched costs no more than clearing it. (Pages in the swap are not looked
 for: no processor tells when one goes there, so it is in the guest's tables anyway.)
 """
@@ -8,25 +9,39 @@ for: no processor tells when one goes there, so it is in the guest's tables anyw
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from vmonty.base import hostcall
 from vmonty.kvm.soft.memslots import PAGE_SHIFT, PAGE_SIZE, Memslot
 
-SMAPS, PAGEMAP, MOUNTINFO = "/proc/self/smaps", "/proc/self/pagemap", "/proc/self/mountinfo"
+MAPS, SMAPS, FDS = "/proc/self/maps", "/proc/self/smaps", "/proc/self/fd"
+PAGEMAP, MOUNTINFO, USERFAULTFD = "/proc/self/pagemap", "/proc/self/mountinfo", "anon_inode:[userfaultfd]"
 PAGEMAP_PRESENT = 1 << 63
 # Memory by other names: /proc/pid/maps.
 IN_MEMORY = (b"/memfd:", b"/dev/zero", b"/SYSV", b"[")
 FILE_SYSTEMS_IN_MEMORY = (b"tmpfs", b"ramfs", b"rootfs", b"hugetlbfs", b"devtmpfs")
+FLAGS = b"VmFlags:"
 USERFAULT_FLAGS = (b"um", b"ui")  # missing, minor
 
 
 class Residency:
     """Answers for the memory slots of a VM. What a slot's memory is, is looked up once."""
 
+    def look(self, slots: Iterable[Memslot]) -> None:
+        """Look it up for several at once: that takes milliseconds."""
+        ranges = fetched_ranges()
+        for slot in slots:
+            begin, stop = slot.userspace_addr, slot.userspace_addr + (slot.npages << PAGE_SHIFT)
+            slot.fetched = tuple(
+                (max(start, begin), min(end, stop), by_user)
+                for start, end, by_user in ranges
+                if start < stop and begin < end
+            )  # fmt: skip
+
     def may_wait(self, slot: Memslot) -> bool:
         """Whether there are pages of *slot* that one might have to wait for."""
         if slot.fetched is None:
-            slot.fetched = fetched_ranges(slot.userspace_addr, slot.userspace_addr + (slot.npages << PAGE_SHIFT))
+            self.look([slot])
         return bool(slot.fetched)
 
     def present(self, slot: Memslot, first_gfn: int, count: int) -> bytes:
@@ -43,34 +58,48 @@ class Residency:
         return bytes(there)
 
 
-def fetched_ranges(begin: int, end: int) -> tuple[tuple[int, int, bool], ...]:
-    """The parts of this process's memory from *begin* to *end* whose pages are fetched: start, end, by userfaultfd."""
+def fetched_ranges() -> list[tuple[int, int, bool]]:
+    """The parts of this process's memory whose pages are fetched: start, end, whether by userfaultfd."""
     found: list[tuple[int, int, bool]] = []
-    start = stop = 0
-    from_file = False
-    in_memory: frozenset[bytes] | None = None
+    mapping = b""
     try:
-        with open(SMAPS, "rb") as smaps:
-            for line in smaps:
-                name, _, rest = line.partition(b" ")
-                if name == b"VmFlags:":
-                    by_user = any(flag in rest.split() for flag in USERFAULT_FLAGS)
-                    low, high = max(start, begin), min(stop, end)
-                    if low < high and (from_file or by_user):
-                        found.append((low, high, by_user))
-                elif not name.endswith(b":"):
-                    start, stop = (int(part, 16) for part in name.split(b"-"))
-                    if start >= end:
-                        break
-                    if stop > begin:
-                        _, _, device, inode, *path = rest.split(maxsplit=4)
-                        from_file = inode != b"0" and not (path and path[0].startswith(IN_MEMORY))
-                        if from_file:
-                            in_memory = in_memory if in_memory is not None else _devices_in_memory()
-                            from_file = device not in in_memory
+        in_memory = _devices_in_memory()
+        if _has_userfaultfd():
+            with open(SMAPS, "rb") as smaps:
+                for line in smaps:
+                    if line.startswith(FLAGS):
+                        by_user = any(flag in USERFAULT_FLAGS for flag in line.split())
+                        if by_user or _from_file(mapping, in_memory):
+                            found.append((*_where(mapping), by_user))
+                    elif not line[:1].isupper():  # an address
+                        mapping = line
+            return found
+        with open(MAPS, "rb") as maps:
+            return [(*_where(line), False) for line in maps if _from_file(line, in_memory)]
     except OSError:
-        return ()  # no /proc: nothing is known
-    return tuple(found)
+        return []  # no /proc: nothing is known
+
+
+def _has_userfaultfd() -> bool:
+    """Whether it is worth while to read what takes the host ten times as long."""
+    for name in os.listdir(FDS):
+        try:
+            if os.readlink(f"{FDS}/{name}") == USERFAULTFD:
+                return True
+        except FileNotFoundError:
+            continue  # it was closed meanwhile
+    return False
+
+
+def _where(mapping: bytes) -> tuple[int, int]:
+    start, end = mapping[: mapping.index(b" ")].split(b"-")
+    return int(start, 16), int(end, 16)
+
+
+def _from_file(mapping: bytes, in_memory: frozenset[bytes]) -> bool:
+    """Of a line of /proc/pid/maps: whether there is a file behind it that is not memory itself."""
+    _, _, _, device, inode, *path = mapping.split(maxsplit=5)
+    return inode != b"0" and device not in in_memory and not (path and path[0].startswith(IN_MEMORY))
 
 
 def _devices_in_memory() -> frozenset[bytes]:
