@@ -51,6 +51,7 @@ def _map(size: uint64_t) -> cython.p_void:
 
 def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper, to_linear, execute_system):
     """Make the cache and its stubs; NULL when the host gives no memory. ``size`` in bytes."""
+    k: cython.int
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), _map(cython.sizeof(CodeCache)))
     if c == cython.NULL:
         return cython.NULL
@@ -106,6 +107,8 @@ def cache_new(s, size, memory_slow, careful_access, careful_commit, call_helper,
     s.shadow_base = cython.cast(uint64_t, shadow)
     s.shadow_size = SHADOW_STACK
     shadow_reset(s)
+    for k in range(TLB_SETS):
+        s.jump_used[k] = 1  # by zeroes, which are addresses, too
     jump_cache_clear(s)
     return c
 
@@ -141,12 +144,16 @@ def jump_cache_clear(s):
     """Forget all indirect targets."""
     c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
     fill: string_function = cython.cast(string_function, cython.cast(cython.p_void, c.fill[3]))
-    # minus a non-canonical address
-    fill(
-        cython.cast(uint64_t, cython.address(s.jump_negated[0][0])),
-        TLB_SETS * JUMP_CACHE_ENTRIES,
-        cython.cast(uint64_t, 1) << 62,
-    )
+    k: cython.int
+    for k in range(TLB_SETS):
+        if s.jump_used[k]:
+            s.jump_used[k] = 0
+            # minus a non-canonical address
+            fill(
+                cython.cast(uint64_t, cython.address(s.jump_negated[k][0])),
+                JUMP_CACHE_ENTRIES,
+                cython.cast(uint64_t, 1) << 62,
+            )
     s.local_count[LOCAL_JUMP] = 0
 
 

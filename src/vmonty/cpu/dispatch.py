@@ -199,6 +199,7 @@ def _remember(s: cython.pointer(CpuState), is_global: uint64_t, rip: uint64_t, c
     h: cython.int = (rip >> 2) & (JUMP_CACHE_ENTRIES - 1)
     s.jump_negated[s.tlb_set][h] = 0 - rip
     s.jump_code[s.tlb_set][h] = code
+    s.jump_used[s.tlb_set] = 1
     if not is_global:
         note_local(s, LOCAL_JUMP, cython.address(s.local_jump[0]), s.tlb_set << JUMP_CACHE_BITS | h)
 

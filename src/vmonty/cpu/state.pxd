@@ -507,6 +507,7 @@ cdef struct CpuState:
     uint8_t host_xsave[64]
     uint64_t jump_negated[3][4096]   # by tlb_set: minus the guest rip, and the code for it
     uint64_t jump_code[3][4096]
+    uint32_t jump_used[3]            # whether there may be anything in a set
     uint64_t slot_tags[2048]     # each belongs to one instruction of one block
     PageSlot page_slots[2048]
     LargeEntry large_read[3][64]
