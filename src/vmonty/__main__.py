@@ -1,5 +1,19 @@
-"""``python -m vmonty`` is the command ``vmonty``."""
+"""The command ``vmonty``, also as ``python -m vmonty``."""
 
-from vmonty.cli.main import main
+import signal
 
-main()
+
+def start() -> None:
+    """Run it. Whoever interrupts it before it has begun ends it, and sees nothing of what it was importing."""
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from vmonty.cli.main import main
+
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()
+
+
+if __name__ == "__main__":
+    start()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,3 +33,17 @@ def test_what_a_plain_start_imports(tmp_path: Path, machine: str) -> None:
         imported = set(re.findall(r"^import time:.*\| +(\S+)$", process.errors(), re.MULTILINE))
     assert "vmonty.vmm.machine" in imported
     assert sorted(imported & set(UNUSED)) == []
+
+
+def test_an_interruption_before_it_has_begun_shows_no_traceback() -> None:
+    """Python tells what it imports; when the first module of click has come, most of the rest is still to come."""
+    line = [sys.executable, "-X", "importtime", "-m", "vmonty", "doctor"]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        text = b""
+        while b"click" not in text:
+            text += os.read(process.stderr.fileno(), 4096)
+        process.send_signal(signal.SIGINT)
+        text += process.stderr.read()
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert b"Traceback" not in text
