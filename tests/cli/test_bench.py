@@ -98,10 +98,10 @@ def test_debian_boots_from_a_disk_that_stays_as_it_is(monkeypatch: pytest.Monkey
 def test_firmware(vmonty: Run, tmp_path: Path) -> None:
     file = tmp_path / "firmware.json"
     found = rows(vmonty("bench", "firmware", "seabios", "--quick", "--json", file), file)
-    assert list(found) == ["SeaBIOS to its boot menu"]
-    row = found["SeaBIOS to its boot menu"]
-    assert row["vmonty"] > 0
-    assert row["target"] == "≤ 0.7 × TCG"
+    command = "SeaBIOS to its boot menu"
+    assert list(found) == [command, f"{command}, a VM more in a running program"]
+    assert all(row["vmonty"] > 0 for row in found.values())
+    assert found[command]["target"] == "≤ 0.7 × TCG"
     assert vmonty("bench", "firmware", "award").status == 2
 
 
