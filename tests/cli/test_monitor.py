@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,16 @@ def test_the_power_button(on_terminal: Start) -> None:
     terminal = on_terminal("polite")
     terminal.type(SWITCH + b"system_powerdown\r")
     assert terminal.end()[0] == 0
+
+
+def test_a_guest_that_ignores_the_power_button_goes_on(on_terminal: Start) -> None:
+    """It may be shutting down, and need its time."""
+    terminal = on_terminal("deaf", "--grace", "0.1")
+    terminal.type(SWITCH)
+    terminal.wait_for(PROMPT)
+    assert ask(terminal, "system_powerdown") == ""
+    time.sleep(0.5)
+    assert "running" in ask(terminal, "info status")
 
 
 def test_discs_and_devices(on_terminal: Start, tmp_path: Path) -> None:

@@ -59,7 +59,6 @@ class Session(Protocol):
     def media(self) -> Media: ...
 
     def stop(self, status: int | None = None) -> None: ...
-    def power_down(self, status: int) -> None: ...
 
 
 class SessionControl:
@@ -131,8 +130,8 @@ class SessionControl:
     def power_down(self) -> None:
         if self._is_paused():
             raise StateError("the machine is paused: nobody would see the power button")
-        self.machine()
-        self._session.power_down(0)
+        # The button alone: SIGTERM is for who wants an end in a given time.
+        self.machine().press_power_button()
 
     def quit(self) -> None:
         self._session.stop(0)
