@@ -28,7 +28,7 @@ KERNELS = ("linux-image-cloud-amd64", "linux-image-kvm", "linux-image-virtual", 
 BUSYBOX = "busybox-static"
 
 # Raise it with each change of the initrd's contents: cached ones of another recipe are built again.
-_RECIPE = "4"
+_RECIPE = "6"
 
 # Drivers of virtio devices and what they need, in an order in which they can be loaded.
 MODULES = (
@@ -72,6 +72,14 @@ if [ -e /lib/modules/button.ko ]; then
   done
 fi
 cd /root
+# With a display adapter there is a shell on the screen also, which has the keyboard.
+read adapter 2>/dev/null </sys/class/vtconsole/vtcon0/name
+case "$adapter" in
+*VGA*)
+  echo 'vmonty: userspace is up' >/dev/tty1
+  while true; do setsid sh -c 'exec sh </dev/tty1 >/dev/tty1 2>&1'; sleep 1; done &
+  ;;
+esac
 echo 'vmonty: userspace is up'
 # A session of its own with a controlling terminal: job control and Ctrl-C work.
 setsid cttyhack sh
