@@ -96,6 +96,23 @@ def test_text_reaches_its_planes_and_comes_back() -> None:
     assert video_memory(driver)[4 * 32 * 65 + 2 :: 4][:32] == bytes(range(32))
 
 
+def test_text_stays_out_of_a_linear_picture() -> None:
+    """Linux's bochs driver switches DISPI on and leaves VGA's registers as they were."""
+    driver = SlotDriver()
+    driver.set_mode(TEXT_80X25)
+    driver.poke(TEXT, b"a\x07" * 100)
+    driver.poke(TEXT, b"new text")
+    assert driver.shown is not None
+    driver.set_linear(1024, 768, 32)
+    assert driver.shown is None
+    picture = bytes(range(256)) * (0x4_0000 // 256)
+    driver.card.memory.write(0, picture)
+    assert video_memory(driver) == picture
+    driver.dispi(ENABLE, 0)
+    driver.poke(TEXT, b"b\x07" * 100)
+    assert driver.shown is not None, "and again"
+
+
 def test_planar_modes_have_none() -> None:
     driver = SlotDriver()
     driver.set_mode(MODE_12)

@@ -34,8 +34,10 @@ class Plain(NamedTuple):
     text: bool = False
 
 
-def plain(registers: VgaRegisters, bank: int | None, memory_size: int) -> Plain | None:
-    """Which part of the window is plain memory now, if any."""
+def plain(registers: VgaRegisters, bank: int | None, memory_size: int, linear: bool = False) -> Plain | None:
+    """Which part of the window is plain memory now, if any: none while the whole of video memory is shown elsewhere."""
+    if linear:
+        return None
     if bank is not None:
         return Plain(0, PLANE_SIZE, bank * PLANE_SIZE % memory_size)
     sequencer, graphics = registers.sequencer, registers.graphics
@@ -71,6 +73,8 @@ class Aperture:
         self._shown: Plain | None = None
         self._uses = 0
         self._covered = False
+        # Is a linear frame buffer on? It may leave VGA's registers in text: what lay there would come over the picture.
+        self.linear = False
         self._lock = threading.Lock()
 
     def place(self, offset: int) -> tuple[Ram, int] | None:
@@ -87,7 +91,7 @@ class Aperture:
             return
         with self._lock:
             self._uses = 0
-            wanted = plain(self._registers, bank, self._memory.size)
+            wanted = plain(self._registers, bank, self._memory.size, self.linear)
             if wanted is None or self._covered or self._shown is not None:
                 return
             if wanted.text:
@@ -100,7 +104,7 @@ class Aperture:
         """A register that addresses the window has a new value."""
         self._uses = 0
         with self._lock:
-            if self._shown is not None and self._shown != plain(self._registers, bank, self._memory.size):
+            if self._shown is not None and self._shown != plain(self._registers, bank, self._memory.size, self.linear):
                 self._hide()
 
     def cover(self, covered: bool) -> None:

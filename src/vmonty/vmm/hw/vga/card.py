@@ -74,6 +74,7 @@ class VgaCard(PciDevice):
     def _mode_changed(self, clear: bool) -> None:
         dispi = self.dispi
         self.registers.dac_8_bits = bool(dispi[ENABLE] & EIGHT_BIT_DAC)
+        self.aperture.linear = bool(dispi.enabled and dispi[ENABLE] & LINEAR)
         self.window.bank = dispi[BANK] if dispi.enabled and not dispi[ENABLE] & LINEAR else None
         self._addressing_changed()
         if clear:
