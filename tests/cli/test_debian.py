@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
+import vmonty as package
 from vmm.fake_kvm import FakeKvm
 from vmm.steps import Guest, Out
 from vmonty import kvm
-from vmonty.cli import debian
 from vmonty.guests import rootdisk
+from vmonty.vm import debian
 from vmonty.vmm.block.convert import create_image
 from vmonty.vmm.block.image import open_image
 
-from .conftest import Result
+from .conftest import LIMIT_S, Result
 
 Run = Callable[..., Result]
 
@@ -81,6 +82,26 @@ def test_run_says_how_to_reach_it(vmonty: Run, monkeypatch: pytest.MonkeyPatch, 
     assert (result.status, result.out) == (0, ""), result
     assert "ssh -i " in result.err
     assert built
+
+
+def test_a_file_and_the_api_name_it_too(
+    vmonty: Run, monkeypatch: pytest.MonkeyPatch, built: list[dict[str, object]], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(kvm.PROVIDERS, "linux", (__name__, "fake"))
+    with package.VM(guest="debian", accel="kvm", memory="16M", append="mine") as vm:
+        assert vm.ssh[:2] == ["ssh", "-i"]
+        assert vm.ssh[-1] == "root@127.0.0.1"
+        assert vm.forwarded_ports == (int(vm.ssh[-2]),)
+        vm.start()
+        outcome = vm.wait(LIMIT_S)
+    assert outcome is not None
+    assert outcome.ending.value == "power-off"
+    with package.VM(guest="debian", accel="kvm", memory="16M", net="user") as vm:
+        assert vm.ssh == [], "a network of the user's own"
+    (tmp_path / "vm.toml").write_text('guest = "debian"\naccel = "kvm"\nmemory = "16M"\n')
+    result = vmonty("run", "--config", tmp_path / "vm.toml")
+    assert (result.status, result.out) == (0, ""), result
+    assert "ssh -i " in result.err
 
 
 def test_a_port_that_is_taken_is_passed_over() -> None:

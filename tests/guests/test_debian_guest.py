@@ -19,8 +19,8 @@ import pytest
 
 from vmonty.base.errors import GuestError
 from vmonty.bench.process import Process
-from vmonty.cli.guest import pack
 from vmonty.guests import rootdisk
+from vmonty.vm.debian import pack
 
 MIB = 1 << 20
 WRITTEN, FETCHED = 256 * MIB, 64 * MIB

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import click
 
 from vmonty.cli.progress import terminal_progress
 from vmonty.cli.sizes import Size
 from vmonty.guests import busybox, rootdisk
-from vmonty.guests.progress import Progress
 
 
 @click.group()
@@ -64,6 +62,8 @@ def build_debian(size: int, compiler: bool, as_json: bool, force: bool) -> None:
 
     Example: vmonty guest build debian --gcc
     """
+    from vmonty.vm.debian import pack
+
     with terminal_progress() as progress:
         built = rootdisk.build(pack, size=size, compiler=compiler, force=force, progress=progress)
     if as_json:
@@ -73,14 +73,3 @@ def build_debian(size: int, compiler: bool, as_json: bool, force: bool) -> None:
         click.echo(f"kernel  {built.kernel}  ({built.kernel_release})")
         click.echo(f"initrd  {built.initrd}")
         click.echo(f"key     {built.key}")
-
-
-def pack(raw: Path, image: Path, progress: Progress) -> None:
-    """Make a qcow2 image of a raw one, into a file that exists. Not compressed: reads go straight into guest RAM."""
-    from vmonty.vmm.block.convert import copy, create_image
-    from vmonty.vmm.block.image import open_image
-
-    with open_image(raw, format="raw", read_only=True) as source:
-        create_image(image, source.size)
-        with open_image(image, format="qcow2") as target:
-            copy(source, target, progress=lambda done, total: progress("packing the disk", done, total))

@@ -186,7 +186,7 @@ def run(
     if not 0 <= grace <= MOST_SECONDS:
         raise UsageError(f"--grace needs a number of seconds from 0 to {MOST_SECONDS}")
     given: dict[str, Any] = {
-        "guest": name if name != "debian" else None, "kernel": kernel, "initrd": initrd, "append": command_line,
+        "guest": name, "kernel": kernel, "initrd": initrd, "append": command_line,
         "firmware": firmware, "nvram": nvram, "boot": boot, "memory": memory, "cpus": cpus,
         "accel": accelerator, "machine": board, "cpu": cpu, "devices": devices, "disks": disk_options,
         "cdroms": cdroms, "vnc": vnc, "option_roms": option_roms,
@@ -202,10 +202,11 @@ def run(
             kernel, initrd, command_line, memory, cpus, board, cpu, devices, accelerator,
             tuple(map(Disk.parse, disk_options)), tuple(map(Network.parse, networks)), not no_reboot, timeout,
             firmware, boot, tuple(map(Cdrom.parse, cdroms)), nvram, vnc, tuple(map(OptionRom.parse, option_roms)),
+            name,
         )  # fmt: skip
     else:
         plan = planned(file, only_given(given))
-    if name == "debian":
+    if plan.guest == "debian":
         plan = debian_guest(plan)
     with contextlib.closing(Build(plan)) as build:
         choice = accel.choose(plan.accel)
@@ -303,19 +304,13 @@ def asked_for_help(board: str, cpu: str, devices: tuple[str, ...]) -> str | None
 
 def debian_guest(plan: Plan) -> Plan:
     """The plan with the Debian guest and its disk, built when they are not there; says how ssh reaches it."""
-    from vmonty.cli import debian
+    from vmonty.vm import debian
 
-    guest = debian.prepare()
-    if not plan.networks:
-        port = debian.free_port()
-        plan = plan._replace(networks=(Network.parse(f"user,hostfwd=tcp:127.0.0.1:{port}-:22"),))
-        click.echo(f"vmonty: ssh -i {guest.key} -p {port} root@127.0.0.1", err=True)
-    return plan._replace(
-        kernel=guest.kernel,
-        initrd=guest.initrd,
-        append=plan.append if plan.append is not None else guest.command_line,
-        disks=(Disk(guest.disk, "qcow2"), *plan.disks),
-    )
+    with progress_bars() as progress:
+        plan, ssh = debian.planned(plan, progress)
+    if ssh:
+        click.echo(f"vmonty: {' '.join(ssh)}", err=True)
+    return plan
 
 
 class Session:

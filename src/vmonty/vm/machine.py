@@ -94,6 +94,7 @@ class VM(Closing):
         self._choice: accel.Choice | None = None
         self._control: ControlSocket | None = None
         self.tracers = Tracers()
+        self.ssh: list[str] = []  # the command that reaches the Debian guest's sshd, when it has the usual network
 
     @classmethod
     def from_file(cls, path: str | Path, **others: Any) -> VM:
@@ -109,7 +110,12 @@ class VM(Closing):
         if self.state is not State.NEW:
             raise StateError("a VM is opened once; make another one")
         # Bad input first: it is cheaper to refuse than to open an accelerator.
-        self._build = Build(self.settings.plan())
+        plan = self.settings.plan()
+        if plan.guest == "debian":
+            from vmonty.vm import debian
+
+            plan, self.ssh = debian.planned(plan, self._progress)
+        self._build = Build(plan)
         try:
             self._choice = accel.choose(self.settings.accel)
             self._build.fetch(lambda: contextlib.nullcontext(self._progress))

@@ -24,8 +24,8 @@ def usual_firmware(named: bool, cdroms: Sequence[object]) -> str | None:
 class Plan(NamedTuple):
     """A virtual machine. *memory* in bytes, *timeout* in seconds; *machine*, *cpu* and *devices* as in ``Config``.
 
-    Without *kernel* and *firmware* it is the busybox guest. *append* None is the guest's or the kernel's usual command
-    line.
+    Without *kernel* and *firmware* it is *guest*, by default busybox. *append* None is the guest's or the kernel's
+    usual command line.
     """
 
     kernel: Path | None = None
@@ -47,3 +47,4 @@ class Plan(NamedTuple):
     nvram: Path | None = None
     vnc: str | None = None
     option_roms: tuple[OptionRom, ...] = ()
+    guest: str | None = None

@@ -199,7 +199,7 @@ class Settings(_Model):
     (``:0``).
     """
 
-    guest: Literal["busybox"] | None = None
+    guest: Literal["busybox", "debian"] | None = None
     kernel: Path | None = None
     initrd: Path | None = None
     append: str | None = None
@@ -228,7 +228,7 @@ class Settings(_Model):
             self.accel, tuple(disk.plan() for disk in self.disks), tuple(network.plan() for network in self.net),
             self.reboot, self.timeout, self.firmware or self._usual_firmware(), self.boot,
             tuple(disc.plan() for disc in self.cdroms), self.nvram, self.vnc,
-            tuple(map(OptionRom.parse, self.option_roms)),
+            tuple(map(OptionRom.parse, self.option_roms)), self.guest,
         )  # fmt: skip
 
     def _usual_firmware(self) -> str | None:

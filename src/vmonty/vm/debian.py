@@ -1,4 +1,4 @@
-"""The Debian guest as ``vmonty run debian`` boots it: an overlay of the user's over the image that was built."""
+"""The Debian guest as it is booted by name: an overlay of the user's over the image that was built."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmonty.base.errors import GuestError, UsageError
-from vmonty.cli.guest import pack
-from vmonty.cli.progress import terminal_progress
 from vmonty.guests import rootdisk
-from vmonty.vmm.block.convert import create_image
+from vmonty.guests.progress import Progress, silent
+from vmonty.vm.plan import Plan
+from vmonty.vmm.block.convert import copy, create_image
+from vmonty.vmm.block.image import open_image
+from vmonty.vmm.peripherals import Disk, Network
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,33 @@ class DebianGuest:
     key: Path
 
 
+def pack(raw: Path, image: Path, progress: Progress) -> None:
+    """Make a qcow2 image of a raw one, into a file that exists. Not compressed: reads go straight into guest RAM."""
+    with open_image(raw, format="raw", read_only=True) as source:
+        create_image(image, source.size)
+        with open_image(image, format="qcow2") as target:
+            copy(source, target, progress=lambda done, total: progress("packing the disk", done, total))
+
+
+def planned(plan: Plan, progress: Progress = silent) -> tuple[Plan, list[str]]:
+    """*plan* with the guest and its disk, and the command that reaches it by ssh through a port of this host.
+
+    There is none when the plan has networks of its own. Raises GuestError, DiskImageError and UsageError.
+    """
+    guest = prepare(progress=progress)
+    ssh: list[str] = []
+    if not plan.networks:
+        port = free_port()
+        plan = plan._replace(networks=(Network.parse(f"user,hostfwd=tcp:127.0.0.1:{port}-:22"),))
+        ssh = ["ssh", "-i", str(guest.key), "-p", str(port), "root@127.0.0.1"]
+    plan = plan._replace(
+        kernel=guest.kernel, initrd=guest.initrd,
+        append=plan.append if plan.append is not None else guest.command_line,
+        disks=(Disk(guest.disk, "qcow2"), *plan.disks),
+    )  # fmt: skip
+    return plan, ssh
+
+
 def data_root() -> Path:
     """``$XDG_DATA_HOME/vmonty``, by default ``~/.local/share/vmonty``."""
     configured = os.environ.get("XDG_DATA_HOME", "")
@@ -33,14 +62,13 @@ def data_root() -> Path:
     return base / "vmonty"
 
 
-def prepare(directory: Path | None = None) -> DebianGuest:
+def prepare(directory: Path | None = None, progress: Progress = silent) -> DebianGuest:
     """The guest, built when it is not in the cache, with its overlay, made when there is none.
 
     What the guest writes stays in the overlay from run to run. A newer build gets another one: the old overlay keeps
     its base, which is linked beside it. Raises GuestError and DiskImageError.
     """
-    with terminal_progress() as progress:
-        built = rootdisk.cached() or rootdisk.build(pack, progress=progress)
+    built = rootdisk.cached() or rootdisk.build(pack, progress=progress)
     directory = directory or data_root()
     name = f"debian-{built.sha256[:12]}"
     base, overlay = directory / f"{name}-base.qcow2", directory / f"{name}.qcow2"
