@@ -8,17 +8,18 @@ import struct
 import pytest
 
 from vmonty.kvm.api import CpuidEntry, System, Vcpu, Vm
-from vmonty.kvm.uapi import Cap, Requests
+from vmonty.kvm.uapi import Cap, Exit, Requests
 from vmonty.kvm.uapi.flags import (
     KVM_VCPU_TSC_CTRL,
     KVM_VCPU_TSC_OFFSET,
     MSR_KVM_SYSTEM_TIME_NEW,
     MSR_KVM_WALL_CLOCK_NEW,
 )
-from vmonty.testing.guests import DATA, Mode, TinyGuest
+from vmonty.testing.guests import DATA, Mode, TinyGuest, load
 
 from .refusals import refused
 
+PVCLOCK_TSC_STABLE = 1
 HOUR_NS = 3600 * 10**9
 TSC = 0x10
 
@@ -53,6 +54,28 @@ def test_kvmclock_page(guest: TinyGuest, cpuid: list[CpuidEntry]) -> None:
     assert scale > 0
     assert 7 * HOUR_NS <= system_time < 8 * HOUR_NS
     assert guest.vcpu.get_msrs([MSR_KVM_SYSTEM_TIME_NEW]) == {MSR_KVM_SYSTEM_TIME_NEW: DATA | 1}
+
+
+def test_all_vcpus_have_one_clock(guest: TinyGuest, cpuid: list[CpuidEntry]) -> None:
+    """Where KVM says that the clock is stable, a guest compares what its vCPUs read: they may not differ at all."""
+    pages = []
+    with guest.vm.create_vcpu(1) as other:
+        for number, vcpu in enumerate((guest.vcpu, other, guest.vcpu)):
+            at = DATA + 64 * number
+            load(vcpu, guest.ram, Mode.LONG, "out 0x10, al", cpuid=cpuid if number < 2 else None)
+            assert vcpu.set_msrs({MSR_KVM_SYSTEM_TIME_NEW: at | 1}) == 1
+            while vcpu.run() is not Exit.IO:
+                pass
+            _, _, tsc, now, mul, shift, flags = struct.unpack("<IIQQIbB2x", guest.ram.read(at, 32))
+            pages.append((tsc, now, mul, shift, flags & PVCLOCK_TSC_STABLE))
+    if not all(stable for *_, stable in pages):
+        pytest.skip("this KVM does not say that its clock is stable")
+    (tsc, now, mul, shift, _), *others = pages
+    for tsc_then, now_then, *scale in others:
+        assert scale == [mul, shift, PVCLOCK_TSC_STABLE]
+        ticks = tsc_then - tsc
+        passed = (ticks << shift if shift >= 0 else ticks >> -shift) * mul >> 32
+        assert abs(now + passed - now_then) <= 2
 
 
 def test_wall_clock(guest: TinyGuest, cpuid: list[CpuidEntry]) -> None:

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import errno
+import threading
 import time
 
 from vmonty.kvm.soft.files import KvmFile, answers
 from vmonty.kvm.soft.modules import Module
-from vmonty.kvm.soft.tsc import check_tsc_khz, host_tsc_khz, read_tsc
+from vmonty.kvm.soft.tsc import check_tsc_khz, clock_ns, host_tsc_khz, moment, read_tsc
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.uapi import Requests
 from vmonty.kvm.uapi.flags import KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE
 from vmonty.kvm.uapi.vm import kvm_clock_data
+
+
+class TscWrites:
+    """What the TSCs of a VM were set to last, and the offset that they agree on; locked as a context manager."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._khz = self._value = self._ns = self._offset = 0
+
+    def __enter__(self) -> TscWrites:
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def agree(self, khz: int, value: int, now_ns: int, offset: int) -> int:
+        """The offset for a TSC that is set to *value*: the last one's, if that is what is meant, or *offset*."""
+        expected = self._value + (now_ns - self._ns) * khz // 1_000_000
+        if khz != self._khz or (value and abs(value - expected) >= khz * 1000):
+            self._offset = offset
+        self._khz, self._value, self._ns = khz, value, now_ns
+        return self._offset
 
 
 class ClockIoctls(KvmFile):
@@ -19,10 +43,18 @@ class ClockIoctls(KvmFile):
 
     created_vcpus: int
     module: Module
+    master_clock: int  # ns
+    master_tsc: int  # the host's, then
 
     def __init__(self) -> None:
-        self._kvmclock_offset = -time.monotonic_ns()
         self.default_tsc_khz = host_tsc_khz()
+        self.tsc_writes = TscWrites()
+        self._set_clock(0)
+
+    def _set_clock(self, clock: int) -> None:
+        """pvclock_update_vm_gtod_copy(): from here on all vCPUs' time pages count, or their clocks would differ."""
+        _, self.master_tsc = moment()
+        self.master_clock = clock
 
     @answers(Requests.KVM_SET_TSC_KHZ)
     def set_tsc_khz(self, argument: Argument) -> None:
@@ -38,9 +70,9 @@ class ClockIoctls(KvmFile):
     def get_tsc_khz(self, argument: Argument) -> int:
         return self.default_tsc_khz
 
-    def kvmclock_ns(self) -> int:
-        """The clock now."""
-        return time.monotonic_ns() + self._kvmclock_offset
+    def kvmclock_ns(self, host_tsc: int | None = None) -> int:
+        """The clock now, or when the host's TSC was *host_tsc*; it runs by that, as guests read it."""
+        return self.master_clock + clock_ns((read_tsc() if host_tsc is None else host_tsc) - self.master_tsc)
 
     def clock_changed(self) -> None:
         """User space has set the clock: every vCPU's time page is to be written anew."""
@@ -48,12 +80,13 @@ class ClockIoctls(KvmFile):
     @answers(Requests.KVM_GET_CLOCK)
     def get_clock(self, argument: Argument) -> None:
         """kvm_vm_ioctl_get_clock(): the clock, with the host's time and TSC of the same moment."""
+        realtime, host_tsc = time.time_ns(), read_tsc()
         argument.put(
             kvm_clock_data(
-                clock=self.kvmclock_ns(),
+                clock=self.kvmclock_ns(host_tsc),
                 flags=KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC,
-                realtime=time.time_ns(),
-                host_tsc=read_tsc(),
+                realtime=realtime,
+                host_tsc=host_tsc,
             )
         )
 
@@ -66,5 +99,5 @@ class ClockIoctls(KvmFile):
         clock = data.clock
         if data.flags & KVM_CLOCK_REALTIME:
             clock += max(time.time_ns() - data.realtime, 0)
-        self._kvmclock_offset = clock - time.monotonic_ns()
+        self._set_clock(clock)
         self.clock_changed()

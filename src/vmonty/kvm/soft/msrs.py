@@ -109,7 +109,10 @@ class MsrIoctls(VcpuState):
                 return
             raise OSError(errno.EPERM, "the guest's CPUID does not have the feature")
         if index == MSR_IA32_TSC:
-            self.set_guest_tsc(value)
+            if host:
+                self.synchronize_tsc(value)
+            else:
+                self.set_guest_tsc(value)
         elif index == MSR_IA32_APICBASE:
             self.set_apic_base(value, host)
         elif index == MSR_EFER and not host and not self._efer_valid(value):

@@ -15,6 +15,8 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
+from vmonty.kvm.soft.tsc import time_scale
+
 if TYPE_CHECKING:
     from vmonty.kvm.soft.x86 import VcpuX86
 
@@ -24,18 +26,6 @@ SYSTEM_TIME_MSRS = (MSR_SYSTEM_TIME, MSR_SYSTEM_TIME_NEW)
 WALL_CLOCK_MSRS = (MSR_WALL_CLOCK, MSR_WALL_CLOCK_NEW)
 ENABLED, TSC_STABLE, GUEST_STOPPED = 1, 1, 2
 NSEC_PER_SEC = 1_000_000_000
-
-
-def time_scale(tsc_khz: int) -> tuple[int, int]:
-    """kvm_get_time_scale(): (mul, shift) with ns = ((tsc << shift) * mul) >> 32, a negative shift is to the right."""
-    shift, numerator, denominator = 0, NSEC_PER_SEC, tsc_khz * 1000
-    while numerator >= denominator:
-        denominator *= 2
-        shift += 1
-    while 2 * numerator < denominator:
-        numerator *= 2
-        shift -= 1
-    return (numerator << 32) // denominator, shift
 
 
 class PvClock:
@@ -72,8 +62,9 @@ class PvClock:
         mul, shift = time_scale(self._vcpu.tsc_khz)
         flags = TSC_STABLE | (GUEST_STOPPED if self._stopped else 0)
         self._stopped = False
-        now, tsc = self._vcpu.kvm.kvmclock_ns(), self._vcpu.guest_tsc()
-        page = struct.pack("<IIQQIbB2x", self._version + 1, 0, tsc, now, mul, shift, flags)
+        kvm = self._vcpu.kvm
+        tsc = self._vcpu.scale_tsc(kvm.master_tsc)
+        page = struct.pack("<IIQQIbB2x", self._version + 1, 0, tsc, kvm.master_clock, mul, shift, flags)
         gpa = self.system_time_msr & ~ENABLED
         if self._vcpu.kvm.write_gpa(gpa, page):
             self._version = self._version + 2 & 0xFFFF_FFFF

@@ -235,6 +235,10 @@ class VcpuState(KvmFile):
         """Set the guest's time-stamp counter."""
         raise AssertionError("VcpuX86 has it")
 
+    def synchronize_tsc(self, value: int) -> None:
+        """Set it as user space does."""
+        raise AssertionError("VcpuX86 has it")
+
     def get_apic_base(self) -> int:
         """IA32_APIC_BASE."""
         raise AssertionError("VcpuX86 has it")

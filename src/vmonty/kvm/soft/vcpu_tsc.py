@@ -10,7 +10,7 @@ import errno
 import time
 
 from vmonty.kvm.soft.files import answers
-from vmonty.kvm.soft.tsc import check_tsc_khz, host_tsc_khz, read_tsc
+from vmonty.kvm.soft.tsc import check_tsc_khz, host_tsc_khz, moment, read_tsc
 from vmonty.kvm.soft.user import Argument
 from vmonty.kvm.soft.vcpu_state import VcpuState
 from vmonty.kvm.uapi import Requests, flags
@@ -42,6 +42,17 @@ class TscIoctls(VcpuState):
         """Set the guest's time-stamp counter by its offset to the host's."""
         now = read_tsc() * self._tsc_ratio >> TSC_FRACTION_BITS
         self._set_tsc_offset(value - now & 0xFFFF_FFFF_FFFF_FFFF)
+
+    def synchronize_tsc(self, value: int) -> None:
+        """kvm_synchronize_tsc(): user space sets it, or (0) the vCPU begins: with the offset that the others have.
+
+        One that is set to about what the last was set to, by the time that has passed, is meant to agree with it.
+        """
+        now_ns, host_tsc = moment()
+        offset = value - (host_tsc * self._tsc_ratio >> TSC_FRACTION_BITS) & 0xFFFF_FFFF_FFFF_FFFF
+        with self.kvm.tsc_writes as last:
+            offset = last.agree(self.tsc_khz, value, now_ns, offset)
+        self._set_tsc_offset(offset)
 
     def _set_tsc_offset(self, offset: int) -> None:
         self._tsc_offset = offset

@@ -105,7 +105,7 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
                 if self.apic is not None:
                     self.vendor.lapic_created(self.apic.regs.page)
                 self.set_tsc_frequency(kvm.default_tsc_khz)
-                self.set_guest_tsc(0)
+                self.synchronize_tsc(0)
             finally:
                 self.vcpu_put()
         except BaseException:
