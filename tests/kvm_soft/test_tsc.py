@@ -1,4 +1,4 @@
-"""The TSCs of a VM's vCPUs agree, unless somebody means otherwise. Source: arch/x86/kvm/x86.c: kvm_synchronize_tsc()."""
+"""The TSCs of a VM agree, unless somebody means otherwise. Source: arch/x86/kvm/x86.c: kvm_synchronize_tsc()."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_vcpus_that_are_created_one_after_another() -> None:
     with kvm.open("soft") as system, system.create_vm() as vm:
         offsets = set()
         for number in range(3):
-            vcpu = vm.create_vcpu(number)
-            offsets.add(vcpu.get_device_attr(KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET))
+            with vm.create_vcpu(number) as vcpu:
+                offsets.add(vcpu.get_device_attr(KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET))
             time.sleep(0.01)
         assert len(offsets) == 1
