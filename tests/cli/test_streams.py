@@ -184,6 +184,16 @@ def test_a_panic_is_a_failure_with_its_reason(kernel: Path) -> None:
     assert b"    rip " in done.stderr
 
 
+@pytest.mark.parametrize(("guest", "status"), [("panic-reset", 1), ("old-log", 0)])
+def test_a_reset_by_a_panic_is_a_failure_where_resets_end_it(kernel: Path, guest: str, status: int) -> None:
+    done = subprocess.run(
+        command(guest, kernel, "--no-reboot"), stdin=subprocess.DEVNULL, capture_output=True, timeout=LIMIT_S,
+        check=False, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == status
+    assert (b"panicked: no init; it asked for a reset" in done.stderr) is bool(status)
+
+
 def test_resets_go_on_until_the_timeout(kernel: Path) -> None:
     line = command("reset", kernel, "--timeout", "0.5")
     done = subprocess.run(

@@ -76,9 +76,21 @@ def panic(cpu: int) -> Guest:
     yield Spin(1.0)
 
 
+def panic_reset(cpu: int) -> Guest:
+    """As Linux with panic=-1."""
+    yield from say(b"[    1.0] Kernel panic - not syncing: no init\n")
+    yield RESET
+
+
+def old_log(cpu: int) -> Guest:
+    """Show what happened once, and reboot."""
+    yield from say(b"[    1.0] Kernel panic - not syncing: no init\n[   99.0] reboot: Restarting system\n")
+    yield RESET
+
+
 GUESTS: dict[str, Callable[[int], Guest]] = {
     "echo": echo, "polite": polite, "debug-exit": debug_exit, "deaf": deaf, "flood": flood, "reset": reset,
-    "panic": panic,
+    "panic": panic, "panic-reset": panic_reset, "old-log": old_log,
 }  # fmt: skip
 _guest = echo
 

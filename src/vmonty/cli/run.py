@@ -432,7 +432,7 @@ class Session:
                 while (outcome := machine.wait(0.2)) is None:
                     continue
             if outcome.ending is not Ending.RESET or self._no_reboot or self._stopping.is_set():
-                return outcome
+                return machine.last(outcome)
             # A machine refers to itself through its devices: without this its RAM would stay beside the next one's.
             self.machine = None
             del machine

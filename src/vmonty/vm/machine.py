@@ -253,6 +253,8 @@ class VM(Closing):
                 self.tracers.detach()
                 self._machine.close()
                 again = outcome.ending is Ending.RESET and self.settings.reboot and self._stopping is None
+                if not again:
+                    outcome = self._machine.last(outcome)
                 if again:
                     try:
                         self._again()

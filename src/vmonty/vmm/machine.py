@@ -322,8 +322,17 @@ class Machine(Closing, ABC):
         self._panicked(next((thread.registers() for thread in self.vcpus if thread.on_thread()), {}))
 
     def _panicked(self, registers: Mapping[str, int]) -> None:
+        self._end(Outcome(Ending.PANICKED, self._panic_detail(), registers))
+
+    def _panic_detail(self) -> str:
         reason = f": {self.panic.reason}" if self.panic.reason else ""
-        self._end(Outcome(Ending.PANICKED, f"the guest's kernel panicked{reason}", registers))
+        return f"the guest's kernel panicked{reason}"
+
+    def last(self, outcome: Outcome) -> Outcome:
+        """*outcome*, when no machine comes after this one: a reset that a panic asked for is that panic."""
+        if outcome.ending is Ending.RESET and self.panic.seen:
+            return Outcome(Ending.PANICKED, f"{self._panic_detail()}; it asked for a reset")
+        return outcome
 
     def _boot(self) -> None:
         """Let the firmware start; or do what it would do, and enter the kernel."""

@@ -20,6 +20,8 @@ from vmonty.vmm.vcpu import VcpuThread
 PANIC = re.compile(rb"Kernel panic - not syncing(?:: *([^\r\n]*?))?(?: \]---)?\r?$")
 # At the line's beginning, behind its time at most: nothing comes after it.
 LAST_LINE = re.compile(rb"(?:\[ *\d+\.\d+\](?:\[ *\w+\])? )?---\[ end Kernel panic - not syncing")
+# A reboot that somebody asked for says so; one that a panic does (``panic=-1``) does not.
+REBOOT = re.compile(rb"(?:\[ *\d+\.\d+\](?:\[ *\w+\])? )?reboot: ")
 LONGEST_LINE = 4096
 # Alike this often in a row, this far apart, is dead; a look that sees life ends the watch.
 LOOKS, APART_S, MOST_LOOKS = 10, 0.1, 100
@@ -50,7 +52,8 @@ class Stand(NamedTuple):
 class PanicWatch:
     """Reads what the guest prints (``feed``); *dead* is called with registers when *vcpus* will never go on.
 
-    ``told`` is called with each panic's line, on a thread that may wait. ``reason`` is what the last one said.
+    ``told`` is called with each panic's line, on a thread that may wait. ``reason`` is what the last one said, ``seen``
+    that there was one, and no ordinary reboot after it.
     """
 
     def __init__(self, vcpus: Sequence[VcpuThread], dead: Callable[[Mapping[str, int]], None]) -> None:
@@ -59,7 +62,7 @@ class PanicWatch:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self.told: Callable[[str], None] = lambda line: None
-        self.reason = ""
+        self.seen, self.reason = False, ""
 
     def feed(self, data: bytes) -> None:
         """The guest printed *data*."""
@@ -72,8 +75,11 @@ class PanicWatch:
         for line in lines:
             if b"Kernel panic" in line and (found := PANIC.search(line)):
                 self._panicked(line, found)
+            elif b"reboot: " in line and REBOOT.match(line):
+                self.seen, self.reason = False, ""
 
     def _panicked(self, line: bytes, found: re.Match[bytes]) -> None:
+        self.seen = True
         self.reason = (found[1] or b"").decode(errors="replace").strip()
         if not LAST_LINE.match(line):
             self.told(line[found.start() :].decode(errors="replace").strip())
