@@ -133,8 +133,10 @@ def offered(model: str) -> str:
 def run(test: Run, provider: str) -> Result:
     """Run *test* to its end, or for its time. Raises VmontyError when the machine cannot be built."""
     text = bytearray()
+    # A shell reads them elsewhere; this is all that it is used for.
+    arguments = test.arguments.replace("`date +%s`", str(int(time.time())))
     config = Config(
-        movable(test.image.read_bytes()), None, f"{test.image.name} {test.arguments}".strip(), test.memory, test.cpus,
+        movable(test.image.read_bytes()), None, f"{test.image.name} {arguments}".strip(), test.memory, test.cpus,
         "pc", test.cpu, (f"isa-debug-exit,iobase={EXIT_PORT},iosize=4",),
     )  # fmt: skip
     begin = time.monotonic()
@@ -168,8 +170,7 @@ def configured(path: Path, arch: str) -> Iterator[Run]:
         yield Run(
             name,
             path.parent / section["file"],
-            # A shell reads it elsewhere; this is all that it is used for.
-            section.get("test_args", "").strip("'\"").replace("`date +%s`", str(int(time.time()))),
+            section.get("test_args", "").strip("'\""),
             int(section.get("smp", "1")),
             offered(options.get("-cpu", "max").replace("host", "max")),
             int(memory.rstrip("MG")) << (30 if memory.endswith("G") else 20),
