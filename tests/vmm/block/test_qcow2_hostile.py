@@ -16,6 +16,7 @@ from vmonty.vmm.block.image import open_image
 from vmonty.vmm.block.qcow2 import create, snapshots
 from vmonty.vmm.block.qcow2.check import check
 from vmonty.vmm.block.qcow2.disk import Qcow2Disk
+from vmonty.vmm.block.qcow2.tables import OFFSET
 
 CLUSTER, SIZE = 4096, 1 << 20
 # Of the header, by the specification's names.
@@ -158,6 +159,29 @@ def test_data_over_metadata_is_not_written(sound: bytes, tmp_path: Path) -> None
         with open_image(path) as disk, pytest.raises(BlockError, match="damaged"):
             disk.write(0, b"evil" * 10)
         assert path.read_bytes()[target : target + 40] == bytes(image[target : target + 40])
+
+
+def test_a_range_that_goes_on_over_metadata_is_not_written(tmp_path: Path) -> None:
+    """The first cluster is data, and the second, which follows it in the file, is another L2 table."""
+    path = tmp_path / "disk.qcow2"
+    file = create.new_file(path)
+    create.create(file, 1 << 20, cluster_size=512)
+    file.close()
+    with open_image(path) as disk:
+        disk.write(0, b"d" * 512)
+        disk.write(1 << 19, b"d" * 512)  # under another table, which is behind the first data
+    image = bytearray(path.read_bytes())
+    l1 = int.from_bytes(image[40:48], "big")
+    first, second = (int.from_bytes(image[l1 + at : l1 + at + 8], "big") & OFFSET for at in (0, 8 * (1 << 19 >> 15)))
+    data = int.from_bytes(image[first : first + 8], "big") & OFFSET
+    assert second == data + 512
+    struct.pack_into(">Q", image, first + 8, 1 << 63 | second)
+    path.write_bytes(image)
+    with open_image(path) as disk:
+        assert disk.read(0, 1024) == b"d" * 512 + bytes(image[second : second + 512])
+        with pytest.raises(BlockError, match="damaged"):
+            disk.write(0, b"e" * 1024)
+    assert path.read_bytes()[second : second + 512] == bytes(image[second : second + 512])
 
 
 @pytest.mark.parametrize("kind", [0, 1])

@@ -244,7 +244,7 @@ class Qcow2Disk(BlockDevice):
         cluster = offset >> self._bits
         more = (offset + length - 1 >> self._bits) - cluster
         index = cluster & (1 << self._l2_bits) - 1
-        if length == 0 or more > _MOST_PLAIN or index + more >> self._l2_bits:
+        if length == 0 or index + more >> self._l2_bits:
             return 0
         table = self.tables.table(cluster >> self._l2_bits)
         if table is None:
@@ -252,13 +252,18 @@ class Qcow2Disk(BlockDevice):
         entry = table[index]
         if entry & (COMPRESSED | self._zero) or not entry & OFFSET:
             return 0
-        if more and not self.tables.valid((entry & OFFSET) + more * self._cluster):
+        if more and not self._in_one_piece(table, index, more):
             return 0
-        while more:
-            if table[index + more] != entry + more * self._cluster:
-                return 0
-            more -= 1
         return self.tables.host_offset(entry) + (offset & self._cluster - 1)
+
+    def _in_one_piece(self, table: array[int], index: int, more: int) -> bool:
+        """Whether *more* clusters follow the one of entry *index* in the file as they do for the guest."""
+        entry = table[index]
+        if more > _MOST_PLAIN or not self.tables.valid((entry & OFFSET) + more * self._cluster):
+            return False
+        while more and table[index + more] == entry + more * self._cluster:
+            more -= 1
+        return not more
 
     def map(self, offset: int, length: int) -> list[Run]:
         """Where a range comes from, merged into as few runs as there are. The lock is held."""
@@ -375,12 +380,25 @@ class Qcow2Disk(BlockDevice):
         return host
 
     def _overwritable(self, offset: int, length: int) -> int:
-        """Where in the file a range lies that is within one cluster that may be overwritten there, else 0."""
+        """Where in the file a range lies that may be overwritten there in one piece, the commonest case, else 0."""
         cluster = offset >> self._bits
-        if length == 0 or offset + length - 1 >> self._bits != cluster or cluster in self._allocating:
+        more = (offset + length - 1 >> self._bits) - cluster
+        index = cluster & (1 << self._l2_bits) - 1
+        if length == 0 or index + more >> self._l2_bits:
+            return 0
+        if self._allocating and not self._allocating.isdisjoint(range(cluster, cluster + more + 1)):
             return 0
         host = self._in_place(cluster)
-        return host + (offset & self._cluster - 1) if host else 0
+        if not host:
+            return 0
+        if more:
+            table = self.tables.table(cluster >> self._l2_bits)
+            first = host >> self._bits
+            if table is None or not self._in_one_piece(table, index, more):
+                return 0
+            if any(map(self.is_metadata, range(first + 1, first + 1 + more))):
+                return 0
+        return host + (offset & self._cluster - 1)
 
     def _write_steps(self, offset: int, length: int, step: Step, buffers: Sequence[memoryview]) -> None:
         """Write a range whose first step is *step*."""
