@@ -60,12 +60,11 @@ def test_all_vcpus_have_one_clock(guest: TinyGuest, cpuid: list[CpuidEntry]) -> 
     """Where KVM says that the clock is stable, a guest compares what its vCPUs read: they may not differ at all."""
     pages = []
     with guest.vm.create_vcpu(1) as other:
-        for number, vcpu in enumerate((guest.vcpu, other, guest.vcpu)):
+        for number, vcpu in enumerate((guest.vcpu, other)):
             at = DATA + 64 * number
-            load(vcpu, guest.ram, Mode.LONG, "out 0x10, al", cpuid=cpuid if number < 2 else None)
+            load(vcpu, guest.ram, Mode.LONG, "out 0x10, al", cpuid=cpuid)
             assert vcpu.set_msrs({MSR_KVM_SYSTEM_TIME_NEW: at | 1}) == 1
-            while vcpu.run() is not Exit.IO:
-                pass
+            assert vcpu.run() is Exit.IO
             _, _, tsc, now, mul, shift, flags = struct.unpack("<IIQQIbB2x", guest.ram.read(at, 32))
             pages.append((tsc, now, mul, shift, flags & PVCLOCK_TSC_STABLE))
     if not all(stable for *_, stable in pages):
