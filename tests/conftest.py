@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from vmonty.guests.busybox import Guest
 
 # A loaded host may take long for an example; that is no failure. The examples are the same each time, so that a red run
 # says something of the change; with VMONTY_RANDOM others are looked for.
 hypothesis.settings.register_profile("vmonty", deadline=None, derandomize="VMONTY_RANDOM" not in os.environ)
 hypothesis.settings.load_profile("vmonty")
+
+
+@pytest.fixture(scope="session")
+def busybox_guest() -> Guest:
+    """The guest of busybox; a skip where this host lacks what it is built of."""
+    from vmonty.base.errors import GuestError  # a suite that has no guest must not need them
+    from vmonty.guests import busybox
+
+    try:
+        return busybox.build()
+    except GuestError as error:
+        pytest.skip(f"the busybox guest cannot be built here: {error}")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

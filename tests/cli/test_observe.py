@@ -11,23 +11,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from vmonty import kvm
+from kvm_soft.plain import plain_guest
 from vmonty.base.errors import UsageError
-from vmonty.base.ram import Ram
 from vmonty.cli.stat import stat
 from vmonty.cli.tracefile import TraceFile
-from vmonty.kvm.soft import modules
-from vmonty.testing.guests import RAM_SIZE, Mode, TinyGuest
+from vmonty.testing.guests import Mode, TinyGuest
 
 
 @pytest.fixture(params=["kvm_intel", "kvm_amd", "kvm_intel ept=0", "kvm_amd npt=0"])
 def guest(request: pytest.FixtureRequest) -> Iterator[TinyGuest]:
-    name, parameters = modules.parse(request.param)
-    with modules.only(name, **parameters), kvm.open("soft") as system, system.create_vm() as vm:
-        ram = Ram(RAM_SIZE)
-        vm.set_user_memory_region(0, 0, ram)
-        with vm.create_vcpu() as vcpu:
-            yield TinyGuest(vm, vcpu, ram).load(Mode.LONG, "again: cpuid\n out 0x10, al\n jmp again")
+    with plain_guest(request.param) as made:
+        yield made.load(Mode.LONG, "again: cpuid\n out 0x10, al\n jmp again")
 
 
 def traced(guest: TinyGuest, path: Path, *names: str) -> str:

@@ -20,7 +20,7 @@ from vmonty.kvm.uapi import Cap
 from vmonty.testing.guests import RAM_SIZE, Mode, TinyGuest
 
 from .known_gaps import SOFT_UNFINISHED, why_skip
-from .runner import Runner
+from .runner import Runner, runners
 from .second_vcpu import second_vcpu
 from .watched import WatchedProvider
 
@@ -199,15 +199,8 @@ def cpuid(system: System) -> list[CpuidEntry]:
 @pytest.fixture
 def runner() -> Iterator[Callable[[Vcpu], Runner]]:
     """A factory of threads that run vCPUs; whatever still runs when the test ends is kicked out."""
-    started: list[Runner] = []
-
-    def start(vcpu: Vcpu) -> Runner:
-        started.append(Runner(vcpu))
-        return started[-1]
-
-    yield start
-    for thread in started:
-        thread.end()
+    with runners() as start:
+        yield start
 
 
 @pytest.fixture(params=list(Mode), ids=[mode.value for mode in Mode])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from vmonty.kvm.api import Vcpu
 from vmonty.kvm.uapi import Exit
@@ -59,3 +61,17 @@ class Runner:
             if not self.vcpu.closed:
                 self.vcpu.kick()
             self.thread.join(0.1)
+
+
+@contextmanager
+def runners() -> Iterator[Callable[[Vcpu], Runner]]:
+    """A factory of threads that run vCPUs; whatever still runs at the end is kicked out."""
+    started: list[Runner] = []
+
+    def start(vcpu: Vcpu) -> Runner:
+        started.append(Runner(vcpu))
+        return started[-1]
+
+    yield start
+    for thread in started:
+        thread.end()

@@ -29,7 +29,7 @@ from kvm_abi.async_guests import (
     wrmsr,
 )
 from kvm_abi.missing_memory import MissingMemory, missing_slot
-from kvm_abi.runner import Runner
+from kvm_abi.runner import Runner, runners
 from vmonty.base import hostcall
 from vmonty.base.ram import PAGE_SIZE, Ram
 from vmonty.kvm.api import Vcpu
@@ -61,15 +61,8 @@ def away(chipped: TinyGuest) -> Iterator[MissingMemory]:
 
 @pytest.fixture
 def runner() -> Iterator[Callable[[Vcpu], Runner]]:
-    started: list[Runner] = []
-
-    def start(vcpu: Vcpu) -> Runner:
-        started.append(Runner(vcpu))
-        return started[-1]
-
-    yield start
-    for thread in started:
-        thread.end()
+    with runners() as start:
+        yield start
 
 
 def workers() -> int:

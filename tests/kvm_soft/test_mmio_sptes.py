@@ -7,14 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from vmonty import kvm
 from vmonty.base.ram import Ram
 from vmonty.kvm.soft import modules
 from vmonty.kvm.soft.kvm_main import Kvm
 from vmonty.kvm.soft.mmu.paging_tmpl import GuestWalker
 from vmonty.kvm.soft.mmu.spte import GENERATION_BITS, check_mmio_spte, is_mmio_spte, make_mmio_spte
 from vmonty.kvm.uapi import Exit
-from vmonty.testing.guests import DATA, PML4, PTE_P, PTE_U, PTE_W, RAM_SIZE, Mode, TinyGuest
+from vmonty.testing.guests import DATA, PML4, PTE_P, PTE_U, PTE_W, Mode, TinyGuest
+
+from .plain import plain_guest
 
 # A device, and pages that the guest's own table at TABLE maps: it lies where the RAM of the test does not end yet.
 AT = 0x20_0000
@@ -25,12 +26,8 @@ READS = f"mov esi, {AT:#x}\n again: mov eax, [rsi]\n out 0x10, eax\n jmp again"
 
 @pytest.fixture(params=["kvm_intel ept=0", "kvm_amd npt=0"])
 def guest(request: pytest.FixtureRequest) -> Iterator[TinyGuest]:
-    name, parameters = modules.parse(request.param)
-    with modules.only(name, **parameters), kvm.open("soft") as system, system.create_vm() as vm:
-        ram = Ram(RAM_SIZE)
-        vm.set_user_memory_region(0, 0, ram)
-        with vm.create_vcpu() as vcpu:
-            yield TinyGuest(vm, vcpu, ram)
+    with plain_guest(request.param) as made:
+        yield made
 
 
 @pytest.fixture

@@ -12,19 +12,13 @@ from pathlib import Path
 import pytest
 
 import vmonty
-from vmonty.base.errors import GuestError, UsageError
-from vmonty.guests import busybox
+from vmonty.base.errors import UsageError
 
 LIMIT_S = 120.0
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def guest() -> None:
-    try:
-        busybox.build()
-    except GuestError as error:
-        pytest.skip(f"the busybox guest cannot be built here: {error}")
+pytestmark = pytest.mark.usefixtures("busybox_guest")
 
 
 def settle(vm: vmonty.VM, size: int) -> None:

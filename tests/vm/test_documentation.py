@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from vmonty.base.errors import GuestError
-from vmonty.guests import busybox
 from vmonty.vm import Event
 from vmonty.vm.settings import Settings, UserNetwork
 
@@ -17,15 +15,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "python-api.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def guest() -> None:
-    try:
-        busybox.build()
-    except GuestError as error:
-        pytest.skip(f"the busybox guest cannot be built here: {error}")
-
-
-@pytest.mark.usefixtures("guest")
+@pytest.mark.usefixtures("busybox_guest")
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

@@ -14,8 +14,6 @@ import pytest
 from tests.vmm.net.namespace import web_server
 
 import vmonty
-from vmonty.base.errors import GuestError
-from vmonty.guests import busybox
 from vmonty.vmm.block.convert import create_image
 from vmonty.vmm.block.image import open_image
 
@@ -26,15 +24,7 @@ DISK = 128 * MIB
 LIMIT_S = 300.0
 
 
-@pytest.fixture(scope="module")
-def guest() -> None:
-    try:
-        busybox.build()
-    except GuestError as error:
-        pytest.skip(f"the busybox guest cannot be built here: {error}")
-
-
-@pytest.mark.usefixtures("guest")
+@pytest.mark.usefixtures("busybox_guest")
 def test_disks_keep_what_is_written_and_the_network_passes_what_is_served(tmp_path: Path) -> None:
     raw, base, image = tmp_path / "disk.raw", tmp_path / "base.qcow2", tmp_path / "disk.qcow2"
     raw.touch()

@@ -5,21 +5,12 @@ from __future__ import annotations
 import pytest
 
 import vmonty
-from vmonty.base.errors import GuestError
 from vmonty.guests import busybox
 from vmonty.vmm.outcome import Ending
 from vmonty.vmm.panicwatch import PanicWatch
 
 LIMIT_S = 120.0
 TEXT = b"[1.0] Kernel panic - not syncing: no init\r\nmore\n"
-
-
-@pytest.fixture(scope="module")
-def guest() -> busybox.Guest:
-    try:
-        return busybox.build()
-    except GuestError as error:
-        pytest.skip(f"the busybox guest cannot be built here: {error}")
 
 
 @pytest.mark.parametrize("cut", range(1, len(TEXT), 5))
@@ -44,7 +35,7 @@ def test_lines_without_end_take_no_memory() -> None:
 
 
 @pytest.mark.parametrize(("machine", "cpus"), [("pc", 2), ("microvm", 1)])
-def test_a_dead_kernel_ends_the_machine(guest: busybox.Guest, machine: str, cpus: int) -> None:
+def test_a_dead_kernel_ends_the_machine(busybox_guest: busybox.Guest, machine: str, cpus: int) -> None:
     told: list[str] = []
     with vmonty.VM(machine=machine, cpus=cpus, memory="256M", accel="soft") as vm:
         vm.on("panic", told.append)
@@ -60,8 +51,10 @@ def test_a_dead_kernel_ends_the_machine(guest: busybox.Guest, machine: str, cpus
     assert told == ["Kernel panic - not syncing: sysrq triggered crash"]
 
 
-def test_a_kernel_without_a_root(guest: busybox.Guest) -> None:
-    with vmonty.VM(kernel=guest.kernel, append="console=ttyS0 root=/dev/none", memory="256M", accel="soft") as vm:
+def test_a_kernel_without_a_root(busybox_guest: busybox.Guest) -> None:
+    with vmonty.VM(
+        kernel=busybox_guest.kernel, append="console=ttyS0 root=/dev/none", memory="256M", accel="soft"
+    ) as vm:
         vm.start()
         outcome = vm.wait(LIMIT_S)
     assert outcome is not None
@@ -72,7 +65,7 @@ def test_a_kernel_without_a_root(guest: busybox.Guest) -> None:
 @pytest.mark.parametrize(
     "then", ["sleep 3", "dd if=/dev/zero of=/dev/null bs=100M count=30 2>/dev/null; usleep 1500000"]
 )
-def test_who_reads_an_old_log_goes_on(guest: busybox.Guest, then: str) -> None:
+def test_who_reads_an_old_log_goes_on(busybox_guest: busybox.Guest, then: str) -> None:
     """The line comes from a program: the kernel is busy, or waits, as it does."""
     with vmonty.VM(memory="256M", accel="soft") as vm:
         vm.start()

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from vmonty.base.errors import GuestError
 from vmonty.guests import busybox
 
 from .conftest import assert_sound, contents
@@ -46,14 +45,6 @@ def record(number: int) -> bytes:
     """What the guest writes for *number*."""
     line = b"%d\n" % number
     return (line * (SLOT // len(line) + 1))[:SLOT]
-
-
-@pytest.fixture(scope="module")
-def guest() -> busybox.Guest:
-    try:
-        return busybox.build()
-    except GuestError as error:
-        pytest.skip(f"the busybox guest cannot be built here: {error}")
 
 
 @pytest.fixture
@@ -105,12 +96,12 @@ def killed_guest(guest: busybox.Guest, disks: dict[str, Path], first: int, enoug
     return max(int(number) for number in re.findall(rb"^<(\d+)>\r$", said, re.MULTILINE))
 
 
-def test_nothing_that_a_guest_flushed_is_lost(guest: busybox.Guest, disks: dict[str, Path]) -> None:
+def test_nothing_that_a_guest_flushed_is_lost(busybox_guest: busybox.Guest, disks: dict[str, Path]) -> None:
     chance = random.Random(9)
     expected = {kind: bytearray(SIZE) for kind in DISKS}
     first = 1
     for _ in range(ROUNDS):
-        last = killed_guest(guest, disks, first, first + chance.randrange(2, 12), chance.uniform(0, 0.1))
+        last = killed_guest(busybox_guest, disks, first, first + chance.randrange(2, 12), chance.uniform(0, 0.1))
         for kind in DISKS:
             known = expected[kind]
             for number in range(first, last + 1):

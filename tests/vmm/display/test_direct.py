@@ -9,8 +9,7 @@ import pytest
 from tests.vmm.display.card import Driver
 
 import vmonty
-from vmonty.base.errors import GuestError, UsageError
-from vmonty.guests import busybox
+from vmonty.base.errors import UsageError
 from vmonty.vm import StateError
 from vmonty.vmm.display.screen import Screen
 from vmonty.vmm.hw.vga import textmode
@@ -41,8 +40,8 @@ def test_a_bios_without_a_font_is_no_mistake() -> None:
 
 
 @needs_bios
+@pytest.mark.usefixtures("busybox_guest")
 def test_the_default_guest_has_a_shell_on_the_screen() -> None:
-    built()
     with vmonty.VM(memory="128M", accel="soft", devices="VGA") as vm:
         vm.start()
         until(vm, "/root #")
@@ -56,17 +55,10 @@ def test_the_default_guest_has_a_shell_on_the_screen() -> None:
         assert vm.wait(LIMIT_S) is not None
 
 
-def built() -> None:
-    try:
-        busybox.build()
-    except GuestError as error:
-        pytest.skip(f"the busybox guest cannot be built here: {error}")
-
-
 @needs_bios
+@pytest.mark.usefixtures("busybox_guest")
 @pytest.mark.parametrize("board", ["pc", "q35"])
 def test_linux_shows_its_messages(board: str) -> None:
-    built()
     line = "console=ttyS0 console=tty0 cryptomgr.notests=1"
     with vmonty.VM(append=line, machine=board, memory="128M", accel="soft", devices="VGA") as vm:
         assert vm._machine is not None

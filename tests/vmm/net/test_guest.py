@@ -12,19 +12,9 @@ import pytest
 from tests.vmm.net.namespace import web_server
 
 import vmonty
-from vmonty.base.errors import GuestError
-from vmonty.guests import busybox
 
 
-@pytest.fixture(scope="module")
-def guest() -> None:
-    try:
-        busybox.build()
-    except GuestError as error:
-        pytest.skip(f"the busybox guest cannot be built here: {error}")
-
-
-@pytest.mark.usefixtures("guest")
+@pytest.mark.usefixtures("busybox_guest")
 @pytest.mark.parametrize("machine", ["pc", "microvm"])
 def test_a_guest_has_an_address_and_passes_files_both_ways(tmp_path: Path, machine: str) -> None:
     data = os.urandom(8 << 20)
