@@ -99,7 +99,7 @@ def test_firmware(vmonty: Run, tmp_path: Path) -> None:
     file = tmp_path / "firmware.json"
     found = rows(vmonty("bench", "firmware", "seabios", "--quick", "--json", file), file)
     command = "SeaBIOS to its boot menu"
-    assert list(found) == [command, f"{command}, a VM more in a running program"]
+    assert list(found) == [command, f"{command}, from the guest's start"]
     assert all(row["vmonty"] > 0 for row in found.values())
     assert found[command]["target"] == "≤ 0.7 × TCG"
     assert vmonty("bench", "firmware", "award").status == 2

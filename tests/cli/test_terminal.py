@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,18 @@ def test_ending_while_nobody_reads_the_screen(kernel: Path) -> None:
         termios.tcflow(terminal.slave, termios.TCOOFF)
         terminal.type(CTRL_A + b"x")
         assert terminal.process.wait(LIMIT_S) == 0
+
+
+def test_the_guest_ends_while_the_monitor_writes_to_a_stopped_terminal(kernel: Path) -> None:
+    with Terminal(command("polite", kernel, "--grace", str(LIMIT_S))) as terminal:
+        terminal.wait_for(b"ready")
+        terminal.type(CTRL_A + b"c")
+        terminal.wait_for(b"(vmonty) ")
+        termios.tcflow(terminal.slave, termios.TCOOFF)
+        terminal.type(b"help\r")
+        time.sleep(0.5)  # nobody can see that it writes; if it does not yet, the test shows less, and is no less green
+        terminal.process.send_signal(signal.SIGTERM)
+        assert terminal.end()[0] == 0, "it powers itself off, in time"
 
 
 def test_bad_input_leaves_the_terminal_alone(kernel: Path) -> None:

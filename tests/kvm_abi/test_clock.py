@@ -56,6 +56,18 @@ def test_kvmclock_page(guest: TinyGuest, cpuid: list[CpuidEntry]) -> None:
     assert guest.vcpu.get_msrs([MSR_KVM_SYSTEM_TIME_NEW]) == {MSR_KVM_SYSTEM_TIME_NEW: DATA | 1}
 
 
+@pytest.mark.parametrize("clock", [3 * 10**18, (1 << 64) - 1])
+def test_a_clock_from_far_away(guest: TinyGuest, cpuid: list[CpuidEntry], clock: int) -> None:
+    """User space may set it to anything: what does not fit is cut off, and nothing fails."""
+    guest.vm.set_clock(clock)
+    write = "mov ecx, {:#x}\n mov eax, {:#x}\n xor edx, edx\n wrmsr\n"
+    both = write.format(MSR_KVM_WALL_CLOCK_NEW, DATA + 64) + write.format(MSR_KVM_SYSTEM_TIME_NEW, DATA | 1)
+    guest.load(Mode.LONG, f"{both} out 0x10, al", cpuid=cpuid)
+    assert guest.out()[0] == 0x10
+    assert guest.ram.read_u32(DATA) % 2 == guest.ram.read_u32(DATA + 64) % 2 == 0
+    guest.vm.get_clock()
+
+
 def test_all_vcpus_have_one_clock(guest: TinyGuest, cpuid: list[CpuidEntry]) -> None:
     """Where KVM says that the clock is stable, a guest compares what its vCPUs read: they may not differ at all."""
     pages = []

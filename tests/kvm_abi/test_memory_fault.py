@@ -16,7 +16,7 @@ from vmonty.base.errors import KvmError
 from vmonty.base.ram import PAGE_SIZE, Ram
 from vmonty.kvm.uapi import Cap, Exit, Requests
 from vmonty.kvm.uapi.vm import kvm_userspace_memory_region
-from vmonty.testing.guests import CR4_PAE, DATA, PML4, Mode, TinyGuest, identity_map
+from vmonty.testing.guests import CR4_PAE, DATA, MMIO, PML4, Mode, TinyGuest, identity_map
 from vmonty.testing.nasm import assemble
 
 pytestmark = pytest.mark.known_gap("memory-fault")
@@ -188,3 +188,21 @@ def test_page_directory_pointers_that_are_gone(guest: TinyGuest, by_user: bool) 
         assert guest.run() is Exit.SHUTDOWN
     except KvmError as error:
         assert error.errno == errno.EFAULT  # noqa: PT017
+
+
+@pytest.mark.parametrize("move", ["mov [rbx], ecx", "mov ecx, [rbx]"])
+def test_code_that_talks_to_a_device(guest: TinyGuest, move: str) -> None:
+    """What it does needs none of its own memory, but to know what it does does."""
+    slot = Slot(guest)
+    code = assemble(f"again: {move}\n jmp again", 64, LOST + 0xB00)
+    slot.ram.write(PAGE_SIZE + 0xB00, code)
+    guest.load(Mode.LONG, f"mov ebx, {MMIO:#x}\n mov eax, {LOST + 0xB00:#x}\n jmp rax")
+    for _ in range(5):
+        assert guest.run() is Exit.MMIO
+    slot.take_away(guest)
+    expect_fault(guest)
+    expect_fault(guest)
+    slot.give_back(guest)
+    slot.ram.write(PAGE_SIZE + 0xB00, code)
+    for _ in range(5):
+        assert guest.run() is Exit.MMIO

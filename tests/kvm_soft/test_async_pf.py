@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,7 +34,7 @@ from kvm_abi.runner import Runner, runners
 from vmonty.base import hostcall
 from vmonty.base.ram import PAGE_SIZE, Ram
 from vmonty.kvm.api import Vcpu
-from vmonty.kvm.soft.async_pf import MOST_THREADS, Work, Workers
+from vmonty.kvm.soft.async_pf import MOST_THREADS, AsyncPf, Work, Workers
 from vmonty.kvm.soft.memslots import Memslot
 from vmonty.kvm.soft.mmu.residency import Residency
 from vmonty.kvm.uapi import Exit, Requests
@@ -79,6 +80,16 @@ def test_turned_off_while_a_page_is_away(chipped: TinyGuest, away: MissingMemory
     away.give(0, 0x600D)
     assert until(chipped, TOLD_READY) == BROADCAST
     assert [chipped.out()[0] for _ in range(20)] == [MEANWHILE] * 20
+
+
+def test_turned_off_by_user_space_while_a_vcpu_waits() -> None:
+    """As a reset does it: nobody would wake it any more."""
+
+    vcpu = SimpleNamespace(apic=object(), pv=SimpleNamespace(has=lambda feature: True))
+    waiting = AsyncPf(vcpu)  # type: ignore[arg-type]
+    waiting.control, waiting.halted = ON, True
+    assert waiting.write_control(0)
+    assert not waiting.halted
 
 
 def test_a_vm_ends_while_a_page_is_away(chipped: TinyGuest, away: MissingMemory) -> None:

@@ -20,7 +20,7 @@ from vmonty.kvm.soft.vmx.exits import Handler, VmxExits
 from vmonty.kvm.uapi import Exit, flags
 from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
 from vmonty.kvm.uapi.flags import KVM_MP_STATE_RUNNABLE, KVM_MSR_FILTER_READ, KVM_PIO_PAGE_OFFSET
-from vmonty.kvm.uapi.run import kvm_run, kvm_run_u_io
+from vmonty.kvm.uapi.run import kvm_run, kvm_run_u_io, kvm_run_u_mmio
 from vmonty.kvm.uapi.vm import kvm_msr_filter_range
 from vmonty.testing.guests import DATA, RAM_SIZE, USER_STACK, Mode, TinyGuest, load
 
@@ -29,6 +29,7 @@ from .conftest import with_irqchip
 APIC_ON = "mov ecx, 0x1b\n rdmsr\n or eax, 0xc00\n wrmsr\n mov ecx, 0x80f\n mov eax, 0x1ff\n xor edx, edx\n wrmsr\n"
 DEADLINE_MODE = "mov ecx, 0x832\n mov eax, 0x400e0\n xor edx, edx\n wrmsr\n"
 VECTOR = 0xE0
+HEADERS = "fastpath.pxd", "reentry.pxd", "fast_mmio.pxd"
 WAIT_S = 30
 
 
@@ -45,7 +46,7 @@ def test_counters_are_where_stats_has_them() -> None:
 
 
 def test_kvm_run_is_as_declared() -> None:
-    text = "".join(Path(fastpath.__file__).with_name(name).read_text() for name in ("fastpath.pxd", "reentry.pxd"))
+    text = "".join(Path(fastpath.__file__).with_name(name).read_text() for name in HEADERS)
     declared = {name: int(value) for name, value in re.findall(r"    ((?:RUN|IO|EXIT)_\w+) = (\d+)\b", text)}
     assert declared == {
         "RUN_REQUEST_WINDOW": kvm_run.request_interrupt_window.offset,
@@ -56,7 +57,11 @@ def test_kvm_run_is_as_declared() -> None:
         "RUN_SAVED_BASE": kvm_run.apic_base.offset,
         "RUN_IO": kvm_run.u.offset, "RUN_SYNC_REGS": kvm_run.kvm_valid_regs.offset,
         "RUN_PIO_PAGE": KVM_PIO_PAGE_OFFSET * 4096, "EXIT_IO": Exit.IO,
-        "IO_OUT": KVM_EXIT_IO_OUT, "IO_IN": KVM_EXIT_IO_IN,
+        "IO_OUT": KVM_EXIT_IO_OUT, "IO_IN": KVM_EXIT_IO_IN, "EXIT_MMIO": Exit.MMIO,
+        "RUN_MMIO_ADDRESS": kvm_run.u.offset + kvm_run_u_mmio.phys_addr.offset,
+        "RUN_MMIO_DATA": kvm_run.u.offset + kvm_run_u_mmio.data.offset,
+        "RUN_MMIO_LEN": kvm_run.u.offset + kvm_run_u_mmio.len.offset,
+        "RUN_MMIO_IS_WRITE": kvm_run.u.offset + kvm_run_u_mmio.is_write.offset,
     }  # fmt: skip
     saved = [kvm_run.ready_for_interrupt_injection.offset, kvm_run.if_flag.offset, kvm_run.flags.offset]
     assert saved == [12, 13, 14]

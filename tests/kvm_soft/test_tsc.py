@@ -33,6 +33,16 @@ def test_what_is_meant_to_agree(after_ns: int, value: int, khz: int, agrees: boo
         assert last.agree(khz, value, 7 + after_ns, offset=222) == (111 if agrees else 222)
 
 
+def test_what_user_space_sets_first_is_what_it_means() -> None:
+    """The beginning of a vCPU is nothing that it could mean to agree with: a guest that was saved young."""
+    writes = TscWrites()
+    with writes as last:
+        assert last.agree(KHZ, 0, 7, offset=111) == 111
+        assert last.agree(KHZ, KHZ * 600, 8, offset=222) == 222
+        assert last.agree(KHZ, KHZ * 601, 9, offset=333) == 222
+        assert last.agree(KHZ, 0, SECOND_NS, offset=444) == 222
+
+
 def test_vcpus_that_are_created_one_after_another() -> None:
     with kvm.open("soft") as system, system.create_vm() as vm:
         offsets = set()

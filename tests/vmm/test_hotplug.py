@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 import vmonty
 from vmonty.base.errors import DiskImageError, UsageError, VmontyError
+from vmonty.cli.run import Session
+from vmonty.cli.terminal import Console
 from vmonty.kvm.api import System
-from vmonty.vmm import boards
-from vmonty.vmm.hotplug import GPE_PORT, SLOTS_PORT, HotPlug, plug, slots_of
+from vmonty.vm.build import Build
+from vmonty.vm.plan import Plan
+from vmonty.vmm import accel, boards
+from vmonty.vmm.catalogue import TYPES
+from vmonty.vmm.hotplug import GPE_PORT, SLOTS_PORT, Addition, HotPlug, plug, slots_of
 from vmonty.vmm.hw.acpi_hotplug import (
     EVENT_PCI,
     GPE_ENABLE,
@@ -24,7 +31,10 @@ from vmonty.vmm.hw.acpi_hotplug import (
     GeneralEvents,
     SlotEvents,
 )
+from vmonty.vmm.inspection import StateError
 from vmonty.vmm.machine import Config, Machine
+from vmonty.vmm.outcome import Ending
+from vmonty.vmm.peripherals import Disk
 
 from . import kernels
 from .fake_kvm import FakeKvm
@@ -124,6 +134,174 @@ def test_a_machine_without_pci() -> None:
         with pytest.raises(UsageError, match="microvm has no PCI"):
             plug(made, "device", "virtio-rng")
         assert not isinstance(getattr(made, "hotplug", None), HotPlug)
+
+
+def _random_device(machine: Machine) -> None:
+    TYPES.create("virtio-rng", "device").realize(machine)
+
+
+def _kernel(folder: Path, program: str) -> Path:
+    path = folder / "kernel"
+    path.write_bytes(kernels.kernel(program))
+    return path
+
+
+def test_two_that_come_at_once_have_two_numbers(machine: Machine) -> None:
+    slots, numbers = slots_of(machine), list[int]()
+
+    def second(made: Machine, number: int) -> None:
+        numbers.append(number)
+        _random_device(made)
+
+    other = threading.Thread(target=slots.add, args=(Addition(second, "virtio-rng"),))
+
+    def first(made: Machine, number: int) -> None:
+        other.start()
+        other.join(0.2)  # it gets as far as it can
+        second(made, number)
+
+    slots.add(Addition(first, "virtio-rng"))
+    other.join(LIMIT_S)
+    assert numbers == [0, 1]
+    assert list(slots.devices()) == [2, 3]
+
+
+def test_a_guest_that_ejects_as_soon_as_it_can(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots, closed = slots_of(machine), list[str]()
+
+    class Lock:
+        """When it is free the guest ejects everything, once."""
+
+        lock, depth, armed = threading.RLock(), 0, True
+
+        def __enter__(self) -> None:
+            self.lock.acquire()
+            self.depth += 1
+
+        def __exit__(self, *_: object) -> None:
+            self.depth -= 1
+            self.lock.release()
+            if self.armed and not self.depth:
+                self.armed = False
+                machine.ports.write(SLOTS_PORT + SLOTS_EJECT, 4, 0xFFFF_FFFF)
+
+    monkeypatch.setattr(slots, "_lock", Lock())
+    slots.add(Addition(lambda made, _: _random_device(made), "virtio-rng", lambda: closed.append("the image")))
+    assert slots.devices() == {}
+    assert closed == ["the image"]
+    machine.close()
+    assert closed == ["the image"]
+
+
+@pytest.mark.parametrize("error", [OSError("stuck"), VmontyError("stuck"), ValueError("stuck")], ids=repr)
+def test_a_device_that_does_not_close_well_is_gone(machine: Machine, error: Exception) -> None:
+    slots, closed = slots_of(machine), list[str]()
+
+    def fail() -> None:
+        raise error
+
+    def make(made: Machine, _: int) -> None:
+        made.resources.callback(fail)
+        _random_device(made)
+
+    slot = slots.add(Addition(make, "virtio-rng", lambda: closed.append("the image")))
+    plugged = slots._plugged[slot]
+    # A bug of ours ends the machine, which its vCPU's thread sees to.
+    with pytest.raises(ValueError) if isinstance(error, ValueError) else contextlib.nullcontext():
+        machine.ports.write(SLOTS_PORT + SLOTS_EJECT, 4, 1 << slot)
+    assert closed == ["the image"]
+    assert plugged.gone.is_set()
+    assert "stuck" in plugged.complaint
+
+
+def test_a_reset_while_an_image_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left behind in the machine that is gone, and the image is free again."""
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(1 << 20))
+    reset, opened = threading.Event(), Disk.open
+
+    def slow(disk: Disk) -> Any:
+        backend = opened(disk)
+        vm.reset()
+        assert reset.wait(LIMIT_S)
+        return backend
+
+    def loops() -> int:
+        return sum(thread.name.startswith("disk ") for thread in threading.enumerate())
+
+    before = loops()
+    with vmonty.VM(kernel=_kernel(tmp_path, kernels.SPIN), accel="soft", memory=kernels.MEMORY) as vm:
+        vm.on("reset", lambda _: reset.set())
+        vm.start()
+        with monkeypatch.context() as patch:
+            patch.setattr(Disk, "open", slow)
+            with pytest.raises(StateError, match="was reset"):
+                vm.plug(disk=f"{image},format=raw")
+        assert (vm.devices(), loops()) == ({}, before)
+        slot = vm.plug(disk=f"{image},format=raw")
+        assert vm.devices() == {slot: "virtio-blk"}
+    assert loops() == before
+
+
+def test_a_session_takes_nothing_for_a_machine_that_has_ended(tmp_path: Path) -> None:
+    plan = Plan(_kernel(tmp_path, kernels.RESET), memory=kernels.MEMORY, accel="soft")
+    choice = accel.choose(plan.accel)
+    with contextlib.closing(Build(plan)) as build, choice.system as system:
+        session = Session(choice, build, True, 0)
+        session.machine = machine = build.machine(system, bytes)
+        assert session._loop(cast(Console, None)).ending is Ending.RESET
+        with pytest.raises(StateError, match="has ended"):
+            plug(machine, "device", "virtio-rng")
+
+
+def test_what_is_being_added_at_the_end_is_in_the_next_machine(tmp_path: Path) -> None:
+    plan = Plan(_kernel(tmp_path, kernels.SPIN), memory=kernels.MEMORY)
+    under_way, go_on, closed = threading.Event(), threading.Event(), list[str]()
+
+    def make(made: Machine, _: int) -> None:
+        under_way.set()
+        assert go_on.wait(LIMIT_S)
+        _random_device(made)
+        made.resources.callback(closed.append, "a device")
+
+    with contextlib.closing(Build(plan)) as build, System(FakeKvm()) as system:
+        machine = build.machine(system, bytes)
+        adding = threading.Thread(target=slots_of(machine).add, args=(Addition(make, "virtio-rng"),), daemon=True)
+        ending = threading.Thread(target=build.end, args=(machine,), daemon=True)
+        adding.start()
+        assert under_way.wait(LIMIT_S)
+        ending.start()
+        ending.join(0.2)
+        assert ending.is_alive()
+        go_on.set()
+        for thread in (adding, ending):
+            thread.join(LIMIT_S)
+        assert closed == ["a device"]
+        with build.machine(system, bytes) as following:
+            assert slots_of(following).devices() == {2: "virtio-rng"}
+
+
+def test_what_went_is_gone_after_a_reset(tmp_path: Path) -> None:
+    """Also a device of the command line, whose slot another one may have by then."""
+    plan = Plan(
+        _kernel(tmp_path, kernels.SPIN), memory=kernels.MEMORY,
+        devices=("virtio-rng", "virtio-balloon", "virtio-rng"),
+    )  # fmt: skip
+    with contextlib.closing(Build(plan)) as build, System(FakeKvm()) as system:
+        machine = build.machine(system, bytes)
+        assert slots_of(machine).devices() == {2: "virtio-rng", 3: "virtio-balloon", 4: "virtio-rng"}
+        machine.ports.write(SLOTS_PORT + SLOTS_EJECT, 4, 1 << 2 | 1 << 3)
+        assert plug(machine, "net", "user") == 2
+        for _ in range(2):
+            build.end(machine)
+            machine = build.machine(system, bytes)
+            assert slots_of(machine).devices() == {2: "virtio-net", 4: "virtio-rng"}
+            assert machine.balloon is None
+        # The slot is empty, not given back.
+        machine.ports.write(SLOTS_PORT + SLOTS_EJECT, 4, 1 << 2)
+        build.end(machine)
+        with build.machine(system, bytes) as last:
+            assert slots_of(last).devices() == {4: "virtio-rng"}
 
 
 @pytest.mark.parametrize("board", ["pc", "q35"])

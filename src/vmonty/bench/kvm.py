@@ -24,9 +24,12 @@ from vmonty.kvm.api import System, Vcpu, Vm
 from vmonty.kvm.uapi import Exit
 from vmonty.testing.guests import DATA, Mode, load
 
+Run = Callable[[], Exit | int]
 RAM_SIZE = 64 << 20
 # Guest RAM begins to be touched here by the fill: above what the tiny guest has for itself.
 FILL_FROM = 4 << 20
+# Where no RAM is.
+DEVICE = 0xD000_0000
 MSR_X2APIC_EOI, MSR_X2APIC_ICR, MSR_TSC_DEADLINE, MSR_APIC_BASE, MSR_SVR = 0x80B, 0x830, 0x6E0, 0x1B, 0x80F
 # An MSR that every KVM emulates: IA32_MISC_ENABLE.
 MSR_EMULATED = 0x1A0
@@ -126,23 +129,55 @@ def port_read(system: System) -> float:
     return _port(system, "in al, 0x10")
 
 
-def _port(system: System, access: str, count: int = 3000) -> float:
-    """Seconds of a round: what the VMM does, on a thread of the vCPU's, with a bus of one device."""
+def mmio_write(system: System) -> float:
+    """MOV to a device's register in memory, a device in Python, and back into the guest."""
+    return _mmio(system, "mov [rbx], ecx")
+
+
+def mmio_read(system: System) -> float:
+    """MOV from a device's register in memory, a device in Python, and back into the guest."""
+    return _mmio(system, "mov ecx, [rbx]")
+
+
+def _port(system: System, access: str) -> float:
     devices: dict[int, Callable[[bool, int, memoryview], None]] = {0x10: lambda reads, size, data: None}
+
+    def serve(run: Run, vcpu: Vcpu) -> bool:
+        if run() is not Exit.IO:
+            return False
+        reads, size, port, data = vcpu.io_access()
+        devices[port](reads, size, data)
+        return True
+
+    return _served(system, f"again: {access}\n jmp again", serve)
+
+
+def _mmio(system: System, access: str) -> float:
+    devices: dict[int, Callable[[bool, memoryview], None]] = {DEVICE: lambda writes, data: None}
+
+    def serve(run: Run, vcpu: Vcpu) -> bool:
+        if run() is not Exit.MMIO:
+            return False
+        writes, address, data = vcpu.mmio_access()
+        devices[address](writes, data)
+        return True
+
+    return _served(system, f"mov ebx, {DEVICE:#x}\n again: {access}\n jmp again", serve)
+
+
+def _served(system: System, program: str, serve: Callable[[Run, Vcpu], bool], count: int = 3000) -> float:
+    """Seconds of a round: what the VMM does, on a thread of the vCPU's, with a bus of one device."""
     taken: list[float] = []
 
     def main() -> None:
-        _run(vcpu)
-        begin = time.thread_time()
-        for _ in range(count):
-            if vcpu.run() is not Exit.IO:
-                return
-            reads, size, port, data = vcpu.io_access()
-            devices[port](reads, size, data)
-        taken.append((time.thread_time() - begin) / count)
+        with vcpu.runs() as run:
+            serve(run, vcpu)
+            begin = time.thread_time()
+            if all(serve(run, vcpu) for _ in range(count)):
+                taken.append((time.thread_time() - begin) / count)
 
     with guest(system) as (_, (vcpu,), ram):
-        load(vcpu, ram, Mode.LONG, f"again: {access}\n jmp again")
+        load(vcpu, ram, Mode.LONG, program)
         thread = threading.Thread(target=main)
         thread.start()
         thread.join()
@@ -255,6 +290,8 @@ ROWS: tuple[tuple[str, Callable[[System], float], float], ...] = (
     ("MSR exit", msr_exit, 2e-6),
     ("port write to Python and back", port_write, 5e-6),
     ("port read from Python and back", port_read, 5e-6),
+    ("MMIO write to Python and back", mmio_write, 5e-6),
+    ("MMIO read from Python and back", mmio_read, 5e-6),
     ("TSC deadline write", tsc_deadline_write, 0.3e-6),
     ("x2APIC EOI", x2apic_eoi, 0.3e-6),
     ("x2APIC ICR", x2apic_icr, 0.3e-6),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -10,6 +11,12 @@ from vmonty.cli.attach import Attached
 from vmonty.cli.sizes import Size
 
 MIB = 1 << 20
+
+
+def table(found: dict[str, Any]) -> str:
+    """What the command ``balloon`` answered, for people; the guest's statistics as it tells them."""
+    sizes = {name: f"{found[name] // MIB} MiB" for name in ("memory", "target", "actual")}
+    return "\n".join(f"{name:<20}{value}" for name, value in (sizes | found["statistics"]).items())
 
 
 @click.command(epilog="Example:  vmonty balloon work 256M")
@@ -24,10 +31,4 @@ def balloon(machine: str, size: int | None, as_json: bool) -> None:
     """
     with Attached(machine) as attached:
         found = attached.request("balloon", **({} if size is None else {"size": size}))
-    if as_json:
-        click.echo(json.dumps(found))
-        return
-    for name in ("memory", "target", "actual"):
-        click.echo(f"{name:<20}{found[name] // MIB} MiB")
-    for name, value in found["statistics"].items():
-        click.echo(f"{name:<20}{value}")
+    click.echo(json.dumps(found) if as_json else table(found))

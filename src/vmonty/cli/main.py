@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     A reader of standard output that went away is a silent 1: click sees to that.
     """
-    # All that a start makes stays: looking for garbage in it would take a tenth of its time.
+    # All that a start makes stays: looking for garbage in it would take a tenth of its time, once it has begun, too.
     gc.disable()
     try:
         status = cli.main(arguments, prog_name="vmonty", standalone_mode=False)

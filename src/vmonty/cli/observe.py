@@ -125,7 +125,7 @@ class SessionControl:
             self._paused = None
 
     def reset(self) -> None:
-        self.machine().reset()
+        self.machine().press_reset_button()
 
     def power_down(self) -> None:
         if self._is_paused():

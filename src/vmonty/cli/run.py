@@ -365,9 +365,9 @@ class Session:
             machine.terminal.receive(data)
 
     def _monitor(self, write: Callable[[bytes], None]) -> Monitor:
-        from vmonty.cli.monitor import Monitor  # nobody waits for it who does not ask
+        from vmonty.cli.monitor import Monitor, Worker  # nobody waits for it who does not ask
 
-        return Monitor(self.control, write)
+        return Monitor(self.control, write, Worker())
 
     def _backlog(self) -> int:
         # Between two machines input stays where it is.
@@ -423,18 +423,24 @@ class Session:
     def _loop(self, console: Console) -> Outcome:
         while True:
             assert self.machine is not None
-            with self.machine as machine, Observation(machine, self.tracers) as self.observation:
-                machine.start()
-                gc.enable()  # see cli.main
-                if self._stopping.is_set():
-                    machine.stop()
-                # A wait with a time limit lets Python run signal handlers between two.
-                while (outcome := machine.wait(0.2)) is None:
-                    continue
+            machine = self.machine
+            try:
+                with Observation(machine, self.tracers) as self.observation:
+                    machine.start()
+                    gc.freeze()  # see cli.main
+                    gc.enable()
+                    if self._stopping.is_set():
+                        machine.stop()
+                    # A wait with a time limit lets Python run signal handlers between two.
+                    while (outcome := machine.wait(0.2)) is None:
+                        continue
+            finally:
+                self.media.end(machine)
             if outcome.ending is not Ending.RESET or self._no_reboot or self._stopping.is_set():
                 return machine.last(outcome)
             # A machine refers to itself through its devices: without this its RAM would stay beside the next one's.
             self.machine = None
             del machine
+            gc.unfreeze()
             gc.collect()
             self.machine = self._make(console.write)

@@ -58,7 +58,8 @@ class Console:
     Otherwise bytes go through as they are, and the end of input is not the end of the guest. The loss of
     standard output also calls *quit*; ``failure`` then says why, unless the reader only went away.
     *backlog* tells how many bytes the guest has yet to take. Ctrl-A c gives the keys to what *monitor* makes of
-    ``write``, and back; what the guest prints is shown all the time.
+    a function that writes, from any thread and until ``release()``; and back. What the guest prints is shown all the
+    time.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Console:
         self._saved: Any = None
         self._wake_read, self._wake_write = os.pipe()
         self._release_read, self._release_write = os.pipe()
+        self._released = False
+        self._telling = threading.Lock()  # held while the monitor writes
         self._escaped = False
         self._make_monitor = monitor
         self._monitor: Keys | None = None
@@ -102,18 +105,24 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.release()  # nobody waits for a terminal that is stopped
         os.write(self._wake_write, b"x")
         self._thread.join()
         if self._input is not None and self._saved is not None:
             with contextlib.suppress(termios.error):  # it may have hung up
                 # Not TCSADRAIN: a stopped terminal never drains.
                 termios.tcsetattr(self._input, termios.TCSANOW, self._saved)
-        for fd in (self._wake_read, self._wake_write, self._release_read, self._release_write, self._reopened):
-            if fd is not None:
-                os.close(fd)
+        with self._telling:  # a command of the monitor's may end at any time, now and later
+            for fd in (self._wake_read, self._wake_write, self._release_read, self._release_write, self._reopened):
+                if fd is not None:
+                    os.close(fd)
 
     def release(self) -> None:
-        """From now on drop what standard output does not take at once. From any thread, also in a signal handler."""
+        """From now on drop what standard output does not take at once, and what the monitor says.
+
+        From any thread, also in a signal handler.
+        """
+        self._released = True
         os.write(self._release_write, b"x")
 
     def write(self, data: bytes) -> None:
@@ -136,6 +145,12 @@ class Console:
                 if not isinstance(error, BrokenPipeError) and self.failure is None:
                     self.failure = f"standard output cannot be written: {error.strerror}"
                 self._quit()
+
+    def _tell(self, data: bytes) -> None:
+        """Show what the monitor says."""
+        with self._telling:
+            if not self._released:
+                self.write(data)
 
     def _read_loop(self) -> None:
         while self._input is not None:
@@ -170,7 +185,7 @@ class Console:
 
     def _switch(self) -> None:
         if self._monitor is None and self._make_monitor is not None:
-            self._monitor = self._make_monitor(self.write)
+            self._monitor = self._make_monitor(self._tell)
         if self._monitor is None:
             return
         self._monitored = not self._monitored

@@ -205,6 +205,8 @@ cdef CodeCache *cache_new(CpuState *s, uint64_t size, void *memory_slow, void *c
                           void *call_helper, void *to_linear, void *execute_system) noexcept nogil
 cdef void cache_free(CpuState *s) noexcept nogil
 cdef void cache_flush(CpuState *s) noexcept nogil
+# Do what touches guest memory, outside of run_cpu(), too; False when that was gone. After prepare_thread().
+cdef bint run_guarded(CpuState *s, guarded_function work) noexcept nogil
 cdef void cache_prepare(CodeCache *c) noexcept nogil
 cdef Block *block_find(CodeCache *c, uint64_t rip, uint64_t linear, uint64_t limit, uint64_t host_page,
                        uint32_t key) noexcept nogil

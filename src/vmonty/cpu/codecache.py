@@ -24,6 +24,7 @@ from cython.cimports.posix.mman import (
     munmap,
 )
 from cython.cimports.posix.unistd import close, ftruncate
+from cython.cimports.vmonty.cpu.hosttraps import pthread_self
 from cython.cimports.vmonty.cpu.known import KNOWN_BITS
 from cython.cimports.vmonty.cpu.state import (
     JUMP_CACHE_BITS,
@@ -196,6 +197,23 @@ def cache_prepare(c):
         madvise(page, 262144, MADV_POPULATE_WRITE)
         madvise(page + c.a.delta, 262144, MADV_POPULATE_READ)
         c.code_ready = page + 262144
+
+
+def run_guarded(s, work):
+    """Nothing is kept of work that was abandoned; whoever does it again, in run_cpu(), is told why."""
+    c: cython.pointer(CodeCache) = cython.cast(cython.pointer(CodeCache), s.translator)
+    guard: guard_function = cython.cast(guard_function, cython.cast(cython.p_void, c.guard))
+    if s.guard_thread:  # it is part of what is guarded already
+        work(s)
+        return True
+    s.guard_thread = pthread_self()
+    guard(s, work)
+    s.guard_thread = 0
+    if not s.host_fault:
+        return True
+    s.host_fault = 0
+    cache_flush(s)
+    return False
 
 
 def cache_flush(s):

@@ -28,7 +28,7 @@ cdef struct GuestContext:
     uint32_t mmio_at
     uint32_t mmio_writes_count
     uint32_t mmio_writes_at
-    uint32_t emulated        # as in VmxState
+    uint32_t emulated
     uint8_t xsave[832]
 
 

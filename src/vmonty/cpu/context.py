@@ -44,8 +44,7 @@ class Context:
             cython.address(c.mmio_writes[0]), cython.address(s.mmio_writes[0]),
             s.mmio_writes_count * cython.sizeof(MmioSlot),
         )  # fmt: skip
-        if s.vmx != cython.NULL:
-            c.emulated = vmx_of(s).emulated
+        c.emulated = s.emulated
         c.exit = s.exit
         c.cr2 = s.cr2
         c.xcr0 = s.xcr0
@@ -74,8 +73,7 @@ class Context:
             cython.address(s.mmio_writes[0]), cython.address(c.mmio_writes[0]),
             c.mmio_writes_count * cython.sizeof(MmioSlot),
         )  # fmt: skip
-        if s.vmx != cython.NULL:
-            vmx_of(s).emulated = c.emulated
+        s.emulated = c.emulated
         s.exit = c.exit
         s.cr2 = c.cr2
         s.xcr0 = c.xcr0

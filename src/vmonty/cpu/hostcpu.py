@@ -5,7 +5,7 @@ What only guests would use isn't asked for here; ``models`` does not offer it wh
 
 from __future__ import annotations
 
-import platform
+import os
 from functools import cache
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def host_flags() -> frozenset[str]:
 
 def require() -> None:
     """Raise HostCpuError unless this host can run translated code."""
-    machine = platform.machine()
+    machine = os.uname().machine
     if machine not in ("x86_64", "AMD64"):
         raise HostCpuError(f"the software CPU needs an x86-64 processor, and this host's is {machine or 'unknown'}")
     try:

@@ -10,6 +10,10 @@ cdef int mmio_read(CpuState *s, uint64_t physical, uint8_t *data, uint32_t size)
 cdef void mmio_write(CpuState *s, uint64_t physical, uint8_t *data, uint32_t size) noexcept nogil
 # Move the next queued write into exit; 0 when there is none.
 cdef bint mmio_report(CpuState *s) noexcept nogil
+# It ends: whether it is done, and where the next one is.
+cdef void mmio_end(CpuState *s) noexcept nogil
+# An instruction that host software has executed begins, or goes on: EXIT_NONE, or what there is to say of it at once.
+cdef int mmio_begin(CpuState *s, bint resume) noexcept nogil
 # The caller's answer to the read in exit.
 cdef void mmio_answer(CpuState *s) noexcept nogil
 # The instruction, or one iteration of it, is done with its reads.

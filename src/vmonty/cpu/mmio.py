@@ -7,7 +7,7 @@ hands over one part after the other before it goes on.
 """
 
 import cython
-from cython.cimports.vmonty.cpu.state import EXIT_MMIO, LEAVE_EXIT, MMIO_SLOTS
+from cython.cimports.vmonty.cpu.state import EXIT_BUDGET, EXIT_MMIO, EXIT_NONE, LEAVE_EXIT, MMIO_SLOTS, MODE_LONG64
 
 
 def mmio_read(s, physical, data, size):
@@ -78,6 +78,27 @@ def mmio_report(s):
         s.mmio_writes_at = 0
         s.mmio_writes_count = 0
     return True
+
+
+def mmio_begin(s, resume):
+    """Forget the last one, or report what is left of it: its writes, or that it is done."""
+    if not resume:
+        s.mmio_count = 0
+        s.mmio_writes_count = 0
+        s.mmio_writes_at = 0
+        s.emulated = 0
+        return EXIT_NONE
+    if mmio_report(s):
+        return EXIT_MMIO
+    return EXIT_BUDGET if s.emulated else EXIT_NONE
+
+
+def mmio_end(s):
+    """The instruction is done when its budget is used up; outside of 64-bit mode 0 follows the last byte of 4 GiB."""
+    s.emulated = s.budget == 0
+    s.budget = 0
+    if s.mode != MODE_LONG64:
+        s.rip = cython.cast(uint32_t, s.rip)
 
 
 def mmio_answer(s):

@@ -7,6 +7,7 @@ those of ``vmonty.base.cpu_models``.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cache
 
 from vmonty.base import cpu_models
 from vmonty.base.cpu_models import (
@@ -77,6 +78,12 @@ def parse(text: str) -> Configuration:
 
     Raises UsageError for an unknown model or flag, and for a flag that was asked for and can't be had.
     """
+    return _parse(text, host_flags())
+
+
+@cache
+def _parse(text: str, _underneath: frozenset[str]) -> Configuration:
+    # What is available follows from the flags of the processor underneath.
     return cpu_models.parse(text, available)
 
 

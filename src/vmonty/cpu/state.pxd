@@ -386,6 +386,7 @@ cdef struct CpuState:
     uint32_t mmio_at
     uint32_t mmio_writes_count
     uint32_t mmio_writes_at
+    uint32_t emulated        # the instruction that host software had executed is done; what it wrote may wait there
     # Breakpoints, by number (bits 0-3); recomputed by debug_changed() when DR0 to DR3 or DR7 change.
     uint32_t breakpoints     # armed on instructions
     uint32_t watch           # on data
@@ -450,6 +451,7 @@ cdef struct CpuState:
     uint64_t trap_vector     # the exception behind the signal
     # What hosttraps needs to get out of a helper whose access to host memory failed.
     uint64_t guard_thread    # the thread that is in guarded code, 0: none
+    void *guarded            # what that is about, where it is run_guarded's
     uint32_t stack_ready     # the caller of run_cpu has called prepare_thread, and nothing but it has run since
     uint64_t guard_rsp
     uint64_t slow_host_rip   # where translated code called tlb.memory_slow or careful_access; 0: it did not

@@ -10,6 +10,7 @@ import cython
 from cython.cimports.libc.stdlib import calloc
 from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.dispatch import run_cpu
+from cython.cimports.vmonty.cpu.mmio import mmio_begin, mmio_end
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
 from cython.cimports.vmonty.cpu.state import EXIT_BUDGET, EXIT_HOST_FAULT, EXIT_MMIO, EXIT_NONE, EXIT_RUN_FLAG, EXIT_VM
 from cython.cimports.vmonty.cpu.svm_entry import enter_svm_guest, leave_svm_guest, load_state, save_state
@@ -57,12 +58,12 @@ def svm_run(s, vmcb):
 def svm_emulate(s, vmcb, resume, instructions, mmio):
     """Execute instructions of the guest one by one, with missing memory as MMIO."""
     v: cython.pointer(SvmState) = cython.cast(cython.pointer(SvmState), s.svm)
-    reason: cython.int
+    reason: cython.int = mmio_begin(s, resume)
+    if reason != EXIT_NONE:
+        return reason
     v.vmcb = cython.cast(cython.pointer(uint8_t), vmcb)
     v.vmcb_pointer = vmcb
     v.guest_code = 0
-    if not resume:
-        s.mmio_count = 0
     if not enter_svm_guest(s):
         return EXIT_VM
     if resume:
@@ -75,7 +76,7 @@ def svm_emulate(s, vmcb, resume, instructions, mmio):
         svm_exit(s, SVM_INTR, 0, 0, 0)
         reason = EXIT_VM
     v.emulating = 0
-    s.budget = 0
+    mmio_end(s)
     leave_svm_guest(s)
     return reason
 

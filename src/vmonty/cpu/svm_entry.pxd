@@ -24,5 +24,5 @@ cdef bint _event_valid(uint64_t event) noexcept nogil
 cdef void _load_common(CpuState *s, uint8_t *vmcb) noexcept nogil
 cdef void _store_common(CpuState *s, uint8_t *vmcb) noexcept nogil
 cdef void _inject(CpuState *s) noexcept nogil
-cdef void _fetch_bytes(CpuState *s, uint8_t *vmcb) noexcept nogil
+cdef void _fetch_bytes(CpuState *s) noexcept nogil
 cdef uint8_t *_physical(CpuState *s, uint64_t physical) noexcept nogil

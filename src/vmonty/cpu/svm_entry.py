@@ -7,6 +7,7 @@ and are.
 
 import cython
 from cython.cimports.vmonty.cpu.breakpoints import load_dr7
+from cython.cimports.vmonty.cpu.codecache import run_guarded
 from cython.cimports.vmonty.cpu.control import load_pdptes
 from cython.cimports.vmonty.cpu.cpuid import cr4_allowed, efer_allowed
 from cython.cimports.vmonty.cpu.paging import physical_to_host
@@ -396,8 +397,9 @@ def enter_svm_guest(s):
 # ---- #VMEXIT -----------------------------------------------------------------------------------------------------
 
 
-def _fetch_bytes(s, vmcb):
+def _fetch_bytes(s):
     """Decode assists: what was fetched of the instruction, as far as its page goes."""
+    vmcb: cython.pointer(uint8_t) = svm_of(s).vmcb
     page: cython.pointer(FetchEntry)
     code: cython.pointer(uint8_t)
     linear: uint64_t = s.rip + (s.segs[CS].base if (s.efer & EFER_LMA) == 0 else 0)
@@ -423,7 +425,7 @@ def leave_svm_guest(s):
     code: uint64_t = get64(m, VMCB_EXITCODE)
     put8(m, VMCB_INSTRUCTION_BYTES, 0)
     if code == SVM_NPF or code == 0x4E:
-        _fetch_bytes(s, m)
+        run_guarded(s, _fetch_bytes)
     _store_common(s, m)
     put64(m, VMCB_CR2, s.cr2)
     put64(m, VMCB_DR6, s.dr[6])

@@ -13,7 +13,7 @@ import cython
 from cython.cimports.libc.stdlib import calloc, free
 from cython.cimports.vmonty.cpu.breakpoints import debug_changed
 from cython.cimports.vmonty.cpu.dispatch import run_cpu
-from cython.cimports.vmonty.cpu.mmio import mmio_report
+from cython.cimports.vmonty.cpu.mmio import mmio_begin, mmio_end
 from cython.cimports.vmonty.cpu.msr import read_msr, write_msr
 from cython.cimports.vmonty.cpu.preemption import halted_wait
 from cython.cimports.vmonty.cpu.state import (
@@ -123,16 +123,9 @@ def vmx_emulate(s, resume, instructions, mmio):
     """
     v: cython.pointer(VmxState) = cython.cast(cython.pointer(VmxState), s.vmx)
     error: uint32_t
-    reason: cython.int
-    if not resume:
-        s.mmio_count = 0
-        s.mmio_writes_count = 0
-        s.mmio_writes_at = 0
-        v.emulated = 0
-    elif mmio_report(s):
-        return EXIT_MMIO
-    elif v.emulated:
-        return EXIT_BUDGET
+    reason: cython.int = mmio_begin(s, resume)
+    if reason != EXIT_NONE:
+        return reason
     # A VMCS that has come from another processor was cleared on the way.
     error = enter_guest(s, v.vmcs != cython.NULL and _is_clear(v.vmcs))
     if error == ENTRY_FAILED:
@@ -149,8 +142,7 @@ def vmx_emulate(s, resume, instructions, mmio):
         vm_exit(s, REASON_EXTERNAL_INTERRUPT, 0, 0)
         reason = EXIT_VM
     v.emulating = 0
-    v.emulated = s.budget == 0
-    s.budget = 0
+    mmio_end(s)
     leave_guest(s)
     return reason
 

@@ -161,7 +161,6 @@ cdef struct VmxState:
     uint8_t *virtual_apic
     uint64_t timer_deadline  # host TSC at which the preemption timer reaches zero
     uint32_t emulating       # host software executes one instruction for the guest: no memory is MMIO, not an exit
-    uint32_t emulated        # that instruction is done; what it wrote may wait in mmio_writes
     uint32_t injecting       # the event to deliver came from VM entry: no intercept applies
     uint64_t first_pause     # of the loop that pause-loop exiting sees; TSC
     uint64_t last_pause

@@ -53,6 +53,7 @@ class Build:
         self._disks: list[BlockDevice] = []
         self._trays: list[Tray] = []
         self._additions: list[Addition] = []  # devices that came while a machine ran
+        self._removed: set[int] = set()  # slots of those of the plan that went
         self._machine: Machine | None = None
         self._changing = threading.Lock()
         self._started = False
@@ -135,7 +136,7 @@ class Build:
                 if machine.has_pci:
                     from vmonty.vmm.hotplug import slots_of
 
-                    slots_of(machine).restore(self._additions)
+                    slots_of(machine).restore(self._additions, self._removed)
             except BaseException:
                 machine.close()
                 raise
@@ -143,6 +144,15 @@ class Build:
         if self._display is not None:
             self._display.connect(machine)
         return machine
+
+    @staticmethod
+    def end(machine: Machine) -> None:
+        """Close *machine*. A device that is being added is there first, for the next one; none comes after."""
+        if machine.has_pci:
+            from vmonty.vmm.hotplug import slots_of
+
+            slots_of(machine).end()
+        machine.close()
 
     def change_medium(self, name: str, path: Path | None, *, force: bool = False) -> None:
         """Put the disc in *path*, or none, into the drive *name* of the machine that runs; the next one has it too.

@@ -136,7 +136,7 @@ class VM(Closing):
         if self._timer is not None:
             self._timer.cancel()
         if self._machine is not None:
-            self._machine.close()
+            Build.end(self._machine)
             self._machine = None
         for part in (self._build, self._console, self._choice.system if self._choice is not None else None):
             if part is not None:
@@ -200,7 +200,7 @@ class VM(Closing):
 
     def reset(self) -> None:
         """Press the reset button: a new machine on the same disks starts, unless ``reboot`` is off."""
-        self._running(State.RUNNING, State.PAUSED).reset()
+        self._running(State.RUNNING, State.PAUSED).press_reset_button()
 
     def power_off(self) -> None:
         """Press the power button (ACPI): the guest shuts itself down, if it listens."""
@@ -235,7 +235,7 @@ class VM(Closing):
         for thread in machine.vcpus:
             thread.hook = self._exit if self._hooks else None
         if self._hooks:
-            machine.serial.hide()
+            machine.see_all_ports()
         self.tracers.attach(machine.vm)
         machine.start()
         if self._unsent:
@@ -251,7 +251,7 @@ class VM(Closing):
             assert outcome is not None
             with self._lock:
                 self.tracers.detach()
-                self._machine.close()
+                Build.end(self._machine)
                 again = outcome.ending is Ending.RESET and self.settings.reboot and self._stopping is None
                 if not again:
                     outcome = self._machine.last(outcome)
@@ -324,7 +324,7 @@ class VM(Closing):
     def plug(self, *, disk: str | None = None, net: str | None = None, device: str | None = None) -> int:
         """Add a virtio device, described as on the command line, while it runs; gives its slot.
 
-        Raises UsageError and its kin for what cannot be added.
+        Raises UsageError and its kin for what cannot be added, StateError when the guest resets meanwhile.
         """
         given = [(kind, text) for kind, text in (("disk", disk), ("net", net), ("device", device)) if text is not None]
         if len(given) != 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 from vmonty.base.cpu_models import MODELS
 from vmonty.base.errors import UsageError
@@ -13,7 +12,6 @@ from vmonty.kvm.api import System
 from vmonty.vmm.accel import ACCELERATORS
 from vmonty.vmm.boards import board_class
 from vmonty.vmm.boards.ports import COM_PORTS
-from vmonty.vmm.boot.smbios import NOT_SET
 from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.hw.debug_ports import DebugConsole, DebugExit
 from vmonty.vmm.hw.serial import Serial
@@ -23,12 +21,16 @@ from vmonty.vmm.qom import Property, TypeInfo, TypeRegistry, boolean, number
 
 # The makers import what they make: a machine without it should not wait for its code.
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from vmonty.vmm.hw.pci import PcieRootPort
     from vmonty.vmm.hw.vga.card import VgaCard
     from vmonty.vmm.virtio.device import VirtioDevice
 
 
 def _uuid(text: str) -> UUID:
+    from uuid import UUID  # which looks for the platform first
+
     try:
         return UUID(text)
     except ValueError:
@@ -56,7 +58,7 @@ MACHINES = (
     TypeInfo("machine", abstract=True, help="a whole computer"),
     TypeInfo(
         "x86-machine", "machine", abstract=True,
-        properties=(Property("uuid", "the machine's UUID, which DMI shows", NOT_SET, _uuid),),
+        properties=(Property("uuid", "the machine's UUID, which DMI shows", None, _uuid),),
     ),
     TypeInfo("pc", "x86-machine", "i440FX and PIIX3, PCI", properties=(HPET,), make=_board("pc")),
     TypeInfo(
@@ -100,7 +102,7 @@ def _file_output(machine: Machine, file: str, what: str) -> Callable[[bytes], No
 
 
 def _debug_console(machine: Machine, iobase: int, file: str | None) -> DebugConsole:
-    device = DebugConsole(machine.console if file is None else _file_output(machine, file, "isa-debugcon"))
+    device = DebugConsole(machine.new_console() if file is None else _file_output(machine, file, "isa-debugcon"))
     machine.ports.place(iobase, 1, device, "isa-debugcon")
     return device
 
@@ -173,7 +175,7 @@ def _terminal(machine: Machine) -> VirtioDevice:
     loop = EventLoop("virtio-console")
     loop.start()
     machine.resources.callback(loop.stop)
-    machine.terminal = port = Port(machine.console, console=True)
+    machine.terminal = port = Port(machine.new_console(), console=True)
     return _add(machine, Console(machine.memory, loop, [port]))
 
 

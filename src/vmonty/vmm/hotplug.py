@@ -28,16 +28,19 @@ class _Plugged:
         self.name, self.resources = name, resources
         self.gone = threading.Event()
         self.complaint = ""
-        self.then: list[Callable[[], None]] = []  # what else is closed behind it
+        self.then = contextlib.ExitStack()  # what else is closed behind it, whether it closes well or not
 
     def close(self) -> None:
         try:
-            self.resources.close()
-            for close in self.then:
-                close()
+            with self.then:
+                self.resources.close()
         except (VmontyError, OSError) as error:
             self.complaint = str(error)
-        self.gone.set()
+        except BaseException as error:
+            self.complaint = f"internal error: {type(error).__name__}: {error}"
+            raise
+        finally:
+            self.gone.set()
 
 
 class Addition:
@@ -62,10 +65,14 @@ class HotPlug:
         self._machine = machine
         self._events = GeneralEvents(machine.sci())
         self._slots = SlotEvents(self._eject)
-        self._lock = threading.Lock()
+        # Held from a device's number until it can be removed. A guest's eject waits for it on a vCPU's thread: whoever
+        # holds it waits for no vCPU.
+        self._lock = threading.RLock()
+        self._ended = False
         self._plugged: dict[int, _Plugged] = {}
         self._counts: Counter[str] = Counter()  # the next number of each name
         self._additions: list[Addition] = []
+        self._removed: set[int] = set()  # slots of devices that were there from the start
         # Last of all, when the devices are closed.
         machine.resources.callback(self._close_additions, self._additions)
         machine.ports.place(GPE_PORT, GPE_SIZE, self._events, "acpi-gpe0")
@@ -93,35 +100,53 @@ class HotPlug:
                     slots.append(place[0])
 
     def add(self, addition: Addition) -> int:
-        """Add it, and tell the guest; gives the device's slot. Raises what its ``make`` raises, with nothing there."""
+        """Add it, and tell the guest; gives the device's slot.
+
+        Raises StateError after end(), and what its ``make`` raises, with nothing there.
+        """
         slot = self._add(addition)
         self._slots.came(slot)
         self._events.happen(EVENT_PCI)
         return slot
 
-    def restore(self, additions: list[Addition]) -> None:
-        """Add what the machine before this one had, before this one starts; from now on *additions* is kept, and their
-        owner closes them. Raises what one of them raises.
+    def end(self) -> None:
+        """Nothing is added from now on; waits for an addition that is under way. Before the machine is closed."""
+        with self._lock:
+            self._ended = True
+
+    def restore(self, additions: list[Addition], removed: set[int]) -> None:
+        """Make it what the machine before this one had become, before this one starts: without the devices in the slots
+        *removed*, with *additions*. Both are kept up to date from now on, and their owner closes the additions.
+
+        Raises what one of them raises.
         """
+        self._removed = removed
+        # Before there are additions, one of which may have such a slot by now.
+        for slot in sorted(removed):
+            self._eject(slot)
         self._additions = additions
         for addition in list(additions):
             self._add(addition)
 
     def _add(self, addition: Addition) -> int:
         kind, machine = addition.kind, self._machine
-        number = addition.number if addition.number is not None else self._counts[kind]
-        machine.next_slot = addition.slot
-        try:
-            with self.plugging() as slots:
-                addition.make(machine, number)
-        finally:
-            machine.next_slot = None
         with self._lock:
+            if self._ended:
+                from vmonty.vmm.inspection import StateError  # with all of a machine, which a client need not import
+
+                raise StateError("the machine has ended, or was reset, before the device was there; try again")
+            number = addition.number if addition.number is not None else self._counts[kind]
+            machine.next_slot = addition.slot
+            try:
+                with self.plugging() as slots:
+                    addition.make(machine, number)
+            finally:
+                machine.next_slot = None
             self._counts[kind] = max(self._counts[kind], number + 1)
             addition.number, addition.slot = number, slots[0]
             if addition not in self._additions:
                 self._additions.append(addition)
-        return slots[0]
+            return slots[0]
 
     @staticmethod
     def _close_additions(additions: list[Addition]) -> None:
@@ -135,7 +160,8 @@ class HotPlug:
 
     def chips(self) -> set[int]:
         """The slots of what stays."""
-        return {slot for slot, _ in self._machine.pci.devices()} - self._plugged.keys()
+        with self._lock:
+            return {slot for slot, _ in self._machine.pci.devices()} - self._plugged.keys()
 
     def remove(self, slot: int, timeout: float) -> None:
         """Ask the guest for the device in *slot*, and wait up to *timeout* seconds until it has let go.
@@ -164,7 +190,9 @@ class HotPlug:
             gone = [addition for addition in self._additions if addition.slot == slot]
             for addition in gone:
                 self._additions.remove(addition)
-                plugged.then.append(addition.close)
+                plugged.then.callback(addition.close)
+            if not gone:
+                self._removed.add(slot)
         plugged.close()
 
 
@@ -180,7 +208,7 @@ def slots_of(machine: Machine) -> HotPlug:
 def plug(machine: Machine, kind: str, options: str) -> int:
     """Add a device to a machine that runs; *kind* and *options* as of the command line's: disk, net or device.
 
-    Gives its slot. Raises UsageError and its kin for what cannot be added.
+    Gives its slot. Raises UsageError and its kin for what cannot be added, StateError when the machine ends meanwhile.
     """
     hotplug = slots_of(machine)
     if (made := {"disk": _disk, "net": _network, "device": _device}.get(kind)) is None:

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from vmonty.base.closing import Closing
 from vmonty.base.errors import UsageError
 from vmonty.base.record import Record, made
-from vmonty.kvm.api import CpuidEntry, System, Vcpu
+from vmonty.kvm.api import CpuidEntry, PortCell, System, Vcpu
 from vmonty.kvm.uapi import Cap, flags
 from vmonty.kvm.uapi.irq import kvm_irq_routing_entry
 from vmonty.vmm import cpu
 from vmonty.vmm.boot import acpi, loader
 from vmonty.vmm.bootorder import BootOrder
-from vmonty.vmm.bus import Bus, BusDevice
+from vmonty.vmm.bus import Bus, BusDevice, PlainCell
 from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.firmware import BootOptions, Firmware
 from vmonty.vmm.hw.serial import Serial
@@ -161,6 +161,7 @@ class Machine(Closing, ABC):
         self.mouse: Ps2Mouse | None = None
         self.balloon: Balloon | None = None
         self._transmitter: Transmitter | None = None
+        self._cells: list[PortCell] = []
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._outcome_lock = threading.Lock()
@@ -266,7 +267,7 @@ class Machine(Closing, ABC):
 
     def add_console(self, base: int, irq: int, *, polled: bool = False) -> Serial:
         """Place the UART whose output is the console; where KVM can answer for it, most bytes cost no exit."""
-        output, window = self.console, self.vm.port_window(base)
+        output, window = self.new_console(), self.vm.port_window(base)
         if window is not None:
             self._transmitter = Transmitter(window, output, self._console_failed, "serial")
             self.resources.callback(self._transmitter.close)
@@ -274,6 +275,18 @@ class Machine(Closing, ABC):
         serial = Serial(self.lines.source(irq), output, polled=polled, window=window)
         self.ports.place(base, 8, serial, "serial")
         return serial
+
+    def port_cell(self, port: int, size: int, value: int = 0, mask: int = 0) -> PortCell:
+        """What holds *value* for the device at *port*; where KVM can answer for it, plain accesses cost no exit."""
+        cell = self.vm.port_cell(port, size, value, mask) or PlainCell(value)
+        self._cells.append(cell)
+        return cell
+
+    def see_all_ports(self) -> None:
+        """From now on every access to a port is an exit, also those that KVM could answer. From any thread."""
+        self.serial.hide()
+        for cell in self._cells:
+            cell.hide()
 
     def _console_failed(self, error: Exception) -> None:
         detail = f"internal error at the console: {type(error).__name__}: {error}"
@@ -307,14 +320,24 @@ class Machine(Closing, ABC):
         """The guest asked for a reset. From any thread."""
         self._end(Outcome(Ending.RESET, "the guest asked for a reset"))
 
+    def press_reset_button(self) -> None:
+        """Reset it from outside: no panic asks for that. From any thread."""
+        self.panic.seen = False
+        self.reset()
+
     def debug_exit(self, status: int) -> None:
         """The guest ends the machine with an exit status of its own."""
         self._end(Outcome(Ending.DEBUG_EXIT, f"the guest ended with status {status}", status=status))
 
-    def console(self, data: bytes) -> None:
-        """What a console prints goes this way. From any thread; as long as its reader takes."""
-        self._output(data)
-        self.panic.feed(data)
+    def new_console(self) -> Callable[[bytes], None]:
+        """What one console prints goes this way: from any thread, but one at a time; as long as its reader takes."""
+        read = self.panic.reader()
+
+        def output(data: bytes) -> None:
+            self._output(data)
+            read(data)
+
+        return output
 
     def panicked(self) -> None:
         """The guest's kernel reported its panic; on the thread of the vCPU that did."""

@@ -17,12 +17,14 @@ from vmonty.base.errors import VmontyError
 from vmonty.kvm.uapi.flags import KVM_MP_STATE_HALTED
 from vmonty.vmm.vcpu import VcpuThread
 
-PANIC = re.compile(rb"Kernel panic - not syncing(?:: *([^\r\n]*?))?(?: \]---)?\r?$")
-# At the line's beginning, behind its time at most: nothing comes after it.
-LAST_LINE = re.compile(rb"(?:\[ *\d+\.\d+\](?:\[ *\w+\])? )?---\[ end Kernel panic - not syncing")
+# The beginning of a kernel's line: its time, and who printed it.
+TIME = re.compile(rb"(?:\[ *\d+\.\d+\](?:\[ *\w+\])? )?")
+PANIC = b"Kernel panic - not syncing"
+# Nothing comes after it.
+LAST_LINE = b"---[ end " + PANIC
 # A reboot that somebody asked for says so; one that a panic does (``panic=-1``) does not.
-REBOOT = re.compile(rb"(?:\[ *\d+\.\d+\](?:\[ *\w+\])? )?reboot: ")
-LONGEST_LINE = 4096
+REBOOT = b"reboot: "
+LONGEST_LINE = 512
 # Alike this often in a row, this far apart, is dead; a look that sees life ends the watch.
 LOOKS, APART_S, MOST_LOOKS = 10, 0.1, 100
 PAUSE_S = 1.0
@@ -50,60 +52,84 @@ class Stand(NamedTuple):
 
 
 class PanicWatch:
-    """Reads what the guest prints (``feed``); *dead* is called with registers when *vcpus* will never go on.
+    """Reads what the guest prints; *dead* is called with registers when *vcpus* will never go on.
 
-    ``told`` is called with each panic's line, on a thread that may wait. ``reason`` is what the last one said, ``seen``
-    that there was one, and no ordinary reboot after it.
+    ``told`` is called with the line of the first panic, on the thread that prints, which must not wait. ``reason`` is
+    what the last one said, ``seen`` that there was one, and no ordinary reboot after it.
     """
 
     def __init__(self, vcpus: Sequence[VcpuThread], dead: Callable[[Mapping[str, int]], None]) -> None:
         self._vcpus, self._dead = vcpus, dead
-        self._line = b""
         self._closed = threading.Event()
+        self._lock = threading.Lock()  # guards the next two
+        self._has_told = False
         self._thread: threading.Thread | None = None
         self.told: Callable[[str], None] = lambda line: None
         self.seen, self.reason = False, ""
 
-    def feed(self, data: bytes) -> None:
-        """The guest printed *data*."""
-        self._line += data
-        if b"\n" not in data:
-            self._line = self._line[-LONGEST_LINE:]
-            return
-        *lines, rest = self._line.split(b"\n")
-        self._line = rest[-LONGEST_LINE:]
-        for line in lines:
-            if b"Kernel panic" in line and (found := PANIC.search(line)):
-                self._panicked(line, found)
-            elif b"reboot: " in line and REBOOT.match(line):
-                self.seen, self.reason = False, ""
+    def reader(self) -> Callable[[bytes], None]:
+        """For one console, by whose thread it is called: the guest printed this there."""
+        kept = b""
 
-    def _panicked(self, line: bytes, found: re.Match[bytes]) -> None:
-        self.seen = True
-        self.reason = (found[1] or b"").decode(errors="replace").strip()
-        if not LAST_LINE.match(line):
-            self.told(line[found.start() :].decode(errors="replace").strip())
-        elif self._thread is None or not self._thread.is_alive():
+        def feed(data: bytes) -> None:
+            nonlocal kept
+            *lines, rest = data.split(b"\n")
+            if lines:
+                lines[0] = kept + lines[0]
+                for line in lines:
+                    self._read(line[:LONGEST_LINE])
+                kept = b""
+            kept = (kept + rest)[:LONGEST_LINE]
+
+        return feed
+
+    def _read(self, line: bytes) -> None:
+        begin = TIME.match(line)
+        said = line[begin.end() if begin else 0 :]
+        if said.startswith(REBOOT):
+            self.seen, self.reason = False, ""
+        elif said.startswith(LAST_LINE):
+            self._panicked(said)
+            self._begin()
+        elif said.startswith(PANIC):
+            self._panicked(said)
+            with self._lock:
+                tell, self._has_told = not self._has_told, True
+            if tell:
+                self.told(said.decode(errors="replace").strip())
+
+    def _panicked(self, said: bytes) -> None:
+        why = said.partition(PANIC)[2].strip().removesuffix(b"]---").lstrip(b":").strip()
+        self.seen, self.reason = True, why.decode(errors="replace")
+
+    def _begin(self) -> None:
+        with self._lock:
+            if self._closed.is_set() or (self._thread is not None and self._thread.is_alive()):
+                return
             self._thread = threading.Thread(target=self._watch, name="panic", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
         """End a watch."""
-        self._closed.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        with self._lock:
+            self._closed.set()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def _watch(self) -> None:
         before: list[Stand] = []
-        alike = 0
-        for _ in range(MOST_LOOKS):
-            if self._closed.wait(APART_S):
-                return
+        alike = looks = 0
+        while looks < MOST_LOOKS and not self._closed.wait(APART_S):
             try:
-                with self._stopped():
+                with self._stopped() as alone:
+                    if not alone:
+                        before = []  # somebody else stands in its way
+                        continue
                     stands = [_stand(thread) for thread in self._vcpus]
                     if any(stand.alive for stand in stands):
                         return
+                    looks += 1
                     alike = alike + 1 if before and all(map(Stand.like, stands, before)) else 0
                     before = stands
                     if alike == LOOKS:
@@ -115,13 +141,15 @@ class PanicWatch:
                 return  # a vCPU ends meanwhile, or is held by who reads the console
 
     @contextlib.contextmanager
-    def _stopped(self) -> Iterator[None]:
+    def _stopped(self) -> Iterator[bool]:
+        """The vCPUs stand; whether nobody but this watch wants them to, since when is not known."""
+        alone = True
         for thread in self._vcpus:
-            thread.pause()
+            alone = thread.pause() and alone
         try:
             if not all(thread.wait_paused(PAUSE_S) for thread in self._vcpus):
                 raise VmontyError("a vCPU cannot be stopped")
-            yield
+            yield alone
         finally:
             for thread in self._vcpus:
                 thread.resume()

@@ -38,12 +38,14 @@ class VcpuThread:
         """Start the thread; call it once."""
         self._thread.start()
 
-    def pause(self) -> None:
-        """Ask the thread to wait outside of the guest, no instruction half done. From any thread."""
+    def pause(self) -> bool:
+        """Ask the thread to wait outside of the guest, no instruction half done; whether it was the first."""
         with self._change:
             self._pausing += 1
+            first = self._pausing == 1
         if not self.vcpu.closed:
             self.vcpu.kick()
+        return first
 
     def wait_paused(self, timeout: float) -> bool:
         """Whether the thread waits, or has ended, within *timeout* seconds. On the thread itself: it does not run."""
@@ -92,21 +94,8 @@ class VcpuThread:
 
     def _run(self) -> None:
         try:
-            while not self._stop.is_set():
-                reason = self.vcpu.run()
-                if self.hook is not None:
-                    self.hook(self.vcpu, reason)
-                if self._pausing and reason is Exit.INTR:
-                    # The kick that came with the wish has completed the last access.
-                    self._park()
-                    continue
-                if reason is Exit.IO:
-                    self._io()
-                    continue
-                outcome = self._handle(reason)
-                if outcome is not None:
-                    self._ended(outcome)
-                    return
+            with self.vcpu.runs() as run:
+                self._serve(run)
         except HandleClosed:
             return
         except KvmError as error:
@@ -115,10 +104,29 @@ class VcpuThread:
             detail = f"internal error on {self._thread.name}: {type(error).__name__}: {error}"
             self._ended(Outcome(Ending.ERROR, detail, self.registers()))
 
+    def _serve(self, run: Callable[[], Exit | int]) -> None:
+        """Until it is to stop, or has ended by itself."""
+        while not self._stop.is_set():
+            reason = run()
+            if self.hook is not None:
+                self.hook(self.vcpu, reason)
+            if self._pausing and reason is Exit.INTR:
+                # The kick that came with the wish has completed the last access.
+                self._park()
+                continue
+            if reason is Exit.IO:
+                self._io()
+                continue
+            if reason is Exit.MMIO:
+                self._memory_access()
+                continue
+            outcome = self._handle(reason)
+            if outcome is not None:
+                self._ended(outcome)
+                return
+
     def _handle(self, reason: Exit | int) -> Outcome | None:
         match reason:
-            case Exit.MMIO:
-                self._memory_access()
             case Exit.INTR | Exit.IRQ_WINDOW_OPEN:
                 pass
             case Exit.SHUTDOWN:
@@ -164,12 +172,11 @@ class VcpuThread:
         return True
 
     def _memory_access(self) -> None:
-        mmio = self.vcpu.kvm_run.u.mmio
-        size = min(mmio.len, 8)
-        if mmio.is_write:
-            self._mmio.write(mmio.phys_addr, size, int.from_bytes(bytes(mmio.data[:size]), "little"))
+        writes, address, data = self.vcpu.mmio_access()
+        if writes:
+            self._mmio.write(address, len(data), int.from_bytes(data, "little"))
         else:
-            mmio.data[:size] = list(self._mmio.read(mmio.phys_addr, size).to_bytes(size, "little"))
+            data[:] = self._mmio.read(address, len(data)).to_bytes(len(data), "little")
 
     def _system_event(self) -> Outcome:
         kind = self.vcpu.kvm_run.u.system_event.type

@@ -273,6 +273,23 @@ def test_messages_in_place_of_the_line(driver: AhciDriver) -> None:
     assert host.lines[-1] == (SLOT, 0, 1), "the line again"
     config(SLOT, MSI + 2, 2, 1)
     assert host.lines[-1] == (SLOT, 0, 0)
+    assert len(host.messages) == 4, "what waits is told the new way"
+
+
+def test_a_message_that_may_not_be_sent_waits(driver: AhciDriver) -> None:
+    """Without bus mastering there are none; nor has one told anybody then."""
+    host, config = driver.host, driver.host.config
+    for offset, size, value in ((4, 4, 0xFEE0_1000), (8, 4, 0), (12, 2, 0x4041), (2, 2, 1)):
+        config(SLOT, MSI + offset, size, value)
+    driver.write(0x04, 1 << 31)
+    driver.prepare(IDENTIFY)
+    driver.issue(0)
+    command = config(SLOT, 4, 2)
+    config(SLOT, 4, 2, command & ~4)
+    driver.write(0x04, 1 << 31 | 2)
+    assert host.messages == []
+    config(SLOT, 4, 2, command)
+    assert host.messages == [(0xFEE0_1000, 0x4041)]
 
 
 def test_a_cdrom(tmp_path: Path) -> None:

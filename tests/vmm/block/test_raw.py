@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,19 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "none2").touch()
     with pytest.raises(DiskImageError, match="unknown disk format"):
         open_image(tmp_path / "none2", format="zip", read_only=True)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_fifo_is_refused_at_once(tmp_path: Path, read_only: bool) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with ThreadPoolExecutor() as pool:
+        opening = pool.submit(open_image, fifo, read_only=read_only)
+        try:
+            with pytest.raises(DiskImageError, match="fifo is neither a file nor a block device"):
+                opening.result(10)
+        finally:
+            os.close(os.open(fifo, os.O_RDWR))  # whoever waits for a writer goes on
 
 
 def test_extents_name_all_that_is_not_zero(path: Path) -> None:

@@ -47,6 +47,16 @@ def test_the_target_reaches_the_driver(bench: Bench, device: Balloon, driver: Vi
         device.set_target(bench.memory.size + 1)
 
 
+def test_a_guest_has_no_more_than_its_memory_to_hand_over(bench: Bench, device: Balloon, driver: VirtioDriver) -> None:
+    driver.access.set_config(4, 4, 0xFFFF_FFFF)
+    assert device.actual == bench.memory.size // PAGE
+    assert device.state()["actual"] == 0
+    device.set_target(bench.memory.size)
+    assert device.state()["actual"] == 0
+    driver.access.set_config(4, 4, 0)
+    assert device.state()["actual"] == bench.memory.size
+
+
 def test_inflating_gives_memory_back(bench: Bench, driver: VirtioDriver) -> None:
     for page in range(1024, 1034):
         bench.memory.write(page * PAGE, b"x" * PAGE)

@@ -11,11 +11,11 @@ Whatever has no method here has the raw door: ``handle.ioctl(request, argument)`
 from vmonty.kvm.api.device import Device
 from vmonty.kvm.api.handle import Handle
 from vmonty.kvm.api.lists import CpuidEntry
-from vmonty.kvm.api.port_window import PortWindow
+from vmonty.kvm.api.port_window import PortCell, PortWindow
 from vmonty.kvm.api.provider import Provider
 from vmonty.kvm.api.stats import Stats
 from vmonty.kvm.api.system import System
 from vmonty.kvm.api.vcpu import Vcpu
 from vmonty.kvm.api.vm import Vm
 
-__all__ = ["CpuidEntry", "Device", "Handle", "PortWindow", "Provider", "Stats", "System", "Vcpu", "Vm"]
+__all__ = ["CpuidEntry", "Device", "Handle", "PortCell", "PortWindow", "Provider", "Stats", "System", "Vcpu", "Vm"]

@@ -28,3 +28,13 @@ class PortWindow(Protocol):
     def wake(self) -> None:
         """End a wait()."""
         ...
+
+
+class PortCell(Protocol):
+    """One port that holds ``value``, which the guest and user space read and write. All on any thread."""
+
+    value: int
+
+    def hide(self) -> None:
+        """From now on every access is an exit."""
+        ...

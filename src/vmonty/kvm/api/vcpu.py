@@ -16,6 +16,7 @@ from vmonty.kvm.api.device import Device
 from vmonty.kvm.api.handle import Handle
 from vmonty.kvm.api.lists import MAX_CPUID_ENTRIES, CpuidEntry, cpuid_entries, cpuid_table
 from vmonty.kvm.api.provider import Provider, insight
+from vmonty.kvm.api.runs import EXITS, KVM_RUN, Runs
 from vmonty.kvm.api.stats import Stats
 from vmonty.kvm.uapi import Exit, Requests, irq, vcpu
 from vmonty.kvm.uapi.exits import KVM_EXIT_IO_IN
@@ -25,11 +26,10 @@ from vmonty.kvm.uapi.run import kvm_coalesced_mmio, kvm_coalesced_mmio_ring, kvm
 
 # What no entry that KVM fills in has in its padding.
 _UNWRITTEN = [0xFFFFFFFF] * 3
-_EXITS = {int(reason): reason for reason in Exit}
-_KVM_RUN = int(Requests.KVM_RUN)
 _INTERRUPTED = (-errno.EINTR, -errno.EAGAIN)
 # The io member of kvm_run's union: from direction to data_offset.
 _IO, _IO_AT = struct.Struct("<BBHIQ"), int(kvm_run.u.offset)
+_MMIO, _MMIO_DATA_AT = struct.Struct("<Q8xI?"), _IO_AT + 8
 
 
 class Vcpu(Handle):
@@ -60,34 +60,46 @@ class Vcpu(Handle):
         called again (EAGAIN); with ``immediate_exit`` a pending port or MMIO access is completed first.
         Raises KvmError for anything else, HandleClosed when the vCPU was closed before or meanwhile.
         """
-        # All in one place, and the lock taken twice: devices in Python wait for this.
-        with self._idle:
-            if self._closing:
-                self.fileno()
-            self._users += 1
-            self._runner = get_ident()
-        result = 0
+        self._begin_runs(get_ident())
         try:
-            result = self.provider.ioctl(self._fd, _KVM_RUN, 0)
-        finally:
-            with self._idle:
-                self._runner = 0
-                # A kick that came after another exit is for the next run.
-                if self._kicked and result in _INTERRUPTED:
-                    self._kicked = False
-                    self.kvm_run.immediate_exit = 0
-                self._users -= 1
-                last = self._closing and self._users == 0
-            if last:
-                self._release()
-        if result == 0:
+            if result := self.provider.ioctl(self._fd, KVM_RUN, 0):
+                return self._interrupted(result)
             reason = self.kvm_run.exit_reason
-            return _EXITS.get(reason, reason)
-        if self._closing:
+            return EXITS.get(reason, reason)
+        finally:
+            self._end_runs()
+
+    def runs(self) -> Runs:
+        """``with vcpu.runs() as run``: run() does what this object's does, several times on this thread, for less."""
+        return Runs(self)
+
+    def _begin_runs(self, thread: int) -> None:
+        """From now on *thread* is the one to kick. Raises HandleClosed."""
+        with self._idle:
             self.fileno()
-        if result in _INTERRUPTED:
-            return Exit.INTR
-        raise self.error(-result, "KVM_RUN")
+            self._users += 1
+            self._runner = thread
+
+    def _end_runs(self) -> None:
+        """Nobody runs it any more."""
+        with self._idle:
+            self._runner = 0
+            self._users -= 1
+            last = self._closing and self._users == 0
+        if last:
+            self._release()
+
+    def _interrupted(self, result: int) -> Exit:
+        """What KVM_RUN means that gave *result*, minus errno. Raises KvmError, HandleClosed."""
+        self.fileno()
+        if result not in _INTERRUPTED:
+            raise self.error(-result, "KVM_RUN")
+        with self._idle:
+            # A kick that came after another exit is for the next run.
+            if self._kicked:
+                self._kicked = False
+                self.kvm_run.immediate_exit = 0
+        return Exit.INTR
 
     def kick(self) -> None:
         """Make run() return Exit.INTR soon: the one in progress, or the next one. From any thread."""
@@ -121,6 +133,11 @@ class Vcpu(Handle):
         """The Exit.IO at once: whether it is an IN, the size of each access, the port, and the bytes as io_data()."""
         direction, size, port, count, offset = _IO.unpack_from(self.page, _IO_AT)
         return direction == KVM_EXIT_IO_IN, size, port, self.page[offset : offset + size * count]
+
+    def mmio_access(self) -> tuple[bool, int, memoryview]:
+        """The Exit.MMIO at once: whether it is a write, the guest-physical address, and the bytes as in io_access()."""
+        address, size, writes = _MMIO.unpack_from(self.page, _IO_AT)
+        return writes, address, self.page[_MMIO_DATA_AT : _MMIO_DATA_AT + min(size, 8)]
 
     def io_data(self) -> memoryview:
         """The bytes of an Exit.IO: size * count of them, to read (out) or fill in (in)."""

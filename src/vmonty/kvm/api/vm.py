@@ -13,7 +13,7 @@ from vmonty.base.layout import flexible
 from vmonty.base.ram import Ram
 from vmonty.kvm.api.device import Device
 from vmonty.kvm.api.handle import Handle
-from vmonty.kvm.api.port_window import PortWindow
+from vmonty.kvm.api.port_window import PortCell, PortWindow
 from vmonty.kvm.api.provider import Provider, insight
 from vmonty.kvm.api.stats import Stats
 from vmonty.kvm.api.vcpu import Vcpu
@@ -254,6 +254,15 @@ class Vm(Handle):
         """
         make = getattr(self.provider, "port_window", None)
         return None if make is None else make(self.fileno(), first)
+
+    def port_cell(self, port: int, size: int, value: int, mask: int) -> PortCell | None:
+        """A port of *size* bytes (1, 2, 4) that holds *value*, so that plain accesses of that size need no exit.
+
+        Reads give it; a write that changes no bits but those in *mask* is stored, unless there are none. Everything
+        else is an exit, as all is when this returns None: on hardware, and when the VM has four of them already.
+        """
+        make = getattr(self.provider, "port_cell", None)
+        return None if make is None else make(self.fileno(), port, size, value, mask)
 
     def ioeventfd(
         self, eventfd: int, address: int, size: int, datamatch: int | None = None, pio: bool = False,

@@ -166,7 +166,6 @@ class AsyncPf:
         """kvm_vcpu_reset()."""
         self.control = self.vector = 0
         self._forget()
-        self.halted = False
 
     def _forget(self) -> None:
         """kvm_clear_async_pf_completion_queue(): pages come, but nobody is told."""
@@ -178,6 +177,7 @@ class AsyncPf:
             self.done.clear()
             self._queued = 0
             self.ready_requested = False
+            self.halted = False  # nobody would wake it
 
     # ---- a page that is not there ----------------------------------------------------------------------------
 

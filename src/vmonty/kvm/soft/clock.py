@@ -21,6 +21,7 @@ class TscWrites:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._khz = self._value = self._ns = self._offset = 0
+        self._user_set = False
 
     def __enter__(self) -> TscWrites:
         self._lock.acquire()
@@ -30,11 +31,16 @@ class TscWrites:
         self._lock.release()
 
     def agree(self, khz: int, value: int, now_ns: int, offset: int) -> int:
-        """The offset for a TSC that is set to *value*: the last one's, if that is what is meant, or *offset*."""
+        """The offset for a TSC that is set to *value*: the last one's, if that is what is meant, or *offset*.
+
+        0 is a vCPU that begins; only what user space has set is something that its next value may agree with.
+        """
         expected = self._value + (now_ns - self._ns) * khz // 1_000_000
-        if khz != self._khz or (value and abs(value - expected) >= khz * 1000):
+        agrees = value == 0 or (self._user_set and abs(value - expected) < khz * 1000)
+        if khz != self._khz or not agrees:
             self._offset = offset
         self._khz, self._value, self._ns = khz, value, now_ns
+        self._user_set = self._user_set or value != 0
         return self._offset
 
 
@@ -43,18 +49,17 @@ class ClockIoctls(KvmFile):
 
     created_vcpus: int
     module: Module
-    master_clock: int  # ns
-    master_tsc: int  # the host's, then
+    # Its nanoseconds, and the host's TSC then: read and replaced together.
+    master: tuple[int, int]
 
     def __init__(self) -> None:
         self.default_tsc_khz = host_tsc_khz()
         self.tsc_writes = TscWrites()
-        self._set_clock(0)
+        self._set_clock(0, read_tsc())
 
-    def _set_clock(self, clock: int) -> None:
+    def _set_clock(self, clock: int, host_tsc: int) -> None:
         """pvclock_update_vm_gtod_copy(): from here on all vCPUs' time pages count, or their clocks would differ."""
-        _, self.master_tsc = moment()
-        self.master_clock = clock
+        self.master = clock & 0xFFFF_FFFF_FFFF_FFFF, host_tsc
 
     @answers(Requests.KVM_SET_TSC_KHZ)
     def set_tsc_khz(self, argument: Argument) -> None:
@@ -72,7 +77,8 @@ class ClockIoctls(KvmFile):
 
     def kvmclock_ns(self, host_tsc: int | None = None) -> int:
         """The clock now, or when the host's TSC was *host_tsc*; it runs by that, as guests read it."""
-        return self.master_clock + clock_ns((read_tsc() if host_tsc is None else host_tsc) - self.master_tsc)
+        clock, begin = self.master
+        return clock + clock_ns((read_tsc() if host_tsc is None else host_tsc) - begin)
 
     def clock_changed(self) -> None:
         """User space has set the clock: every vCPU's time page is to be written anew."""
@@ -80,7 +86,7 @@ class ClockIoctls(KvmFile):
     @answers(Requests.KVM_GET_CLOCK)
     def get_clock(self, argument: Argument) -> None:
         """kvm_vm_ioctl_get_clock(): the clock, with the host's time and TSC of the same moment."""
-        realtime, host_tsc = time.time_ns(), read_tsc()
+        realtime, host_tsc = moment(time.time_ns)
         argument.put(
             kvm_clock_data(
                 clock=self.kvmclock_ns(host_tsc),
@@ -97,7 +103,8 @@ class ClockIoctls(KvmFile):
         if data.flags & ~(KVM_CLOCK_REALTIME | KVM_CLOCK_TSC_STABLE | KVM_CLOCK_HOST_TSC):
             raise OSError(errno.EINVAL, "unknown flags")
         clock = data.clock
+        realtime, host_tsc = moment(time.time_ns)
         if data.flags & KVM_CLOCK_REALTIME:
-            clock += max(time.time_ns() - data.realtime, 0)
-        self._set_clock(clock)
+            clock += max(realtime - data.realtime, 0)
+        self._set_clock(clock, host_tsc)
         self.clock_changed()

@@ -31,6 +31,7 @@ class Emulator:
         self._vcpu = vcpu
         self._cpu = cpu
         self._instructions = 1
+        self._ready: tuple[int, bytes] | None = None
 
     def emulate(self, instructions: int = 1) -> bool:
         """x86_emulate_instruction(): execute the instruction at rip; True to go on, False for an exit to user space.
@@ -42,12 +43,24 @@ class Emulator:
         self._vcpu.note_step()
         return self._run(resume=False)
 
+    def answered(self, gpa: int, data: bytes) -> bool:
+        """Execute the instruction at rip, which was left before it was begun to have *data* read at *gpa*."""
+        self._ready = gpa, data
+        try:
+            self._instructions = 1
+            self._vcpu.note_step()
+            return self._run(resume=False)
+        finally:
+            self._ready = None
+
     def _run(self, resume: bool) -> bool:
         mapped = None
         while (ended := self._cpu.emulate(resume, self._instructions)) == "mmio":
             gpa, size, is_write, data = self._cpu.mmio()
             resume = True
-            if self._vcpu.page_fault(gpa, is_write):
+            if self._ready is not None and not is_write and (gpa, size) == (self._ready[0], len(self._ready[1])):
+                self._cpu.answer_mmio(int.from_bytes(self._ready[1], "little"))
+            elif self._vcpu.page_fault(gpa, is_write):
                 # Memory after all, which is not mapped yet: the instruction has several operands.
                 if is_write:
                     self._vcpu.kvm.write_gpa(gpa, data.to_bytes(8, "little")[:size])

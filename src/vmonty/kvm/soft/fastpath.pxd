@@ -61,12 +61,16 @@ cdef enum:
 
 # Where stats.values has what is counted here; a test compares them with stats.py.
 cdef enum:
+    COUNT_PF_TAKEN = 104
+    COUNT_PF_EMULATE = 106
     COUNT_EXITS = 113
     COUNT_IO_EXITS = 114
+    COUNT_MMIO_EXITS = 115
     COUNT_IRQ_WINDOW_EXITS = 117
     COUNT_NMI_WINDOW_EXITS = 118
     COUNT_HALT_EXITS = 120
     COUNT_IRQ_EXITS = 122
+    COUNT_INSN_EMULATION = 125
     COUNT_IRQ_INJECTIONS = 128
     COUNT_NMI_INJECTIONS = 129
     COUNT_REQ_EVENT = 130
@@ -84,18 +88,21 @@ cdef int fastpath_external_interrupt(KvmVcpuArch *a, CpuState *s) noexcept nogil
 # Whether an interrupt waits that the guest does not know of yet. window: it exits anyway when it takes interrupts.
 cdef bint kvm_lapic_expired_hv_timer(KvmVcpuArch *a) noexcept nogil
 cdef int fastpath_events(KvmVcpuArch *a, bint window) noexcept nogil
+cdef uint64_t rip_behind(CpuState *s, uint32_t length) noexcept nogil
 cdef void skip_emulated_instruction(CpuState *s) noexcept nogil
+cdef void save_run(KvmVcpuArch *a, CpuState *s) noexcept nogil
+# Whether nothing of Python's is needed to send it; and one that is, to one APIC.
+cdef bint ipi_is_plain(KvmVcpuArch *a, uint64_t icr) noexcept nogil
+cdef void deliver_ipi(KvmVcpuArch *a, KvmLapic *target, uint64_t icr) noexcept nogil
 
 cdef inline bint interrupts_open(CpuState *s) noexcept nogil:
     """kvm_arch_interrupt_allowed()."""
     return (s.rflags & 0x200) != 0 and (s.interruptibility & SHADOWS) == 0
 
 cdef void _exit_io(KvmVcpuArch *a, CpuState *s, uint32_t direction, uint32_t port, uint32_t size) noexcept nogil
-cdef void _save_run(KvmVcpuArch *a, CpuState *s) noexcept nogil
 cdef bint _read_msr(KvmVcpuArch *a, uint32_t index, uint64_t *value) noexcept nogil
 cdef bint _write_msr(KvmVcpuArch *a, uint32_t index, uint64_t value) noexcept nogil
 cdef bint _write_deadline(KvmVcpuArch *a, uint64_t value) noexcept nogil
 cdef bint _timer_is_plain(KvmLapic *l) noexcept nogil
 cdef void _timer_fires(KvmLapic *l) noexcept nogil
 cdef bint _send_ipi(KvmVcpuArch *a, uint64_t icr) noexcept nogil
-cdef void _deliver(KvmVcpuArch *a, KvmLapic *target, uint64_t icr) noexcept nogil

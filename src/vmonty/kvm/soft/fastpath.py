@@ -9,7 +9,7 @@ from __future__ import annotations
 import cython
 from cython.cimports.vmonty.cpu.codecache import put_vectors
 from cython.cimports.vmonty.cpu.information import host_tsc
-from cython.cimports.vmonty.cpu.state import RAX, RBX, RCX, RDX
+from cython.cimports.vmonty.cpu.state import MODE_LONG64, RAX, RBX, RCX, RDX
 from cython.cimports.vmonty.kvm.soft.kvm_host import (
     APIC_LIMIT,
     REQUEST_EVENT,
@@ -47,9 +47,15 @@ from cython.cimports.vmonty.kvm.soft.vcpu_arch import (
 from cython.cimports.vmonty.kvm.soft.vcpu_cpuid import kvm_cpuid
 
 
+def rip_behind(s, length):
+    """Where the next instruction is."""
+    rip: uint64_t = s.rip + length
+    return rip if s.mode == MODE_LONG64 else cython.cast(uint32_t, rip)
+
+
 def skip_emulated_instruction(s):
     """The one that exited is done, and so is an interrupt shadow."""
-    s.rip += s.exit.instruction_length
+    s.rip = rip_behind(s, s.exit.instruction_length)
     s.interruptibility &= ~cython.cast(uint32_t, SHADOWS)
 
 
@@ -157,7 +163,7 @@ def _write_deadline(a, value):
     return value == 0 or (armed != 0 and armed <= value)
 
 
-def _deliver(a, target, icr):
+def deliver_ipi(a, target, icr):
     """kvm_apic_set_irq() of an edge. What is off drops it, but an NMI."""
     if target.vcpu != a or icr & ICR_MODE:
         put_vectors(a.processor)  # what comes is the C library's
@@ -171,20 +177,25 @@ def _deliver(a, target, icr):
         kvm_vcpu_kick(target.vcpu, REQUEST_EVENT)
 
 
+def ipi_is_plain(a, icr):
+    """Fixed or an NMI, an edge, with a vector that there is."""
+    if icr & ICR_LEVEL_TRIGGERED:
+        return False
+    if icr & ICR_MODE:
+        return (icr & ICR_MODE) == ICR_NMI and a.fast_nmi != 0
+    return (icr & 0xFF) >= 16
+
+
 def _send_ipi(a, icr):
     """kvm_irq_delivery_to_apic_fast(): fixed interrupts and NMIs, to one APIC or some of a cluster, in x2APIC mode."""
     k: cython.pointer(KvmArch) = a.kvm
     destination: uint32_t = cython.cast(uint32_t, icr >> 32)
     number: uint32_t
     bits: uint32_t
-    if icr & ICR_LEVEL_TRIGGERED:
-        return False
-    if (icr & ICR_MODE) != ICR_NMI if icr & ICR_MODE else (icr & 0xFF) < 16:
-        return False
-    if icr & ICR_MODE and not a.fast_nmi:
+    if not ipi_is_plain(a, icr):
         return False
     if (icr & ICR_SHORTHAND) == ICR_SELF:
-        _deliver(a, a.apic, icr)
+        deliver_ipi(a, a.apic, icr)
         return True
     if icr & ICR_SHORTHAND or k.apics == 0 or k.apics != k.x2apics:
         return False
@@ -193,14 +204,14 @@ def _send_ipi(a, icr):
         return False
     if (icr & ICR_LOGICAL) == 0:
         if destination < APIC_LIMIT and k.apic_map[destination] != cython.NULL:
-            _deliver(a, k.apic_map[destination], icr)
+            deliver_ipi(a, k.apic_map[destination], icr)
         return True
     # SDM, "Logical Destination Mode in x2APIC Mode": a cluster of sixteen, a bit for each.
     bits = destination & 0xFFFF
     number = destination >> 16 << 4
     while bits and number < APIC_LIMIT:
         if bits & 1 and k.apic_map[number] != cython.NULL:
-            _deliver(a, k.apic_map[number], icr)
+            deliver_ipi(a, k.apic_map[number], icr)
         bits >>= 1
         number += 1
     return True
@@ -254,7 +265,7 @@ def fastpath_wrmsr(a, s):
 # ---- interrupts --------------------------------------------------------------------------------------------------
 
 
-def _save_run(a, s):
+def save_run(a, s):
     """post_kvm_run_save(), of a vCPU for which nothing waits to be injected."""
     l: cython.pointer(KvmLapic) = a.apic
     ready: uint32_t = 1 if not a.user_injects or interrupts_open(s) else 0
@@ -284,7 +295,7 @@ def fastpath_out(a, s, port, size):
     cython.cast(cython.pointer(uint32_t), a.run + RUN_PIO_PAGE)[0] = cython.cast(uint32_t, s.gpr[RAX])
     _exit_io(a, s, IO_OUT, port, size)
     skip_emulated_instruction(s)
-    _save_run(a, s)
+    save_run(a, s)
     return FAST_USER
 
 
@@ -294,7 +305,7 @@ def fastpath_in(a, s, port, size):
         return FAST_NONE
     cython.cast(cython.pointer(uint32_t), a.run + RUN_PIO_PAGE)[0] = 0
     _exit_io(a, s, IO_IN, port, size)
-    _save_run(a, s)
+    save_run(a, s)
     a.input = size
     return FAST_USER
 

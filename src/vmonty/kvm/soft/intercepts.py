@@ -179,6 +179,10 @@ class Intercepts:
         self._skip()
         return True
 
+    def complete_load(self, gpa: int, data: bytes) -> bool:
+        """complete_emulated_mmio(), of a read that left by way of fast_mmio."""
+        return self.emulator.answered(gpa, data)
+
     def _string_io(self, port: int, size: int, is_in: bool, repeated: bool, bits: int, linear: int) -> bool:
         """INS or OUTS. *bits*: its address size; *linear*: where its operand is."""
         return StringIo(self, port, size, is_in, repeated, bits, linear).emulate()

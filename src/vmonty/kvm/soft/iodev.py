@@ -56,8 +56,9 @@ class KvmIoBus:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Told of each range before it is there.
+        # Told of each range before it is there, and that one is there.
         self.registering: Callable[[int, int], None] | None = None
+        self.registered: Callable[[], None] | None = None
         self._ranges: tuple[_Range, ...] = ()
         self._remembered: dict[tuple[int, int], tuple[IoDevice, ...]] = {}
 
@@ -70,6 +71,8 @@ class KvmIoBus:
                 self.registering(address, length)
             self._ranges = (*self._ranges, _Range(address, length, device, counted))
             self._remembered = {}
+            if self.registered is not None:
+                self.registered()
 
     def unregister(self, device: IoDevice) -> None:
         """Take *device* off all its ranges; nothing happens if it has none."""
@@ -88,6 +91,12 @@ class KvmIoBus:
             # If the registry has changed meanwhile, this dictionary is no longer the bus's.
             remembered[address, size] = found
         return found
+
+    def is_empty(self, first: int, size: int) -> bool:
+        """Whether no device has anything of the *size* addresses from *first*."""
+        return not any(
+            entry.start < first + size and first < entry.start + max(entry.length, 1) for entry in self._ranges
+        )
 
     def read(self, address: int, size: int) -> int | None:
         """What the first device that answers says, or None: nobody did, user space must."""

@@ -46,6 +46,7 @@ class IrqchipIoctls(KvmFile):
         self.irqs = IrqComm(self.timers)
         self.buses = KvmIoBuses()
         self.buses.pio.registering = self.irqs.arch.note_ports
+        self.buses.mmio.registered = self.irqs.arch.mmio_changed
         self.pit: Pit | None = None
         self.irqfds = Irqfds(self.irqs)
         self.ioeventfds = IoEventfds(self.buses, self._hang_doorbells)

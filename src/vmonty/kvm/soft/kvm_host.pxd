@@ -7,6 +7,7 @@ its own thread, inside an ioctl. Everything else that other threads may touch is
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from vmonty.cpu.state cimport CpuState
+from vmonty.kvm.soft.plain_moves cimport PlainMove
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -44,6 +45,9 @@ cdef enum:
     PORT_MAP_SIZE = 8192
     PORT_WINDOW_SIZE = 8
     PORT_WINDOW_RING = 4096
+    PORT_CELLS = 4
+    NO_PAGE = -1             # what no page number is
+    MMIO_PAGES = 8           # as many are remembered of a vCPU's
     MSR_SLOTS = 1024         # open addressing; a power of two, more than twice as many as MSRs that are stored
 
 cdef struct CpuidEntry:
@@ -93,6 +97,14 @@ cdef struct KvmVcpuArch:
     uint32_t may_reenter     # after such an exit KVM_RUN needs nothing of Python's. vCPU
     uint32_t reenter         # ... and nobody has touched the vCPU since. vCPU
     uint32_t input           # bytes of a port read that user space answers; the instruction is not done. vCPU
+    PlainMove load           # the same of an MMIO read; its size is 0: none. vCPU
+    uint64_t load_gpa
+    uint64_t load_next       # rip behind it
+    uint64_t mmio_gfns[8]    # pages that user space answered for, if the VM's generation is still this. vCPU
+    uint64_t mmio_generation
+    uint64_t apic_gfn        # where its APIC was and no slot, as of the next. vCPU
+    uint64_t apic_generation
+    uint32_t mmio_next       # whose place the next one takes
     uint32_t user_injects    # the PIC is user space's: KVM_INTERRUPT, interrupt windows
     int rung                 # the fd of a doorbell that Python answers; the store is done. -1: none. vCPU
     uint32_t pv_eoi          # the guest ends interrupts in memory, if Python tells it so
@@ -131,6 +143,15 @@ cdef struct KvmPortWindow:
     uint8_t ring[4096]
 
 
+# A port that is memory.
+cdef struct KvmPortCell:
+    uint32_t port            # these two never change
+    uint32_t size            # bytes
+    uint32_t value           # written by vCPUs and user space, with no lock
+    uint32_t mask            # a write that changes no other bits is done by storing it; 0: no write is
+    uint32_t hidden          # every access is an exit; once set it stays
+
+
 # An ioeventfd in guest-physical memory; ``size`` 0 stands for any.
 cdef struct KvmDoorbell:
     uint64_t gpa
@@ -142,6 +163,7 @@ cdef struct KvmDoorbell:
 
 
 cdef struct KvmArch:
+    uint64_t mmio_generation         # of memory slots and of what there is on the MMIO bus, from 1 on. GIL
     pthread_mutex_t doorbell_lock    # an eventfd stays open while it is held
     KvmDoorbell *doorbells   # in the order of registration. Lock
     uint32_t doorbell_count
@@ -151,4 +173,5 @@ cdef struct KvmArch:
     uint32_t x2apics
     uint8_t *port_map        # a bit for each port where an in-kernel device may be; once set they stay
     KvmPortWindow *window    # NULL: none; once set it stays
+    KvmPortCell *cells[4]    # filled from the first; once set they stay
     KvmLapic **apic_map      # by vCPU id, APIC_LIMIT of them; never taken back

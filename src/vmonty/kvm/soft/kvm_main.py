@@ -293,6 +293,7 @@ class Kvm(IrqchipIoctls, ClockIoctls, CapIoctls, DirtyLogIoctls):
             self._private_memory[slot] = ram
 
     def _memory_changed(self, change: Change) -> None:
+        self.irqs.arch.mmio_changed()
         self.ioeventfds.memory_changed()
         if not self.memslots.generation & (1 << GENERATION_BITS) - 1:
             self.mmu.invalidate_mmio_sptes()
@@ -452,18 +453,10 @@ class KvmVcpuFile(VcpuX86):
 
     def ioctl(self, request: int, value: object) -> int:
         """One request at a time, as vcpu->mutex has it in the kernel."""
+        if request == KVM_RUN and not value:
+            return self.enter()
         with self.mutex:
             thread = get_ident()
-            if request == KVM_RUN and not value:
-                self._running[thread] = self
-                if thread != MAIN_THREAD:
-                    return self._kvm_run(thread)
-                watch = self._watch or self._signal_watch()
-                previous = watch.enter()
-                try:
-                    return self._kvm_run(thread)
-                finally:
-                    watch.leave(previous)
             self.arch.touched()
             self.vcpu_load(brief=True)
             self.loaded[thread] = self
@@ -473,12 +466,27 @@ class KvmVcpuFile(VcpuX86):
                 del self.loaded[thread]
                 self.vcpu_put()
 
+    def enter(self) -> int:
+        """KVM_RUN: kvm_vcpu_ioctl() and kvm_arch_vcpu_ioctl_run()."""
+        with self.mutex:
+            thread = get_ident()
+            self._running[thread] = self
+            if thread == MAIN_THREAD:
+                watch = self._watch or self._signal_watch()
+                previous = watch.enter()
+                try:
+                    return self._kvm_run(thread, reenter(self.arch, thread))
+                finally:
+                    watch.leave(previous)
+            # All in one place: devices in Python wait for this.
+            went = reenter(self.arch, thread)
+            return 0 if went == USER_EXIT else self._kvm_run(thread, went)
+
     @answers(Requests.KVM_RUN)
     def kvm_run_ioctl(self, argument: Argument) -> int:
         raise OSError(errno.EINVAL, "takes no argument")  # without one it does not come here
 
-    def _kvm_run(self, thread: int) -> int:
-        went = reenter(self.arch, thread)
+    def _kvm_run(self, thread: int, went: int) -> int:
         if went == USER_EXIT:
             return 0
         if went == USER_EXIT_AND_MORE:

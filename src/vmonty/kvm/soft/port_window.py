@@ -1,8 +1,11 @@
-"""Eight port registers whose plain accesses a VM answers in place of user space: those of a serial console.
+"""Port registers whose plain accesses a VM answers in place of user space. No ioctl of Linux's KVM does this.
 
-No ioctl of Linux's KVM does this; coalesced PIO comes closest, but each of a UART's bytes is preceded by a read of its
-line status. User space says what reads of some registers give, which writes change nothing, and whether bytes that are
-written to the first register are collected. Everything else leaves to it as before, as do those when the ring is full.
+A window is the eight registers of a serial console. Coalesced PIO comes closest, but each of a UART's bytes is
+preceded by a read of its line status. User space says what reads of some registers give, which writes change nothing,
+and whether bytes that are written to the first register are collected. Everything else leaves to it as before, as do
+those when the ring is full.
+
+A cell is one port that is memory: PCI's configuration address, the A20 gate that firmware reads around each BIOS call.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from cython.cimports.vmonty.kvm.soft.fastpath import (
     skip_emulated_instruction,
 )
 from cython.cimports.vmonty.kvm.soft.kvm_host import (
+    PORT_CELLS,
     PORT_WINDOW_RING,
     PORT_WINDOW_SIZE,
     pthread_mutex_destroy,
@@ -50,20 +54,52 @@ def _access(w, s, register, reads):
     return True
 
 
-def fastpath_window(a, s, port, size, reads):
-    """What user space has said it would do."""
-    w: cython.pointer(KvmPortWindow) = a.kvm.window
+def _window(w, s, port, size, reads):
     register: uint32_t
     done: cython.bint
-    if w == cython.NULL or size != 1 or (a.kvm.port_map[port >> 3] >> (port & 7)) & 1:
-        return FAST_NONE
+    if w == cython.NULL or size != 1:
+        return False
     register = port - w.first
     if register >= PORT_WINDOW_SIZE:
-        return FAST_NONE
+        return False
     pthread_mutex_lock(cython.address(w.lock))
     done = _access(w, s, register, reads)
     pthread_mutex_unlock(cython.address(w.lock))
-    if not done:
+    return done
+
+
+def _cell(a, s, port, size, reads):
+    n: cython.int
+    c: cython.pointer(KvmPortCell)
+    value: uint32_t
+    every: uint64_t
+    for n in range(PORT_CELLS):
+        c = a.kvm.cells[n]
+        if c == cython.NULL:
+            return False
+        if c.port == port:
+            break
+    else:
+        return False
+    if c.size != size or c.hidden:
+        return False
+    # SDM, "General-Purpose Registers": what writes 32 bits clears those above, and what writes fewer keeps them.
+    every = cython.cast(uint64_t, 0xFFFF_FFFF) >> (32 - 8 * size)
+    if reads:
+        s.gpr[RAX] = c.value if size == 4 else (s.gpr[RAX] & ~every) | c.value
+        return True
+    value = s.gpr[RAX] & every
+    if c.mask == 0 or (value ^ c.value) & ~c.mask:
+        return False
+    c.value = value
+    return True
+
+
+def fastpath_ports(a, s, port, size, reads):
+    """What user space has said it would do."""
+    if (a.kvm.port_map[port >> 3] >> (port & 7)) & 1:
+        return FAST_NONE
+    if not _window(a.kvm.window, s, port, size, reads) and not _cell(a, s, port, size, reads):
         return FAST_NONE
     a.counters[COUNT_IO_EXITS] += 1
     skip_emulated_instruction(s)
@@ -126,3 +162,28 @@ class PortWindow:
     def wake(self) -> None:
         """End a wait()."""
         os.eventfd_write(self.event, 1)
+
+
+@cython.cclass
+class PortCell:
+    """*size* bytes (1, 2 or 4) at *port*; see vmonty.kvm.api.PortCell. All methods on any thread."""
+
+    def __cinit__(self, port: cython.uint, size: cython.uint, value: cython.uint, mask: cython.uint):
+        if size not in (1, 2, 4):
+            raise ValueError(f"a port is of 1, 2 or 4 bytes, not {size}")
+        self.c.port, self.c.size = port, size
+        self.c.mask, self.c.hidden = mask, False
+        self.value = value
+
+    @property
+    def value(self) -> int:
+        """What the port holds."""
+        return self.c.value
+
+    @value.setter
+    def value(self, value: cython.uint) -> None:
+        self.c.value = value & (cython.cast(uint64_t, 0xFFFF_FFFF) >> (32 - 8 * self.c.size))
+
+    def hide(self) -> None:
+        """From now on every access is an exit; the guest's next one sees it."""
+        self.c.hidden = True

@@ -16,7 +16,7 @@ from vmonty.kvm.soft import modules
 from vmonty.kvm.soft.files import KvmFile, anon_inode_getfd
 from vmonty.kvm.soft.insight import Tracer, Translation, translate
 from vmonty.kvm.soft.kvm_main import Kvm, KvmDevice, KvmVcpuFile
-from vmonty.kvm.soft.port_window import PortWindow
+from vmonty.kvm.soft.port_window import PortCell, PortWindow
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -64,6 +64,22 @@ class SoftKvm:
         except MemoryError:
             return -errno.ENOMEM
 
+    def vcpu_entry(self, fd: int) -> Callable[[], int]:
+        """What ioctl() does for KVM_RUN of the vCPU behind *fd*, as long as that is open."""
+        file = self._files[fd]
+        assert isinstance(file, KvmVcpuFile)
+        once = file.enter
+
+        def enter() -> int:
+            try:
+                return once()
+            except OSError as error:
+                return -(error.errno or errno.EIO)
+            except MemoryError:
+                return -errno.ENOMEM
+
+        return enter
+
     def mmap(self, fd: int, size: int, offset: int = 0) -> memoryview:
         """Map the memfd that the descriptor is: for a vCPU its kvm_run and rings."""
         mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
@@ -106,6 +122,13 @@ class SoftKvm:
         assert isinstance(vm, Kvm)
         window = PortWindow(first)
         return window if vm.irqs.arch.set_window(window) else None
+
+    def port_cell(self, fd: int, port: int, size: int, value: int, mask: int) -> PortCell | None:
+        """A port of the VM behind *fd* that is memory; None when it has as many as there can be."""
+        vm = self._files[fd]
+        assert isinstance(vm, Kvm)
+        cell = PortCell(port, size, value, mask)
+        return cell if vm.irqs.arch.add_cell(cell) else None
 
     def memory_unmapped(self, address: int, size: int) -> None:
         """The MMU notifiers of all VMs: call it before the memory goes away or becomes something else."""

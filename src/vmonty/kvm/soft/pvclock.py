@@ -63,8 +63,9 @@ class PvClock:
         flags = TSC_STABLE | (GUEST_STOPPED if self._stopped else 0)
         self._stopped = False
         kvm = self._vcpu.kvm
-        tsc = self._vcpu.scale_tsc(kvm.master_tsc)
-        page = struct.pack("<IIQQIbB2x", self._version + 1, 0, tsc, kvm.master_clock, mul, shift, flags)
+        clock, begin = kvm.master
+        tsc = self._vcpu.scale_tsc(begin)
+        page = struct.pack("<IIQQIbB2x", self._version + 1 & 0xFFFF_FFFF, 0, tsc, clock, mul, shift, flags)
         gpa = self.system_time_msr & ~ENABLED
         if self._vcpu.kvm.write_gpa(gpa, page):
             self._version = self._version + 2 & 0xFFFF_FFFF
@@ -77,4 +78,5 @@ class PvClock:
             return
         version = (int.from_bytes(old, "little") | 1) + 1 & 0xFFFF_FFFF
         boot = time.time_ns() - self._vcpu.kvm.kvmclock_ns()
-        self._vcpu.kvm.write_gpa(gpa, struct.pack("<III", version, boot // NSEC_PER_SEC, boot % NSEC_PER_SEC))
+        seconds = boot // NSEC_PER_SEC & 0xFFFF_FFFF  # user space may have set the clock to anything
+        self._vcpu.kvm.write_gpa(gpa, struct.pack("<III", version, seconds, boot % NSEC_PER_SEC))

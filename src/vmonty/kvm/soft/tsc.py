@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import time
+from collections.abc import Callable
 
 from vmonty.base.hostcall import read_tsc
 
@@ -19,12 +20,12 @@ MEASURED_NS = 20_000_000
 READINGS = 5
 
 
-def moment() -> tuple[int, int]:
-    """The host's monotonic clock in nanoseconds and its TSC, at the same time."""
+def moment(clock: Callable[[], int] = time.monotonic_ns) -> tuple[int, int]:
+    """A clock of the host's, by default the monotonic one in nanoseconds, and its TSC, at the same time."""
     best, taken = (0, 0), 1 << 64
     for _ in range(READINGS):
         before = read_tsc()
-        now = time.monotonic_ns()
+        now = clock()
         after = read_tsc()
         if after - before < taken:
             best, taken = (now, before + after >> 1), after - before

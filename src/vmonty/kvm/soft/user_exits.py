@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from vmonty.base.ram import PAGE_SIZE
 from vmonty.kvm.soft.stats import MMIO_EXITS
 from vmonty.kvm.soft.vcpu_state import VcpuState
 from vmonty.kvm.uapi import Exit, flags
@@ -96,6 +97,7 @@ class UserExits(VcpuState):
 
         False: *done* is called when user space comes back.
         """
+        self._note_page(gpa)
         if self.kvm.mmio_write(self, gpa, data):
             return True
         self._exit_mmio(gpa, data, True)
@@ -104,12 +106,24 @@ class UserExits(VcpuState):
 
     def mmio_read(self, gpa: int, size: int, done: Callable[[bytes], bool]) -> bool:
         """Read where no memory is, and give the bytes to *done*, now or when user space has answered."""
+        self._note_page(gpa)
         value = self.kvm.mmio_read(self, gpa, size)
         if value is not None:
             return done(value)
         self._exit_mmio(gpa, bytes(size), False)
         self.completion = lambda: done(bytes(self.page[MMIO_DATA : MMIO_DATA + size]))
         return False
+
+    def _note_page(self, gpa: int) -> None:
+        """Plain accesses to the page need not come here again: see fast_mmio."""
+        generation = self.kvm.irqs.arch.mmio_generation  # before anything is looked at
+        if self.kvm.memslots.find(gpa) is not None:
+            return
+        page = gpa & -PAGE_SIZE
+        if self.apic is not None and page == self.apic.base_address:
+            self.arch.note_apic(gpa, generation)
+        elif self.kvm.buses.mmio.is_empty(page, PAGE_SIZE):
+            self.arch.note_mmio(gpa, generation)
 
     def _exit_mmio(self, gpa: int, data: bytes, is_write: bool) -> None:
         self.stats.values[MMIO_EXITS] += 1

@@ -2,7 +2,7 @@
 
 from vmonty.cpu.state cimport CpuState
 from vmonty.kvm.soft.kvm_host cimport KvmArch, KvmLapic, KvmVcpuArch
-from vmonty.kvm.soft.port_window cimport PortWindow
+from vmonty.kvm.soft.port_window cimport PortCell, PortWindow
 from vmonty.kvm.soft.msr_table cimport StoredMsrs
 from vmonty.kvm.soft.seats cimport Seat
 
@@ -25,6 +25,7 @@ cdef class VmArch:
     cdef KvmArch k
     cdef list _apics
     cdef PortWindow _window
+    cdef list _cells
     cdef int add_apic(self, KvmLapic *apic, object owner) except -1
 
 

@@ -12,6 +12,9 @@ from cython.cimports.libc.string import memset
 from cython.cimports.vmonty.kvm.soft.fastpath import COUNT_REQ_EVENT
 from cython.cimports.vmonty.kvm.soft.kvm_host import (
     APIC_LIMIT,
+    MMIO_PAGES,
+    NO_PAGE,
+    PORT_CELLS,
     PORT_MAP_SIZE,
     REQUEST_EVENT,
     REQUEST_HOST,
@@ -104,6 +107,8 @@ class VmArch:
     def __cinit__(self):
         memset(cython.address(self.k), 0, cython.sizeof(KvmArch))
         self._apics = []
+        self._cells = []
+        self.k.mmio_generation = 1
         self.k.apic_map = cython.cast(
             cython.pointer(cython.pointer(KvmLapic)), calloc(APIC_LIMIT, cython.sizeof(cython.p_void))
         )
@@ -165,6 +170,24 @@ class VmArch:
         self._window = window
         self.k.window = cython.address(window.w)
         return True
+
+    def add_cell(self, cell: PortCell) -> bool:
+        """As set_window, for one port; False when the VM has PORT_CELLS already."""
+        count: cython.int = len(self._cells)
+        if count >= PORT_CELLS:
+            return False
+        self._cells.append(cell)
+        self.k.cells[count] = cython.address(cell.c)
+        return True
+
+    @property
+    def mmio_generation(self) -> int:
+        """That of memory slots and of what there is on the MMIO bus."""
+        return self.k.mmio_generation
+
+    def mmio_changed(self) -> None:
+        """Slots or bus have changed: what vCPUs remember is no longer true."""
+        self.k.mmio_generation += 1
 
     def count_apics(self, apics: cython.uint, x2apics: cython.uint) -> None:
         """recalculate_apic_map(): how many there are, and how many are in x2APIC mode. With the chip lock held."""
@@ -299,6 +322,32 @@ class VcpuArch:
         found: cython.uint = self.a.input
         self.a.input = 0
         return found
+
+    def take_load(self) -> tuple | None:
+        """Address and size of an MMIO read user space has answered, whose instruction is to be done; None: none."""
+        if self.a.load.size == 0:
+            return None
+        found: tuple = self.a.load_gpa, self.a.load.size
+        self.a.load.size = 0
+        return found
+
+    def note_mmio(self, gpa: cython.ulonglong, generation: cython.ulonglong) -> None:
+        """User space answers for the page of *gpa*, as was found in that *generation*: from now on at once."""
+        k: cython.int
+        if self.a.mmio_generation != generation:
+            self.a.mmio_generation = generation
+            for k in range(MMIO_PAGES):
+                self.a.mmio_gfns[k] = NO_PAGE
+        for k in range(MMIO_PAGES):
+            if self.a.mmio_gfns[k] == gpa >> 12:
+                return
+        self.a.mmio_gfns[self.a.mmio_next % MMIO_PAGES] = gpa >> 12
+        self.a.mmio_next += 1
+
+    def note_apic(self, gpa: cython.ulonglong, generation: cython.ulonglong) -> None:
+        """The page of *gpa* is the local APIC's: no slot is there, as was found in that *generation*."""
+        self.a.apic_gfn = gpa >> 12
+        self.a.apic_generation = generation
 
     def touched(self) -> None:
         """Something of the vCPU may have changed: the next run looks at everything."""

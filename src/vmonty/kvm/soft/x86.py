@@ -39,7 +39,7 @@ from vmonty.kvm.soft.stats import (
 )
 from vmonty.kvm.soft.timer import Timer
 from vmonty.kvm.soft.user import Argument
-from vmonty.kvm.soft.user_exits import PIO_DATA_OFFSET, UserExits, run_offset
+from vmonty.kvm.soft.user_exits import MMIO_DATA, PIO_DATA_OFFSET, UserExits, run_offset
 from vmonty.kvm.soft.vcpu_tsc import TscIoctls
 from vmonty.kvm.uapi import Cap, Exit, Requests, flags
 from vmonty.kvm.uapi.irq import kvm_vapic_addr
@@ -396,6 +396,9 @@ class VcpuX86(RegisterIoctls, MsrIoctls, EventIoctls, McIoctls, TscIoctls, UserE
         completion, self.completion = self.completion, None
         if size := self.arch.take_input():
             completion = partial(self.vendor.complete_in, bytes(self.page[PIO_DATA_OFFSET : PIO_DATA_OFFSET + size]))
+        elif load := self.arch.take_load():
+            gpa, size = load
+            completion = partial(self.vendor.complete_load, gpa, bytes(self.page[MMIO_DATA : MMIO_DATA + size]))
         if completion is not None and not completion():
             self._save_run()
             return 0

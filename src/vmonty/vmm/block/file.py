@@ -36,7 +36,7 @@ class HostFile:
         self.writable = writable
         self._durable = durable
         try:
-            self.fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC) if fd is None else fd
+            self.fd = _open(path, os.O_RDWR if writable else os.O_RDONLY) if fd is None else fd
         except (OSError, ValueError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
             remedy = "; give readonly=on for a file that may not be written" if writable and _denied(error) else ""
@@ -44,7 +44,7 @@ class HostFile:
         try:
             kind = os.fstat(self.fd).st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
-                raise DiskImageError(f"{path} is neither a file nor a block device")
+                raise _neither(path)
             self.is_device = stat.S_ISBLK(kind)
             if lock:
                 locking.lock(self.fd, self.name, writable=writable)
@@ -161,6 +161,21 @@ class HostFile:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def _open(path: Path, flags: int) -> int:
+    """An fd of *path*; no FIFO is opened, which waits for its other end, and no serial line, which does for a carrier.
+
+    Not by O_NONBLOCK: a CD drive then opens without a disc and does not lock its door, and a file with a lease fails.
+    """
+    kind = os.stat(path).st_mode
+    if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
+        raise _neither(path)
+    return os.open(path, flags | os.O_CLOEXEC)
+
+
+def _neither(path: Path) -> DiskImageError:
+    return DiskImageError(f"{path} is neither a file nor a block device")
 
 
 def _denied(error: Exception) -> bool:

@@ -10,10 +10,10 @@ from vmonty.vmm.boards.ports import COM_PORTS
 from vmonty.vmm.boot import aml, dsdt
 from vmonty.vmm.bus import Part
 from vmonty.vmm.hw import i8042
-from vmonty.vmm.hw.cmos import Cmos
+from vmonty.vmm.hw.cmos import INDEX_READ, Cmos
 from vmonty.vmm.hw.debug_ports import PostPort
 from vmonty.vmm.hw.i8042 import I8042
-from vmonty.vmm.hw.port92 import Port92
+from vmonty.vmm.hw.port92 import A20_GATE, Port92
 from vmonty.vmm.hw.ps2 import Ps2Keyboard, Ps2Mouse
 from vmonty.vmm.hw.pvpanic import Pvpanic
 from vmonty.vmm.hw.serial import Serial
@@ -58,9 +58,10 @@ def add_legacy_devices(machine: Machine) -> LegacyDevices:
     for register, value in bootorder.cmos_registers(machine.config.boot.order).items():
         cmos.store(register, bytes((value,)))
     ports.place(RTC, 2, cmos, "cmos")
+    machine.port_cell(RTC, 1, INDEX_READ)
     ports.place(POST, 1, post, "post")
     ports.place(PVPANIC, 1, Pvpanic(machine.panicked), "pvpanic")
-    ports.place(FAST_A20, 1, Port92(machine.reset), "port92")
+    ports.place(FAST_A20, 1, Port92(machine.reset, machine.port_cell(FAST_A20, 1, mask=A20_GATE)), "port92")
     return LegacyDevices(serial, keyboard, mouse, controller, cmos, post)
 
 

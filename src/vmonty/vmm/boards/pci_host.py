@@ -23,7 +23,7 @@ from vmonty.vmm.hw.acpi_pm import AcpiPm
 from vmonty.vmm.hw.cmos import Cmos
 from vmonty.vmm.hw.fw_cfg import FwCfg
 from vmonty.vmm.hw.hpet import Hpet
-from vmonty.vmm.hw.pci import ConfigPorts, Decoder, PciBus, PciDevice
+from vmonty.vmm.hw.pci import ADDRESS, ConfigPorts, Decoder, PciBus, PciDevice
 from vmonty.vmm.hw.pci.bus import SLOTS
 from vmonty.vmm.hw.pci.pam import READ_WRITE, REGISTERS
 from vmonty.vmm.hw.pci.rom import add_rom_image
@@ -193,7 +193,7 @@ class PciMachine(Machine):
         """The items of the firmware configuration device."""
         config, device = self.config, self.fw_cfg
         cpus = struct.pack("<H", config.cpus)
-        device.add(fw_cfg.UUID, self.identity.uuid.bytes)
+        device.add(fw_cfg.UUID, self.identity.uuid.bytes if self.identity.uuid else NOT_SET)
         device.add(fw_cfg.RAM_SIZE, struct.pack("<Q", self.memory.size))
         device.add(fw_cfg.CPU_COUNT, cpus)
         device.add(fw_cfg.MAX_CPUS, cpus)
@@ -243,7 +243,7 @@ class PciMachine(Machine):
     @property
     def identity(self) -> Identity:
         """What DMI says of this machine."""
-        return Identity(product=self.name, uuid=self.properties.get("uuid", NOT_SET))
+        return Identity(product=self.name, uuid=self.properties.get("uuid"))
 
     def press_power_button(self) -> None:
         """The fixed power button of ACPI."""
@@ -251,13 +251,14 @@ class PciMachine(Machine):
 
     def _add_root_bus(self) -> PciBus:
         self.pci = PciBus("pci.0", Decoder(self.ports, self.mmio), self._intx, self.send_msi)
-        self.ports.place(CONFIG_PORTS, 8, ConfigPorts(self.pci, self.reset), "pci-config")
+        address = self.port_cell(CONFIG_PORTS, 4, mask=ADDRESS)
+        self.ports.place(CONFIG_PORTS, 8, ConfigPorts(self.pci, self.reset, address), "pci-config")
         self.hotplug = HotPlug(self)
         return self.pci
 
     def _describe_slots(self) -> bytes:
         chips = self.hotplug.chips()
-        return dsdt.hot_plug_slots(SLOTS_PORT, [slot for slot in range(SLOTS) if slot not in chips])
+        return dsdt.hot_plug_slots(SLOTS_PORT, tuple(slot for slot in range(SLOTS) if slot not in chips))
 
     @abstractmethod
     def _intx(self, slot: int, pin: int, level: int) -> None:

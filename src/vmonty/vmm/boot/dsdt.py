@@ -2,11 +2,14 @@
 
 Source: ACPI Specification 6.5, "ACPI-Defined Devices and Device-Specific Objects", "Device Configuration";
 PCI Firmware Specification, "_PRT"; "ACPI Generic Event Device".
+
+Firmware has the tables made four times, and most machines have the same: the larger parts are remembered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vmonty.vmm.boot import aml
@@ -103,7 +106,8 @@ def routing_by_gsi(route: Callable[[int, int], int]) -> bytes:
     )
 
 
-def hot_plug_slots(port: int, slots: Iterable[int]) -> bytes:
+@functools.cache
+def hot_plug_slots(port: int, slots: tuple[int, ...]) -> bytes:
     """Devices for those *slots* of the root bus whose contents may change, by the registers of SlotEvents at *port*.
 
     It belongs into the root bus's device, and hot_plug_event() beside that.
@@ -142,6 +146,7 @@ def hot_plug_event(port: int, event_block: int) -> bytes:
     ) + aml.scope("\\_GPE", aml.method(f"_E{acpi_hotplug.EVENT_PCI:02X}", 0, aml.call("\\_SB.PCI0.HPSC")))  # fmt: skip
 
 
+@functools.cache
 def interrupt_link(label: str, uid: int, register: str) -> bytes:
     """An interrupt link device, whose route is the byte *register*: bit 7 off, the rest an ISA interrupt."""
     reg = aml.path(register)
@@ -187,6 +192,7 @@ def pirq_registers(offset: int, labels: Sequence[str]) -> bytes:
     )
 
 
+@functools.cache
 def plain_device(label: str, identity: str, *resources: bytes, uid: int = 0) -> bytes:
     """A device that needs a name and resources only: RTC, keyboard, mouse, UART, HPET, reserved resources."""
     hid = aml.eisa_id(identity) if identity.startswith("PNP") else identity

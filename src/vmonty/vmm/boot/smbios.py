@@ -6,8 +6,10 @@ Source: DMTF DSP0134, System Management BIOS Reference Specification 2.8.0, "Ent
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
-from uuid import UUID
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from uuid import UUID
 
 ANCHOR_SIZE = 0x1F
 VERSION = (2, 8)
@@ -16,17 +18,17 @@ BIOS, SYSTEM, CHASSIS, PROCESSOR, MEMORY_ARRAY, MEMORY_DEVICE = 0x000, 0x100, 0x
 MAPPED_ADDRESS, BOOT, END = 0x1300, 0x2000, 0x7F00
 LARGEST_SMALL_DEVICE_MIB = 0x7FFF
 LARGEST_SMALL_ARRAY = 0x8000_0000
-NOT_SET = UUID(int=0)
+NOT_SET = bytes(16)
 
 
 class Identity(NamedTuple):
-    """What the owner of a machine may choose; an empty string is left out."""
+    """What the owner of a machine may choose; an empty string is left out, and no *uuid* is all zeros."""
 
     manufacturer: str = "vmonty"
     product: str = "pc"
     version: str = ""
     serial: str = ""
-    uuid: UUID = NOT_SET
+    uuid: UUID | None = None
 
 
 def _structure(kind: int, handle: int, body: bytes, *strings: str) -> bytes:
@@ -51,7 +53,8 @@ def _system(identity: Identity) -> bytes:
     strings = _Strings()
     numbers = [strings.add(text) for text in (identity.manufacturer, identity.product, identity.version)]
     serial = strings.add(identity.serial)
-    body = struct.pack("<4B16sBBB", *numbers, serial, identity.uuid.bytes_le, 6, 0, 0)
+    uuid = identity.uuid.bytes_le if identity.uuid else NOT_SET
+    body = struct.pack("<4B16sBBB", *numbers, serial, uuid, 6, 0, 0)
     return _structure(1, SYSTEM, body, *strings.all)
 
 

@@ -18,6 +18,7 @@ HOURS, PM = 4, 0x80
 SECONDS_ALARM, MINUTES_ALARM, HOURS_ALARM = 1, 3, 5
 DONT_CARE = 0xC0
 CENTURY = 0x32
+INDEX_READ = 0xFF  # the index port is write-only on a PC
 CLOCK = (0, 2, HOURS, 6, 7, 8, 9, CENTURY)
 
 # The update cycle of the data sheet: the flag rises this long before the registers change.
@@ -99,9 +100,9 @@ class Cmos:
     # ---- ports ------------------------------------------------------------------------------------------------
 
     def read(self, offset: int, size: int) -> int:
-        """The index reads as all ones, as the port is write-only on a PC."""
+        """The selected register; the index does not read back."""
         with self._lock:
-            return self._register(self._index) if offset == 1 else 0xFF
+            return self._register(self._index) if offset == 1 else INDEX_READ
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Select a register (bit 7, the NMI mask, is ignored), or write it."""

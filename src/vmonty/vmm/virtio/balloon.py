@@ -77,16 +77,16 @@ class Balloon(VirtioDevice):
 
     @property
     def actual(self) -> int:
-        """How many pages the guest says it has handed over."""
+        """How many pages the guest says it has handed over; it may say anything, but has no more than its memory."""
         _, actual = CONFIG.unpack(self.config)
-        return int(actual)
+        return min(int(actual), self.memory.size // PAGE)
 
     def state(self) -> dict[str, int | dict[str, int]]:
         """Bytes of memory: all, what the guest shall get along with, what it has now; and what it tells of them."""
-        pages, actual = CONFIG.unpack(self.config)
+        pages, _ = CONFIG.unpack(self.config)
         size = self.memory.size
         return {
-            "memory": size, "target": size - pages * PAGE, "actual": size - actual * PAGE,
+            "memory": size, "target": size - pages * PAGE, "actual": size - self.actual * PAGE,
             "statistics": self.statistics(),
         }  # fmt: skip
 

@@ -323,6 +323,8 @@ class ShadowMmu:
         """mark_mmio_spte(): where no slot is, as of *generation*."""
         if index in page.filled:
             self._drop(page, index)
+        elif page.role.direct and index not in page.mmio and self.tables.read(page.table, index):
+            self._stats.values[PAGES_4K] -= 1
         page.mmio[index] = 0 if page.role.direct else found.gptes[1]
         page.snapshot = b""
         self.tables.write(page.table, index, make_mmio_spte(found.gfn, found.allowed, generation))

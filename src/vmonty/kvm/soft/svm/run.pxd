@@ -14,7 +14,9 @@ cdef enum:
 
 # EXITINFO1 of NPF: the final address, and a write
 cdef enum:
-    NPF_FINAL_WRITE = 0x100000002
+    NPF_WRITE = 2
+    NPF_FETCH = 0x10
+    NPF_FINAL = 0x100000000
 
 # As cpu.svm.svm_run, but exits that need no Python are handled, and the guest entered again. VMLOAD and VMSAVE too.
 cdef int svm_vcpu_run(KvmVcpuArch *a, CpuState *s, uint64_t vmcb) noexcept nogil

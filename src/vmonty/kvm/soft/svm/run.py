@@ -8,7 +8,7 @@ from __future__ import annotations
 import cython
 from cython.cimports.vmonty.cpu.codecache import put_vectors
 from cython.cimports.vmonty.cpu.hosttraps import prepare_thread
-from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM, FLAG_TF
+from cython.cimports.vmonty.cpu.state import EXIT_NONE, EXIT_VM, FLAG_TF, RAX
 from cython.cimports.vmonty.cpu.svm import Svm, svm_run_guest
 from cython.cimports.vmonty.cpu.svm_entry import enter_svm_guest, leave_svm_guest, load_state, save_state
 from cython.cimports.vmonty.cpu.svm_exit import V_TPR, svm_of
@@ -38,7 +38,7 @@ from cython.cimports.vmonty.cpu.vmcb import (
     put32,
     put64,
 )
-from cython.cimports.vmonty.kvm.soft.doorbells import fastpath_doorbell
+from cython.cimports.vmonty.kvm.soft.fast_mmio import fastpath_loaded, fastpath_mmio
 from cython.cimports.vmonty.kvm.soft.fastpath import (
     COUNT_EXITS,
     COUNT_IRQ_INJECTIONS,
@@ -65,7 +65,7 @@ from cython.cimports.vmonty.kvm.soft.lapic_irq import (
     kvm_apic_tpr_threshold,
     kvm_get_apic_interrupt,
 )
-from cython.cimports.vmonty.kvm.soft.port_window import fastpath_window
+from cython.cimports.vmonty.kvm.soft.port_window import fastpath_ports
 from cython.cimports.vmonty.kvm.soft.seats import Seat
 from cython.cimports.vmonty.kvm.soft.vcpu_arch import (
     VcpuArch,
@@ -100,13 +100,14 @@ def svm_exit_handlers_fastpath(a, s, v):
         port: uint32_t = (information >> 16) & 0xFFFF
         size: uint32_t = (information >> 4) & 7
         if information & 4 == 0:
-            done = fastpath_window(a, s, port, size, (information & 1) != 0)
+            done = fastpath_ports(a, s, port, size, (information & 1) != 0)
             if done == FAST_NONE:
                 return fastpath_in(a, s, port, size) if information & 1 else fastpath_out(a, s, port, size)
     elif code == SVM_NPF:
-        # APM, "Nested versus Guest Page Faults, Fault Ordering": a write, of the guest's and not of the page walk.
-        if get64(v.vmcb, VMCB_EXITINFO1) & NPF_FINAL_WRITE == NPF_FINAL_WRITE:
-            done = fastpath_doorbell(a, s, get64(v.vmcb, VMCB_EXITINFO2))
+        # APM, "Nested versus Guest Page Faults, Fault Ordering": the guest's access to data, and not the page walk's.
+        access: uint64_t = get64(v.vmcb, VMCB_EXITINFO1)
+        if access & (NPF_FINAL | NPF_FETCH) == NPF_FINAL:
+            done = fastpath_mmio(a, s, get64(v.vmcb, VMCB_EXITINFO2), (access & NPF_WRITE) != 0)
             if done == FAST_USER:
                 return FAST_USER
     elif code == SVM_VINTR:
@@ -228,6 +229,13 @@ def svm_vcpu_reenter(a):
     if a.input:
         put64(m, VMCB_RAX, fastpath_input(a, get64(m, VMCB_RAX)))
         put64(m, VMCB_RIP, get64(m, VMCB_NRIP))
+        put64(m, VMCB_INT_STATE, 0)
+    elif a.load.size:
+        if a.load.reg == RAX:
+            put64(m, VMCB_RAX, fastpath_loaded(a, get64(m, VMCB_RAX)))
+        else:
+            a.processor.gpr[a.load.reg] = fastpath_loaded(a, a.processor.gpr[a.load.reg])
+        put64(m, VMCB_RIP, a.load_next)
         put64(m, VMCB_INT_STATE, 0)
     fastpath_events(a, False)
     _inject_pending_event(a, m)

@@ -50,7 +50,7 @@ from cython.cimports.vmonty.cpu.vmx_exit import (
     REASON_WRMSR,
     vmx_of,
 )
-from cython.cimports.vmonty.kvm.soft.doorbells import fastpath_doorbell
+from cython.cimports.vmonty.kvm.soft.fast_mmio import fastpath_loaded, fastpath_mmio
 from cython.cimports.vmonty.kvm.soft.fastpath import (
     COUNT_EXITS,
     COUNT_IRQ_INJECTIONS,
@@ -79,7 +79,7 @@ from cython.cimports.vmonty.kvm.soft.lapic_irq import (
     kvm_apic_tpr_threshold,
     kvm_get_apic_interrupt,
 )
-from cython.cimports.vmonty.kvm.soft.port_window import fastpath_window
+from cython.cimports.vmonty.kvm.soft.port_window import fastpath_ports
 from cython.cimports.vmonty.kvm.soft.seats import Seat
 from cython.cimports.vmonty.kvm.soft.vcpu_arch import (
     VcpuArch,
@@ -117,13 +117,14 @@ def vmx_exit_handlers_fastpath(a, s, v):
         port: uint32_t = (qualification >> 16) & 0xFFFF
         size: uint32_t = (qualification & 7) + 1
         if qualification & 0x10 == 0:
-            done = fastpath_window(a, s, port, size, (qualification & 8) != 0)
+            done = fastpath_ports(a, s, port, size, (qualification & 8) != 0)
             if done == FAST_NONE:
                 return fastpath_in(a, s, port, size) if qualification & 8 else fastpath_out(a, s, port, size)
     elif reason == REASON_EPT_VIOLATION:
-        # SDM, "Exit Qualification for EPT Violations": a write, of the guest's and not of the page walk.
-        if get(v.vmcs, EXIT_QUALIFICATION) & 0x102 == 0x102:
-            done = fastpath_doorbell(a, s, get(v.vmcs, GUEST_PHYSICAL_ADDRESS))
+        # SDM, "Exit Qualification for EPT Violations": the guest's access to data, and not the page walk's.
+        access: uint64_t = get(v.vmcs, EXIT_QUALIFICATION)
+        if access & (EPT_FINAL | EPT_FETCH) == EPT_FINAL:
+            done = fastpath_mmio(a, s, get(v.vmcs, GUEST_PHYSICAL_ADDRESS), (access & EPT_WRITE) != 0)
             if done == FAST_USER:
                 return FAST_USER
     elif reason == REASON_INTERRUPT_WINDOW:
@@ -293,6 +294,12 @@ def vmx_vcpu_run(a, s):
     return cython.cast(int64_t, get(v.vmcs, VM_EXIT_REASON))
 
 
+def _skip(m, rip):
+    """vmx_skip_emulated_instruction(), outside of the guest: *rip* is behind it."""
+    put(m, GUEST_RIP, rip)
+    put(m, GUEST_INTERRUPTIBILITY_INFO, get(m, GUEST_INTERRUPTIBILITY_INFO) & ~cython.cast(uint64_t, SHADOWS))
+
+
 def vmx_vcpu_reenter(a):
     """vmx_vcpu_run() after an exit that only kvm_run tells of: what was read for the guest, and what is pending."""
     s: cython.pointer(CpuState) = a.processor
@@ -300,8 +307,10 @@ def vmx_vcpu_reenter(a):
     kvm_take_requests(a, REQUEST_EVENT)
     if a.input:
         s.gpr[RAX] = fastpath_input(a, s.gpr[RAX])
-        put(m, GUEST_RIP, get(m, GUEST_RIP) + get(m, VM_EXIT_INSTRUCTION_LEN))
-        put(m, GUEST_INTERRUPTIBILITY_INFO, get(m, GUEST_INTERRUPTIBILITY_INFO) & ~cython.cast(uint64_t, SHADOWS))
+        _skip(m, get(m, GUEST_RIP) + get(m, VM_EXIT_INSTRUCTION_LEN))
+    elif a.load.size:
+        s.gpr[a.load.reg] = fastpath_loaded(a, s.gpr[a.load.reg])
+        _skip(m, a.load_next)
     fastpath_events(a, False)
     _inject_pending_event(a, m)
     return vmx_vcpu_run(a, s)

@@ -111,8 +111,9 @@ class Ahci(PciDevice):
             if port.pending:
                 self._pending |= 1 << number
         wanted = self._pending if self._control & CONTROL_INTERRUPT else 0
-        if self.msi is None:
-            self.set_irq(int(bool(wanted)))
+        if self.msi is None or not self.bus_master:
+            self._told = 0  # a message that was not sent told nobody
+            self.set_irq(int(bool(wanted) and self.msi is None))
             return
         self.set_irq(0)
         fresh, self._told = wanted & ~self._told, wanted

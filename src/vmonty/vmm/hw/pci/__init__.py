@@ -8,10 +8,11 @@ from vmonty.vmm.hw.pci.bus import PciBus
 from vmonty.vmm.hw.pci.config import ConfigSpace
 from vmonty.vmm.hw.pci.decode import Decoder, Space, Window
 from vmonty.vmm.hw.pci.device import Bar, PciDevice, Slot
-from vmonty.vmm.hw.pci.host import ConfigPorts, Ecam
+from vmonty.vmm.hw.pci.host import ADDRESS, ConfigPorts, Ecam
 from vmonty.vmm.hw.pci.msix import Msix
 
 __all__ = [
+    "ADDRESS",
     "Bar",
     "ConfigPorts",
     "ConfigSpace",

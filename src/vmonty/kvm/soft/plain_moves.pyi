@@ -1,0 +1,1 @@
+# Compiled code only has anything to call here.
