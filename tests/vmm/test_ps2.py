@@ -126,6 +126,27 @@ def test_keys_that_nobody_reads_do_not_pile_up(pc: Pc) -> None:
     assert len(pc.read_all()) <= ps2.KEYS + 1
 
 
+@pytest.mark.parametrize("said", [(ps2.SET_LEDS, 2), (ps2.SET_RATE, 0x20), (ps2.SET_SCANCODES, 0)])
+def test_what_was_typed_follows_a_reply(pc: Pc, said: tuple[int, int]) -> None:
+    """A driver lights the LED of a key while its user types on."""
+    for pressed in (True, False):
+        pc.keyboard.key(0xE04B, pressed)
+    command, parameter = said
+    pc.chip.write(DATA, 1, command)
+    first = bytes(pc.chip.read(DATA, 1) for _ in range(2))
+    assert first == bytes((ps2.EXTENDED, ps2.ACK)), "the output buffer's byte was out before"
+    pc.chip.write(DATA, 1, parameter)
+    # The next byte lay in the output buffer by then, too.
+    assert pc.read_all().replace(b"\xfa\x02", b"\xfa") == b"\x6b\xfa\xe0\xf0\x6b"
+
+
+@pytest.mark.parametrize("command", [ps2.RESET, ps2.ENABLE, ps2.DISABLE, ps2.SET_DEFAULTS])
+def test_commands_that_drop_what_was_typed(pc: Pc, command: int) -> None:
+    for _ in range(3):
+        pc.keyboard.key(0x1E, True)
+    assert pc.tell_keyboard(command).rstrip(b"\xaa") == b"\x1c\xfa"
+
+
 @pytest.mark.parametrize("key", [0, 0x55, 0x59, 0x7F, 0xE07F, 1 << 40, -1])
 def test_no_such_key(pc: Pc, key: int) -> None:
     pc.keyboard.key(key, True)

@@ -59,7 +59,7 @@ class Ps2Device(ABC):
             return self._last
 
     def write(self, value: int) -> None:
-        """A byte from the host. What the device had to say before is dropped, as the reply must come first."""
+        """A byte from the host. Of replies and packets what was not taken before is dropped: this one's must come first."""
         with self._lock:
             parameter_of, self._parameter_of = self._parameter_of, None
             self._replies.clear()
@@ -72,7 +72,7 @@ class Ps2Device(ABC):
         self.changed()
 
     def _refill(self) -> None:
-        """Make a packet, for devices that gather motion."""
+        """Say what there is besides replies: a key, or a packet of gathered motion."""
 
     @abstractmethod
     def _parameter(self, command: int, value: int) -> None: ...
@@ -87,6 +87,7 @@ class Ps2Keyboard(Ps2Device):
     def __init__(self) -> None:
         super().__init__()
         self._scanning = True
+        self._keys: deque[int] = deque()
         self.leds = 0
 
     def key(self, code: int, pressed: bool) -> None:
@@ -109,10 +110,14 @@ class Ps2Keyboard(Ps2Device):
                 bytes((EXTENDED,) if code & EXTENDED_KEY else ()) + bytes(() if pressed else (BREAK,)) + bytes((make,))
             )
         with self._lock:
-            if not self._scanning or len(self._replies) + len(data) > KEYS:
+            if not self._scanning or len(self._keys) + len(data) > KEYS:
                 return
-            self._replies.extend(data)
+            self._keys.extend(data)
         self.changed()
+
+    def _refill(self) -> None:
+        if self._keys:
+            self._replies.append(self._keys.popleft())
 
     def _parameter(self, command: int, value: int) -> None:
         self._replies.append(ACK)
@@ -129,9 +134,11 @@ class Ps2Keyboard(Ps2Device):
                 self._replies.extend((ACK, *KEYBOARD_ID))
             case 0xFF:  # RESET
                 self._scanning, self.leds = True, 0
+                self._keys.clear()
                 self._replies.extend((ACK, SELF_TEST_PASSED))
             case 0xF4 | 0xF5 | 0xF6:  # ENABLE, DISABLE, SET_DEFAULTS
                 self._scanning = command != DISABLE
+                self._keys.clear()
                 self._replies.append(ACK)
             case 0xED | 0xF0 | 0xF3:  # SET_LEDS, SET_SCANCODES, SET_RATE
                 self._parameter_of = command
