@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vmonty.bench import block, boot, net, vnc
+from vmonty.bench import block, boot, firmware, net, vnc
 from vmonty.bench.compiler import PayloadError
 from vmonty.bench.process import Process
 from vmonty.guests import rootdisk
@@ -94,15 +94,22 @@ def test_debian_boots_from_a_disk_that_stays_as_it_is(monkeypatch: pytest.Monkey
     assert rootdisk.COMMAND_LINE in theirs
 
 
+def test_firmware_that_is_not_there(vmonty: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(firmware, "MEMTEST", tmp_path / "missing")
+    assert "missing is not there: apt-get install memtest86+" in vmonty("bench", "boot", "memtest", "--quick").err
+    said: list[str] = []
+    assert firmware.rows(["memtest"], False, 1, lambda text, done, total: said.append(text)) == []
+    assert said[-1].startswith("left out: ")
+
+
 @pytest.mark.skipif(not Path("/usr/share/seabios/bios-256k.bin").exists(), reason="no SeaBIOS: apt-get install seabios")
 def test_firmware(vmonty: Run, tmp_path: Path) -> None:
     file = tmp_path / "firmware.json"
-    found = rows(vmonty("bench", "firmware", "seabios", "--quick", "--json", file), file)
+    found = rows(vmonty("bench", "boot", "seabios", "--quick", "--json", file), file)
     command = "SeaBIOS to its boot menu"
     assert list(found) == [command, f"{command}, from the guest's start"]
     assert all(row["vmonty"] > 0 for row in found.values())
     assert found[command]["target"] == "≤ 0.7 × TCG"
-    assert vmonty("bench", "firmware", "award").status == 2
 
 
 def test_a_guest_that_does_not_say_it(tmp_path: Path) -> None:

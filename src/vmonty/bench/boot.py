@@ -1,4 +1,5 @@
-"""``vmonty bench boot``: a distribution's kernel to its first process, or to its login, on soft and under QEMU's TCG.
+"""``vmonty bench boot``: a distribution's kernel to its first process, or to its login, on soft and under QEMU's TCG;
+and what starts by firmware, which firmware.py measures.
 
 Both get the same kernel, initrd, command line, memory and disk in turns, and a serial console on pipes; time counts
 from the start of the process to the line that the initrd's script prints, or the login prompt. vmonty's kernel cache is
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vmonty.base.errors import GuestError
+from vmonty.bench import firmware
 from vmonty.bench.compiler import PayloadError
 from vmonty.bench.process import Process
 from vmonty.bench.qemu import direct_boot
@@ -26,11 +28,12 @@ from vmonty.vmm.boot import kernelcache, linux
 
 MACHINES = ("pc", "q35", "microvm")
 DEBIAN = "debian"  # the guest of `vmonty run debian`, on a pc
-NAMES = (*MACHINES, DEBIAN)
+LINUX = (*MACHINES, DEBIAN)
+NAMES = (*LINUX, *firmware.SUBJECTS)
 MEMORY = 512 << 20
 UP, COMMAND_LINE = b"vmonty: userspace is up", "console=ttyS0"
 LOGIN = b" login: "
-QUICK = ("pc", "microvm")  # what a minute is enough for
+QUICK = ("pc", "microvm", "seabios")  # what a minute is enough for
 LIMIT_S, QUICK_LIMIT_S, LOGIN_LIMIT_S = 120.0, 25.0, 900.0
 # The most that it should take of TCG's time.
 SHARE = {"pc": "≤ 0.7 × TCG", "microvm": "≤ 0.5 × TCG", DEBIAN: "≤ 0.8 × TCG"}
@@ -95,13 +98,22 @@ def first_instructions() -> bytes:
     return struct.pack("<8I", *header) + program
 
 
-def measure(machines: Sequence[str] = (), quick: bool = False, say: Progress = silent) -> Report:
-    """Boot on *machines*, or the Debian guest (default: all, *quick* two): medians of three rounds, *quick* of one.
+def measure(names: Sequence[str] = (), quick: bool = False, say: Progress = silent) -> Report:
+    """Boot what *names* has of NAMES (default: all, *quick* QUICK): medians of three rounds, *quick* of one.
 
-    A boot that QEMU does not finish is told, and left out; so is the Debian guest when it is not built, unless it is
-    asked for. Raises PayloadError, GuestError.
+    A boot that QEMU does not finish is told, and left out; so is what this host lacks, unless it is asked for. Raises
+    PayloadError, GuestError, UsageError.
     """
-    boots = _boots(machines, quick, say)
+    chosen = names or (QUICK if quick else NAMES)
+    report = Report("Boot: from the start of the process, where no other is said")
+    if linux_boots := [name for name in chosen if name in LINUX]:
+        report.rows += _linux_rows(_boots(linux_boots, bool(names), say), quick, say)
+    rounds = 1 if quick else 3
+    report.rows += firmware.rows([name for name in chosen if name not in LINUX], bool(names), rounds, say)
+    return report
+
+
+def _linux_rows(boots: Sequence[Boot], quick: bool, say: Progress) -> list[Row]:
     for kernel in {boot.kernel for boot in boots}:
         image = kernel.read_bytes()
         at, length = linux.parse(image).payload
@@ -126,7 +138,7 @@ def measure(machines: Sequence[str] = (), quick: bool = False, say: Progress = s
                     continue
                 for what, value in figures.items():
                     taken.setdefault((boot.name, what, who), []).append(value)
-    report = Report("Boot: process start to the guest's first process")
+    rows = []
     for boot in boots:
         title = "Debian disk to login" if boot.name == DEBIAN else boot.name
         for what, unit, target in (
@@ -136,15 +148,14 @@ def measure(machines: Sequence[str] = (), quick: bool = False, say: Progress = s
         ):
             known = {who: statistics.median(got) for who in commands if (got := taken.get((boot.name, what, who)))}
             row = Row(f"{title}, {what}", unit, "less", known["vmonty"], None, known.get("qemu_tcg"), target)
-            report.rows.append(row)
-    report.rows.append(_first_instruction(commands, rounds))
-    return report
+            rows.append(row)
+    return [*rows, _first_instruction(commands, rounds)]
 
 
-def _boots(names: Sequence[str], quick: bool, say: Progress) -> list[Boot]:
-    """Raises GuestError."""
+def _boots(names: Sequence[str], asked: bool, say: Progress) -> list[Boot]:
+    """Raises GuestError for a guest that is *asked* for and not there."""
     found = []
-    for name in names or (QUICK if quick else NAMES):
+    for name in names:
         if name != DEBIAN:
             guest = busybox.build(progress=say)
             found.append(Boot(name, name, guest.kernel, guest.initrd, COMMAND_LINE, UP, LIMIT_S))
@@ -154,7 +165,7 @@ def _boots(names: Sequence[str], quick: bool, say: Progress) -> list[Boot]:
             found.append(
                 Boot(name, "pc", disk.kernel, disk.initrd, rootdisk.COMMAND_LINE, LOGIN, LOGIN_LIMIT_S, disk.disk)
             )
-        elif names:
+        elif asked:
             raise GuestError("the Debian guest is not built: run `vmonty guest build debian`")
         else:
             say("left out: the Debian guest, which `vmonty guest build debian` makes", 0, 0)

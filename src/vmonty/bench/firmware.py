@@ -1,8 +1,8 @@
-"""``vmonty bench firmware``: Debian's firmware and what it boots from CD, on soft and under QEMU's TCG, in turns.
+"""``vmonty bench boot``, its part by firmware: Debian's, and what it boots from CD, on soft and under QEMU's TCG.
 
 Each subject is a command line for both, with its console on the standard streams, and the text by which it has arrived.
 Counted is the process's CPU time from its start to that text. With SeaBIOS that is mostly the start of the process,
-which `vmonty bench boot` measures by itself: so SeaBIOS is counted from the guest's start, too.
+which boot.py measures by itself: so SeaBIOS is counted from the guest's start, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vmonty.base.errors import VmontyError
 from vmonty.bench.compiler import PayloadError
 from vmonty.bench.process import Process
 from vmonty.bench.qemu import COMMAND
-from vmonty.bench.report import Report, Row, qemu_version
+from vmonty.bench.report import Row, qemu_version
 from vmonty.guests import busybox
 from vmonty.guests.progress import Progress, silent
 from vmonty.vm import VM
@@ -107,25 +107,26 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {
 }  # fmt: skip
 
 
-def measure(names: Sequence[str] = (), quick: bool = False, say: Progress = silent) -> Report:
-    """Boot the subjects *names* (default: all): medians of three rounds, *quick* of one.
+def rows(names: Sequence[str], asked: bool, rounds: int, say: Progress = silent) -> list[Row]:
+    """Boot the SUBJECTS *names*: medians of *rounds*. What QEMU does not finish is told, and left out.
 
-    What a host lacks is told, and left out. Raises PayloadError when vmonty does not arrive.
+    So is what this host lacks, unless it was *asked* for. Raises PayloadError and UsageError.
     """
-    report = Report("Firmware: CPU time from the start of the process")
-    rounds = 1 if quick else 3
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, name in enumerate(names or SUBJECTS):
-            say("firmware", number, len(names or SUBJECTS))
+        for number, name in enumerate(names):
+            say("firmware", number, len(names))
             try:
                 subject = SUBJECTS[name](Path(folder))
             except VmontyError as error:
+                if asked:
+                    raise
                 say(f"left out: {error}", 0, 0)
                 continue
-            report.rows.append(_row(subject, rounds, say))
+            found.append(_row(subject, rounds, say))
             if name == "seabios":
-                report.rows.append(_from_its_start(subject, rounds))
-    return report
+                found.append(_from_its_start(subject, rounds))
+    return found
 
 
 def _from_its_start(subject: Subject, rounds: int) -> Row:

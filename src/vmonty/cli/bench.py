@@ -85,38 +85,22 @@ def kvm(operations: tuple[str, ...], provider: str, json_file: Path | None, quic
     finish(report, json_file)
 
 
-@bench.command(epilog="Example:  vmonty bench boot microvm --quick")
-@click.argument("machines", nargs=-1)
+@bench.command(epilog="Example:  vmonty bench boot microvm seabios --quick")
+@click.argument("names", nargs=-1)
 @json_option
 @quick_option
-def boot(machines: tuple[str, ...], json_file: Path | None, quick: bool) -> None:
-    """Boot the busybox guest on MACHINES to userspace, on soft and under QEMU's TCG.
+def boot(names: tuple[str, ...], json_file: Path | None, quick: bool) -> None:
+    """Boot NAMES (default: all), on soft and under QEMU's TCG.
 
-    The default is pc, q35, microvm, and debian, which is the Debian guest to its login; with --quick pc and microvm.
-    Without qemu-system-x86_64 its column stays empty.
+    pc, q35 and microvm are the busybox guest to userspace, debian is the Debian guest to its login; seabios, memtest,
+    ovmf and grub go by firmware to their first screen. With --quick the default is pc, microvm and seabios. What this
+    host lacks is left out; without qemu-system-x86_64 its column stays empty.
     """
     from vmonty.bench.boot import NAMES, measure
 
-    check_names("machine", machines, NAMES)
+    check_names("boot", names, NAMES)
     with terminal_progress() as progress:
-        report = measure(machines, quick, progress)
-    finish(report, json_file)
-
-
-@bench.command(epilog="Example:  vmonty bench firmware seabios --quick")
-@click.argument("subjects", nargs=-1)
-@json_option
-@quick_option
-def firmware(subjects: tuple[str, ...], json_file: Path | None, quick: bool) -> None:
-    """Boot SUBJECTS (seabios, memtest, ovmf, grub; default: all) to their first screen, on soft and under QEMU's TCG.
-
-    Those that this host lacks are left out. Without qemu-system-x86_64 its column stays empty.
-    """
-    from vmonty.bench.firmware import SUBJECTS, measure
-
-    check_names("subject", subjects, tuple(SUBJECTS))
-    with terminal_progress() as progress:
-        report = measure(subjects, quick, progress)
+        report = measure(names, quick, progress)
     finish(report, json_file)
 
 

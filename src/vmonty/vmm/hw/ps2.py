@@ -59,7 +59,7 @@ class Ps2Device(ABC):
             return self._last
 
     def write(self, value: int) -> None:
-        """A byte from the host. Of replies and packets what was not taken before is dropped: this one's must come first."""
+        """A byte from the host. Replies and packets that were not taken are dropped: this one's must come first."""
         with self._lock:
             parameter_of, self._parameter_of = self._parameter_of, None
             self._replies.clear()
