@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vmonty.vmm.display.screen import Screen
     from vmonty.vmm.hw.pci import PciDevice
     from vmonty.vmm.hw.ps2 import Ps2Keyboard, Ps2Mouse
+    from vmonty.vmm.hw.vmmouse import VmMouse
     from vmonty.vmm.net.backend import NetBackend
     from vmonty.vmm.virtio.balloon import Balloon
 
@@ -159,6 +160,7 @@ class Machine(Closing, ABC):
         self.screen: Screen | None = None
         self.keyboard: Ps2Keyboard | None = None
         self.mouse: Ps2Mouse | None = None
+        self.pointer: VmMouse | None = None
         self.balloon: Balloon | None = None
         self._transmitter: Transmitter | None = None
         self._cells: list[PortCell] = []
@@ -319,6 +321,10 @@ class Machine(Closing, ABC):
     def reset(self) -> None:
         """The guest asked for a reset. From any thread."""
         self._end(Outcome(Ending.RESET, "the guest asked for a reset"))
+
+    def exiting_vcpu(self) -> Vcpu | None:
+        """The vCPU whose exit is handled on this thread: for devices that answer in its registers."""
+        return next((thread.vcpu for thread in self.vcpus if thread.on_thread()), None)
 
     def press_reset_button(self) -> None:
         """Reset it from outside: no panic asks for that. From any thread."""

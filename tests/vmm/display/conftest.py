@@ -21,12 +21,17 @@ class Recorder:
     def __init__(self) -> None:
         self.keys: list[tuple[int, bool]] = []
         self.moves: list[tuple[int, int, int, int]] = []
+        self.places: list[tuple[int, int, int, int]] = []
+        self.absolute = False
 
     def key(self, code: int, pressed: bool) -> None:
         self.keys.append((code, pressed))
 
     def move(self, dx: int, dy: int, dz: int = 0, buttons: int = 0) -> None:
         self.moves.append((dx, dy, dz, buttons))
+
+    def place(self, x: int, y: int, dz: int = 0, buttons: int = 0) -> None:
+        self.places.append((x, y, dz, buttons))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import shutil
 import socket
@@ -173,6 +174,51 @@ def test_qemus_extensions(recorder: Recorder, connect: Callable[..., Client]) ->
     eventually(lambda: bool(recorder.keys and recorder.moves))
     assert recorder.keys == [(0xE04B, True)]
     assert recorder.moves == [(3, 4, 0, 1)]
+
+
+def test_a_guest_that_wants_places(recorder: Recorder, connect: Callable[..., Client]) -> None:
+    recorder.absolute = True
+    client = connect()
+    client.update(False)
+    client.point(0, 0, 0)
+    client.point(1, 719, 399)
+    client.point(1, 2000, 200)  # outside: its edge
+    client.point(8, 360, 200)
+    client.point(0, 360, 200)
+    eventually(lambda: len(recorder.places) == 4)
+    edge = [(65535, 65535, 0, 1), (65535, 200 * 65535 // 399, 0, 1)]
+    assert recorder.places == [(0, 0, 0, 0), *edge, (32813, 32849, -1, 0)]
+    client.point(2, 360, 200)
+    client.close()
+    eventually(lambda: recorder.places[-2:] == [(32813, 32849, 0, 4), (32813, 32849, 0, 0)])
+    assert recorder.moves == [(0, 0, 0, 0)], "a driver that has gone meanwhile lets go, too"
+
+
+def test_a_driver_that_begins_to_want_places(recorder: Recorder, connect: Callable[..., Client]) -> None:
+    client = connect((Encoding.RAW, Encoding.POINTER_TYPE_CHANGE))
+    client.update(False)
+    recorder.absolute = True
+    assert client.update() == [(1, 0, 0, 0, Encoding.POINTER_TYPE_CHANGE)]
+    client.point(0, 0x7FFF + 3, 0x7FFF)  # sent before it knew
+    client.point(0, 1, 399)
+    eventually(lambda: bool(recorder.places))
+    assert recorder.moves == [(3, 0, 0, 0)]
+    assert recorder.places == [(91, 65535, 0, 0)]
+    recorder.absolute = False
+    assert client.update() == [(0, 0, 0, 0, Encoding.POINTER_TYPE_CHANGE)]
+
+
+def test_a_server_that_stops_says_nothing(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    server = serve()
+    client = Client(server.ports[0])
+    try:
+        client.update(False)
+        server.stop()
+        with pytest.raises(ConnectionError):
+            client.read(1)
+    finally:
+        client.close()
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_a_resize_by_the_viewer_is_refused(connect: Callable[..., Client]) -> None:

@@ -6,6 +6,7 @@ from vmonty.base.errors import UsageError
 from vmonty.vmm import shadow
 from vmonty.vmm.boards.pci_host import PciMachine
 from vmonty.vmm.display.screen import Screen
+from vmonty.vmm.hw import vmmouse
 from vmonty.vmm.hw.vga import aperture, dispi, registers, textmode
 from vmonty.vmm.hw.vga.card import VgaCard
 from vmonty.vmm.memory import DeviceMemory
@@ -30,5 +31,8 @@ def add_vga(machine: PciMachine, rom: bytes) -> VgaCard:
     machine.ports.place(dispi.INDEX_PORT, dispi.PORTS, card.dispi, "vga-dispi")
     machine.mmio.place(aperture.WINDOW, aperture.WINDOW_SIZE, card.window, "vga-window")
     machine.screen = Screen(card.mode, card.memory)
+    if machine.mouse is not None:
+        machine.pointer = vmmouse.VmMouse(machine.exiting_vcpu, machine.mouse)
+        machine.ports.place(vmmouse.PORT, vmmouse.PORT_SIZE, machine.pointer, "vmmouse")
     machine.prepare_screen = lambda: textmode.set_text_mode(card.registers, card.memory, rom)
     return card

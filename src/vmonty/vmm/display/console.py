@@ -64,6 +64,17 @@ class DisplayConsole:
         if (machine := self._machine) is not None and machine.keyboard is not None:
             machine.keyboard.key(code, pressed)
 
+    @property
+    def absolute(self) -> bool:
+        """Does the guest want to know where the pointer is, by ``place``, not how it moved?"""
+        machine = self._machine
+        return machine is not None and machine.pointer is not None and machine.pointer.absolute
+
+    def place(self, x: int, y: int, dz: int = 0, buttons: int = 0) -> None:
+        """See VmMouse."""
+        if (machine := self._machine) is not None and machine.pointer is not None:
+            machine.pointer.place(x, y, dz, buttons)
+
     def move(self, dx: int, dy: int, dz: int = 0, buttons: int = 0) -> None:
         """See Ps2Mouse."""
         if (machine := self._machine) is not None and machine.mouse is not None:

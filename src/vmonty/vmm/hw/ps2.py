@@ -164,6 +164,7 @@ class Ps2Mouse(Ps2Device):
         self._reporting = self._remote = False
         self._dx = self._dy = self._dz = 0
         self._buttons = self._told = 0
+        self._nudged = False
 
     def move(self, dx: int, dy: int, dz: int = 0, buttons: int = 0) -> None:
         """The mouse moved, its wheel turned (downwards is positive), or *buttons* are now down. From any thread."""
@@ -174,8 +175,14 @@ class Ps2Mouse(Ps2Device):
                 return
         self.changed()
 
+    def nudge(self) -> None:
+        """Send a packet, whether it moved or not: see vmmouse. From any thread."""
+        with self._lock:
+            self._nudged = True
+        self.changed()
+
     def _moved(self) -> bool:
-        return bool(self._dx or self._dy or (self._dz and self._id)) or self._buttons != self._told
+        return self._nudged or bool(self._dx or self._dy or (self._dz and self._id)) or self._buttons != self._told
 
     def _refill(self) -> None:
         if self._reporting and not self._remote and self._moved():
@@ -185,7 +192,7 @@ class Ps2Mouse(Ps2Device):
         dx, dy = (max(-255, min(255, count)) for count in (self._dx, self._dy))
         dz = max(-8, min(7, self._dz))
         self._dx, self._dy, self._dz = self._dx - dx, self._dy - dy, self._dz - dz if self._id else 0
-        self._told = self._buttons
+        self._told, self._nudged = self._buttons, False
         first = 8 | self._buttons & 7 | (0x10 if dx < 0 else 0) | (0x20 if dy < 0 else 0)
         packet = [first, dx & 0xFF, dy & 0xFF]
         if self._id == WHEEL_ID:
@@ -219,7 +226,7 @@ class Ps2Mouse(Ps2Device):
             case 0xF6:  # SET_DEFAULTS
                 self._defaults()
             case 0xF4 | 0xF5:  # ENABLE, DISABLE
-                self._reporting = command == ENABLE
+                self._reporting, self._nudged = command == ENABLE, False
                 self._dx = self._dy = self._dz = 0
             case 0xF2:  # IDENTIFY
                 self._replies.append(self._id)

@@ -209,6 +209,9 @@ class VncServer:
             await viewer.run()
         except (Disconnected, ProtocolError, TimeoutError) as error:
             logger.info("a VNC viewer's connection ended: %s", error or type(error).__name__)
+        except asyncio.CancelledError:
+            # Of _end(). Python 3.11 would log a traceback for a connection whose task was cancelled.
+            logger.info("a VNC viewer's connection ended with the server")
         finally:
             del self._viewers[task]
             stream.close()

@@ -44,7 +44,8 @@ class Viewer:
         self._everything = False
         self._news: list[bytes] = []  # pseudo-rectangles for the next update
         self._sending = asyncio.Lock()
-        self._relative = False
+        self._absolute: bool | None = None  # what it was told that the mouse is
+        self._size = 0, 0  # the screen's, of which it may see a part
 
     async def start(self) -> bool:
         """The initialization; returns whether others may see the screen as well."""
@@ -53,7 +54,8 @@ class Viewer:
         name = self._name.encode()
         head = struct.pack(">HH", frame.width, frame.height) + describe(NATIVE)
         await self._stream.send(head + struct.pack(">I", len(name)) + name)
-        self._updates.announce(frame.width, frame.height)
+        self._size = frame.width, frame.height
+        self._updates.announce(*self._size)
         return bool(shared)
 
     async def run(self) -> None:
@@ -81,7 +83,10 @@ class Viewer:
             if self._everything:
                 self._everything = False
                 self._updates.forget()
-            rectangles = self._news + self._updates.difference(self._frame())
+            self._tell_pointer()
+            frame = self._frame()
+            self._size = frame.width, frame.height
+            rectangles = self._news + self._updates.difference(frame)
             self._news = []
             if rectangles:
                 self._asked.clear()
@@ -117,7 +122,8 @@ class Viewer:
                     self._input.keysym(keysym, bool(down))
                 case 5:  # POINTER_EVENT
                     buttons, x, y = struct.unpack(">BHH", await read(5))
-                    self._input.point(x, y, buttons, self._relative and max(x, y) >= RELATIVE_FROM)
+                    relative = self._absolute is not None and max(x, y) >= RELATIVE_FROM
+                    self._input.point(x, y, buttons, relative, self._size)
                 case 6:  # CUT_TEXT
                     await self._cut_text()
                 case 251:  # SET_DESKTOP_SIZE
@@ -155,12 +161,15 @@ class Viewer:
 
     def _set_encodings(self, encodings: tuple[int, ...]) -> None:
         self._updates.set_encodings(encodings)
-        if self._updates.understands(Encoding.POINTER_TYPE_CHANGE) and not self._relative:
-            # The mouse is a PS/2 one: it knows motion, not places.
-            self._relative = True
-            self._tell(rectangle(0, 0, 0, 0, Encoding.POINTER_TYPE_CHANGE))
+        self._tell_pointer()
         if self._updates.understands(Encoding.EXTENDED_KEY_EVENT):
             self._tell(rectangle(0, 0, 0, 0, Encoding.EXTENDED_KEY_EVENT))
+
+    def _tell_pointer(self) -> None:
+        """Whether the mouse knows places, or motion alone: the guest's driver decides, at any time."""
+        if self._updates.understands(Encoding.POINTER_TYPE_CHANGE) and self._absolute is not self._input.absolute:
+            self._absolute = self._input.absolute
+            self._tell(rectangle(int(self._absolute), 0, 0, 0, Encoding.POINTER_TYPE_CHANGE))
 
     def _tell(self, news: bytes) -> None:
         if news not in self._news:
