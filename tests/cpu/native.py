@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 from vmonty.cpu import hosttraps
 
@@ -18,6 +19,8 @@ CODE_SIZE = 0x10000
 STATE = CODE + CODE_SIZE  # gpr[16], flags, host rsp; the XSAVE area at +0x400
 DATA = 0x31000000
 DATA_SIZE = 0x3000
+
+IS_AMD = "vendor_id\t: AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 
 # Linux, arch/x86/include/asm/segment.h: __USER32_CS, __USER_CS, __USER_DS.
 USER32_CS, USER_CS, USER_DS = 0x23, 0x33, 0x2B
