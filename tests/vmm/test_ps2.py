@@ -147,6 +147,47 @@ def test_commands_that_drop_what_was_typed(pc: Pc, command: int) -> None:
     assert pc.tell_keyboard(command).rstrip(b"\xaa") == b"\x1c\xfa"
 
 
+def test_a_guest_that_is_late_sees_no_key_held(pc: Pc) -> None:
+    """What has no room is left out as a whole; a release always has it."""
+    pc.keyboard.key(0x2A, True)  # Shift
+    for key in list(range(2, 14)) * 10:
+        pc.keyboard.key(key, True)
+        pc.keyboard.key(key, False)
+    pc.keyboard.key(0x2A, False)
+    codes = pc.read_all()
+    assert len(codes) <= ps2.KEYS + 1
+    held: set[int] = set()
+    for before, code in zip(b"\0" + codes, codes, strict=False):
+        if before == ps2.BREAK:
+            held.remove(code)
+        elif code != ps2.BREAK:
+            held.add(code)
+    assert held == set()
+    assert codes.endswith(b"\xf0\x12")
+
+
+def test_many_keys_held_do_not_stop_the_keyboard(pc: Pc) -> None:
+    for key in range(2, 0x54):
+        pc.keyboard.key(key, True)
+        pc.read_all()
+    assert pc.keyboard.offer(0x57, True)
+    for key in range(2, 0x54):
+        pc.keyboard.key(key, False)
+    assert len(pc.read_all()) == 1 + 2 * (0x54 - 2)
+
+
+def test_nobody_listens(pc: Pc) -> None:
+    pc.tell_keyboard(ps2.DISABLE)
+    assert not pc.keyboard.offer(0x1E, True)
+
+
+def test_a_second_read_gives_the_same_byte(pc: Pc) -> None:
+    """Programs that hook the keyboard's interrupt read the port, and so does the firmware after them."""
+    pc.keyboard.key(0x1E, True)
+    assert [pc.chip.read(DATA, 1) for _ in range(3)] == [0x1C] * 3
+    assert not pc.status & i8042.STATUS_OUTPUT_FULL
+
+
 @pytest.mark.parametrize("key", [0, 0x55, 0x59, 0x7F, 0xE07F, 1 << 40, -1])
 def test_no_such_key(pc: Pc, key: int) -> None:
     pc.keyboard.key(key, True)
@@ -197,3 +238,26 @@ def test_no_byte_is_wrong(said: list[tuple[int | None, int]]) -> None:
         pc.keyboard.key(value, bool(value & 1))
         pc.mouse.move(value, -value, value & 3, value & 31)
         assert 0 <= pc.chip.read(DATA, 1) <= 0xFF
+
+
+def test_a_quick_click_is_one(pc: Pc) -> None:
+    pc.tell_mouse(ps2.ENABLE)
+    pc.mouse.move(5, 5)
+    pc.mouse.move(0, 0, 0, ps2.LEFT)
+    pc.mouse.move(1, 0, 0, ps2.LEFT)
+    pc.mouse.move(0, 0)
+    pc.mouse.move(3, 0)
+    assert pc.read_all() == bytes((8, 5, 5, 9, 1, 0, 8, 3, 0))
+    assert pc.read_all() == b""
+
+
+def test_clicks_that_nobody_reads_do_not_pile_up(pc: Pc) -> None:
+    pc.tell_mouse(ps2.ENABLE)
+    for number in range(1000):
+        pc.mouse.move(0, 0, 0, number & 1)
+    packets = pc.read_all()
+    assert len(packets) <= 3 * (ps2.STEPS + 1)
+    assert packets[-3:] == bytes((9, 0, 0)), "what it is now comes last"
+    pc.tell_mouse(ps2.SET_DEFAULTS, ps2.ENABLE)
+    pc.mouse.move(300, 0, 0, ps2.RIGHT)
+    assert pc.read_all() == bytes((10, 255, 0, 10, 45, 0))

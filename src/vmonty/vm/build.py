@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_APPEND = "console=ttyS0"
 GUEST_APPEND = "console=ttyS0 quiet cryptomgr.notests=1"
+NEXT_MACHINE_S = 30.0  # a reset takes less to make one
 
 
 def read_image(path: Path, what: str) -> bytes:
@@ -55,7 +56,9 @@ class Build:
         self._additions: list[Addition] = []  # devices that came while a machine ran
         self._removed: set[int] = set()  # slots of those of the plan that went
         self._machine: Machine | None = None
-        self._changing = threading.Lock()
+        self._drives: tuple[str, ...] = ()  # for media, by name
+        self._changing = threading.Condition()  # what machine there is, and what is in its drives
+        self._between = False  # two machines
         self._started = False
         self._display: DisplayConsole | None = None
         self._vnc: VncServer | None = None
@@ -140,18 +143,26 @@ class Build:
             except BaseException:
                 machine.close()
                 raise
-            self._machine, self._started = machine, True
+            self._machine, self._started, self._between = machine, True, False
+            self._drives = tuple(sorted(machine.removable))
+            self._changing.notify_all()
         if self._display is not None:
             self._display.connect(machine)
         return machine
 
-    @staticmethod
-    def end(machine: Machine) -> None:
-        """Close *machine*. A device that is being added is there first, for the next one; none comes after."""
+    def end(self, machine: Machine) -> None:
+        """Close *machine*, and forget it: its RAM goes before the next one's comes.
+
+        A device that is being added is there first, for the next one; none comes after.
+        """
         if machine.has_pci:
             from vmonty.vmm.hotplug import slots_of
 
             slots_of(machine).end()
+        if self._display is not None:
+            self._display.connect(None)
+        with self._changing:
+            self._machine, self._between = None, True
         machine.close()
 
     def change_medium(self, name: str, path: Path | None, *, force: bool = False) -> None:
@@ -160,6 +171,7 @@ class Build:
         Raises UsageError for a drive that is not there, or that the guest has locked unless *force*; DiskImageError.
         """
         with self._changing:
+            self._changing.wait_for(lambda: not self._between, NEXT_MACHINE_S)
             drives = self._machine.removable if self._machine is not None else {}
             drive = find_removable(drives, name)
             tray = self._trays[sorted(drives).index(name)]
@@ -176,10 +188,9 @@ class Build:
 
     def media(self) -> dict[str, str | None]:
         """What is in each drive for media, by the drive's name: the file, None while there is nothing to read."""
-        drives = self._machine.removable if self._machine is not None else {}
         return {
             name: tray.name if tray.readable is not None else None
-            for name, tray in zip(sorted(drives), self._trays, strict=False)
+            for name, tray in zip(self._drives, self._trays, strict=False)
         }
 
     def close(self) -> None:
@@ -192,7 +203,8 @@ class Build:
         while self._disks:
             self._disks.pop().close()
         with self._changing:
-            self._machine = None
+            self._machine, self._between = None, False
+            self._changing.notify_all()
             while self._trays:
                 if (medium := self._trays.pop().medium) is not None:
                     medium.close()

@@ -136,7 +136,8 @@ class VM(Closing):
         if self._timer is not None:
             self._timer.cancel()
         if self._machine is not None:
-            Build.end(self._machine)
+            assert self._build is not None
+            self._build.end(self._machine)
             self._machine = None
         for part in (self._build, self._console, self._choice.system if self._choice is not None else None):
             if part is not None:
@@ -251,7 +252,8 @@ class VM(Closing):
             assert outcome is not None
             with self._lock:
                 self.tracers.detach()
-                Build.end(self._machine)
+                assert self._build is not None
+                self._build.end(self._machine)
                 again = outcome.ending is Ending.RESET and self.settings.reboot and self._stopping is None
                 if not again:
                     outcome = self._machine.last(outcome)

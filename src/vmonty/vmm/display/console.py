@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # As a quick typist: a keyboard's buffer is small, and its guest has to keep up.
 KEY_SECONDS = 0.01
+PATIENCE_S = 5.0  # for a guest that does not
 
 
 def screen_of(machine: Machine) -> Screen:
@@ -25,14 +26,25 @@ def screen_of(machine: Machine) -> Screen:
 
 
 def type_text(machine: Machine, text: str) -> None:
-    """Write *text* on its keyboard. Raises UsageError for a character without a key, or without a keyboard."""
+    """Write *text* on its keyboard, as fast as the guest reads it.
+
+    Raises UsageError for a character without a key, without a keyboard, and when the guest does not go on reading, or
+    ends.
+    """
     keyboard = _keyboard_of(machine)
     try:
         events = type_keys(text)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    for code, pressed in events:
-        keyboard.key(code, pressed)
+    for number, (code, pressed) in enumerate(events):
+        share = f"it got {100 * number // len(events)} % of the text"
+        until = time.monotonic() + PATIENCE_S
+        while machine.wait(0) is not None or not keyboard.offer(code, pressed):
+            if machine.wait(0) is not None:
+                raise UsageError(f"the guest has ended: {share}")
+            if time.monotonic() > until:
+                raise UsageError(f"the guest does not read its keyboard: {share}")
+            time.sleep(KEY_SECONDS)
         time.sleep(KEY_SECONDS)
 
 
@@ -47,17 +59,18 @@ class DisplayConsole:
 
     def __init__(self) -> None:
         self._machine: Machine | None = None
+        self._last = Frame(DARK_WIDTH, DARK_HEIGHT, bytearray(4 * DARK_WIDTH * DARK_HEIGHT))
 
-    def connect(self, machine: Machine) -> None:
-        """Show *machine* from now on."""
+    def connect(self, machine: Machine | None) -> None:
+        """Show *machine* from now on; without one what was seen last stays."""
+        if machine is None:
+            self._last = self.frame()
         self._machine = machine
 
     def frame(self) -> Frame:
-        """The picture now; dark while there is none."""
+        """The picture now; dark where there was none yet."""
         machine = self._machine
-        if machine is None or machine.screen is None:
-            return Frame(DARK_WIDTH, DARK_HEIGHT, bytearray(4 * DARK_WIDTH * DARK_HEIGHT))
-        return machine.screen.frame()
+        return self._last if machine is None or machine.screen is None else machine.screen.frame()
 
     def key(self, code: int, pressed: bool) -> None:
         """See Ps2Keyboard."""

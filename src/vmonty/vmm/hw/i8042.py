@@ -82,6 +82,7 @@ class I8042:
         self._lock = threading.RLock()
         self._replies: deque[tuple[int, bool]] = deque(maxlen=REPLIES - 1)  # (byte, from the auxiliary port)
         self._output: tuple[int, bool] | None = None
+        self._read_last = 0
         self._shown = (0, 0)
         self._breaking = False
         self._command_byte = STATUS_SYSTEM
@@ -150,7 +151,8 @@ class I8042:
         """The output buffer, or the status."""
         with self._lock:
             if offset == 0:
-                byte = self._output[0] if self._output is not None else 0
+                # A second read gives the same: who hooks the interrupt reads, and lets the firmware read after it.
+                byte = self._read_last = self._output[0] if self._output is not None else self._read_last
                 # The line falls and rises again for the next byte: it is an edge-triggered interrupt.
                 self._output = None
                 self._update()

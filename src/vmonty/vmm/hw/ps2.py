@@ -23,7 +23,9 @@ LEFT, RIGHT, MIDDLE, SIDE, EXTRA = 1, 2, 4, 8, 16
 
 # A keyboard of that time keeps 16 bytes; a guest that does not read loses keys, not memory of ours.
 KEYS = 64
-MOTION_BYTES = 16
+# Room is kept for the releases of this many keys; those of more go in, too, as each was pressed once.
+HELD_KEYS, LONGEST_BREAK = 8, 3
+STEPS = 16  # of buttons that the guest has not been told of
 
 # Scan codes of set 1, 0x01 to 0x58, as set 2 has them. IBM's reference, "Scan Code Tables"; 0 where there is no key.
 _SET_2 = bytes.fromhex(
@@ -88,13 +90,18 @@ class Ps2Keyboard(Ps2Device):
         super().__init__()
         self._scanning = True
         self._keys: deque[int] = deque()
+        self._down: set[int] = set()  # keys whose make codes are in there, or were
         self.leds = 0
 
     def key(self, code: int, pressed: bool) -> None:
         """A key went down (or repeats), or up. From any thread. *code* is that of set 1, with 0xE000 for extended keys.
 
-        A code that no key has is dropped.
+        A code that no key has is dropped; so is a key for which there is no room, as a whole.
         """
+        self.offer(code, pressed)
+
+    def offer(self, code: int, pressed: bool) -> bool:
+        """As ``key``; False when nobody listens, or there is no room now."""
         if code == KEY_PAUSE:
             data = PAUSE if pressed else b""
         else:
@@ -105,15 +112,25 @@ class Ps2Keyboard(Ps2Device):
             else:
                 make = _SET_2[low]
             if not make:
-                return
+                return True
             data = (
                 bytes((EXTENDED,) if code & EXTENDED_KEY else ()) + bytes(() if pressed else (BREAK,)) + bytes((make,))
             )
         with self._lock:
-            if not self._scanning or len(self._keys) + len(data) > KEYS:
-                return
+            if not self._scanning:
+                return False
+            ends = not pressed and code in self._down
+            # There is room for each key's release: a guest that is late must not see it held for ever.
+            held = len(self._down | {code}) if pressed else len(self._down)
+            if not ends and len(self._keys) + len(data) + LONGEST_BREAK * min(held, HELD_KEYS) > KEYS:
+                return False
             self._keys.extend(data)
+            if pressed and code != KEY_PAUSE:
+                self._down.add(code)
+            else:
+                self._down.discard(code)
         self.changed()
+        return True
 
     def _refill(self) -> None:
         if self._keys:
@@ -149,11 +166,21 @@ class Ps2Keyboard(Ps2Device):
                 self._replies.append(RESEND)
 
 
+class _Step:
+    """Motion, and the buttons after it."""
+
+    __slots__ = ("buttons", "dx", "dy", "dz")
+
+    def __init__(self, buttons: int, dx: int = 0, dy: int = 0, dz: int = 0) -> None:
+        self.buttons, self.dx, self.dy, self.dz = buttons, dx, dy, dz
+
+
 class Ps2Mouse(Ps2Device):
     """Motion comes in by ``move``, in counts with y upwards; a wheel and two more buttons once the driver knocked."""
 
     def __init__(self) -> None:
         super().__init__()
+        self._steps = deque((_Step(0),))  # the last one is where it is now
         self._rates: deque[int] = deque((0, 0, 0), maxlen=3)
         self._wrap = False
         self._defaults()
@@ -162,15 +189,19 @@ class Ps2Mouse(Ps2Device):
     def _defaults(self) -> None:
         self._rate, self._resolution, self._scaling = 100, 2, 0
         self._reporting = self._remote = False
-        self._dx = self._dy = self._dz = 0
-        self._buttons = self._told = 0
+        self._steps = deque((_Step(0),))
+        self._told = 0  # which buttons
         self._nudged = False
 
     def move(self, dx: int, dy: int, dz: int = 0, buttons: int = 0) -> None:
         """The mouse moved, its wheel turned (downwards is positive), or *buttons* are now down. From any thread."""
         with self._lock:
-            self._dx, self._dy, self._dz = self._dx + dx, self._dy + dy, self._dz + dz
-            self._buttons = buttons
+            last = self._steps[-1]
+            if buttons != last.buttons and self._moved() and len(self._steps) < STEPS:
+                # A click that is over before the guest has read of it is one, nevertheless.
+                self._steps.append(_Step(buttons, dx, dy, dz))
+            else:
+                last.dx, last.dy, last.dz, last.buttons = last.dx + dx, last.dy + dy, last.dz + dz, buttons
             if not self._reporting or self._remote:
                 return
         self.changed()
@@ -182,23 +213,29 @@ class Ps2Mouse(Ps2Device):
         self.changed()
 
     def _moved(self) -> bool:
-        return self._nudged or bool(self._dx or self._dy or (self._dz and self._id)) or self._buttons != self._told
+        first = self._steps[0]
+        moved = first.dx or first.dy or (first.dz and self._id)
+        return bool(self._nudged or moved or first.buttons != self._told or len(self._steps) > 1)
 
     def _refill(self) -> None:
         if self._reporting and not self._remote and self._moved():
             self._replies.extend(self._packet())
 
     def _packet(self) -> bytes:
-        dx, dy = (max(-255, min(255, count)) for count in (self._dx, self._dy))
-        dz = max(-8, min(7, self._dz))
-        self._dx, self._dy, self._dz = self._dx - dx, self._dy - dy, self._dz - dz if self._id else 0
-        self._told, self._nudged = self._buttons, False
-        first = 8 | self._buttons & 7 | (0x10 if dx < 0 else 0) | (0x20 if dy < 0 else 0)
+        step = self._steps[0]
+        dx, dy = (max(-255, min(255, count)) for count in (step.dx, step.dy))
+        dz = max(-8, min(7, step.dz))
+        step.dx, step.dy, step.dz = step.dx - dx, step.dy - dy, step.dz - dz if self._id else 0
+        buttons = step.buttons
+        self._told, self._nudged = buttons, False
+        if len(self._steps) > 1 and not (step.dx or step.dy or step.dz):
+            self._steps.popleft()
+        first = 8 | buttons & 7 | (0x10 if dx < 0 else 0) | (0x20 if dy < 0 else 0)
         packet = [first, dx & 0xFF, dy & 0xFF]
         if self._id == WHEEL_ID:
             packet.append(dz & 0xFF)
         elif self._id == BUTTONS_ID:
-            packet.append(dz & 0x0F | (self._buttons & (SIDE | EXTRA)) << 1)
+            packet.append(dz & 0x0F | (buttons & (SIDE | EXTRA)) << 1)
         return bytes(packet)
 
     def _parameter(self, command: int, value: int) -> None:
@@ -227,7 +264,7 @@ class Ps2Mouse(Ps2Device):
                 self._defaults()
             case 0xF4 | 0xF5:  # ENABLE, DISABLE
                 self._reporting, self._nudged = command == ENABLE, False
-                self._dx = self._dy = self._dz = 0
+                self._steps = deque((_Step(self._steps[-1].buttons),))
             case 0xF2:  # IDENTIFY
                 self._replies.append(self._id)
             case 0xF3 | 0xE8:  # SET_RATE, SET_RESOLUTION
@@ -240,7 +277,8 @@ class Ps2Mouse(Ps2Device):
                 self._replies.extend(self._packet())
             case 0xE9:  # STATUS_REQUEST
                 mode = (0x40 if self._remote else 0) | (0x20 if self._reporting else 0) | (0x10 if self._scaling else 0)
-                buttons = self._buttons & 1 | (self._buttons & MIDDLE) >> 1 | (self._buttons & RIGHT) << 1
+                held = self._steps[-1].buttons
+                buttons = held & 1 | (held & MIDDLE) >> 1 | (held & RIGHT) << 1
                 self._replies.extend((mode | buttons, self._resolution, self._rate & 0xFF))
             case 0xE6 | 0xE7:  # SCALING_1, SCALING_2
                 self._scaling = int(command == SCALING_2)
