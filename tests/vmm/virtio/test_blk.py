@@ -34,6 +34,7 @@ class MemoryDisk(BlockDevice):
         self.gate = threading.Event()
         self.gate.set()
         self.fails = False
+        self.full = 0  # how often there is no room
         self.inside = 0
         self.most_inside = threading.Semaphore(0)
 
@@ -47,6 +48,7 @@ class MemoryDisk(BlockDevice):
             offset += len(buffer)
 
     def pwritev(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self._need_room()
         self.calls.append(("write", offset, sum(map(len, buffers))))
         for buffer in buffers:
             self.data[offset : offset + len(buffer)] = buffer
@@ -59,8 +61,14 @@ class MemoryDisk(BlockDevice):
         self.calls.append(("discard", offset, length))
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self._need_room()
         self.calls.append(("zero", offset, length, unmap))
         self.data[offset : offset + length] = bytes(length)
+
+    def _need_room(self) -> None:
+        if self.full:
+            self.full -= 1
+            raise BlockError(errno.ENOSPC, "writing disk.qcow2: No space left on device")
 
     def close(self) -> None:
         pass
@@ -179,6 +187,32 @@ def test_requests_without_header_or_status_break_the_device(
 def test_a_backend_that_fails(driver: VirtioDriver, disk: MemoryDisk) -> None:
     disk.fails = True
     assert done(driver, ask(driver, blk.T_IN, room=[512]))[0] == blk.IOERR
+
+
+@pytest.mark.parametrize("slowness", [0.0, 2.0], ids=["in its place", "on a thread"])
+def test_a_host_without_room(
+    bench: Bench, disk: MemoryDisk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, slowness: float
+) -> None:
+    """The request waits, is carried out as soon as there is room, and the user is told once."""
+    monkeypatch.setattr(blk, "ROOM_S", 0.001)
+    device = Blk(bench.memory, bench.loop, disk)
+    driver = bench.driver(device).start()
+    disk.full, device._slowness = 3, slowness
+    assert done(driver, ask(driver, blk.T_OUT, 3, data=[b"a" * 512, b"b" * 512])) == (0, b"")
+    assert disk.calls == [("write", 1536, 1024)]
+    disk.full = 2
+    ranges = struct.pack("<QII", 2, 1, 0) + struct.pack("<QII", 8, 1, 0)
+    assert done(driver, ask(driver, blk.T_WRITE_ZEROES, data=[ranges]))[0] == 0
+    assert disk.calls[1:] == [("zero", 1024, 512, False), ("zero", 4096, 512, False)]
+    told = "vmonty: writing disk.qcow2: No space left on device; the guest waits until there is room"
+    assert [record.getMessage() for record in caplog.records] == [told] * 2
+
+
+def test_a_reset_does_not_wait_for_room(driver: VirtioDriver, disk: MemoryDisk) -> None:
+    disk.full = 1 << 30
+    buffer = ask(driver, blk.T_OUT, data=[b"a" * 512])
+    driver.access.set_status(0)
+    assert driver.memory.read(buffer.writable[0][0], 1) == bytes((blk.IOERR,))
 
 
 def test_a_read_only_disk(bench: Bench) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import queue as queues
 import struct
 import sys
@@ -44,8 +46,13 @@ WORKERS = 4
 SLOW_NS, SLOW_NS_PER_BYTE = 200_000, 0.5
 # Requests that usually have so many bytes are copied beside the vCPU, not in its stead.
 WORTH_WAKING = 32 << 10
+# A request for which the host has no room waits, and is tried again after so many seconds.
+ROOM_S = 1.0
 # While they are slow every so many is tried all the same. One that met a busy host counts as this many times slow.
 PROBE, MOST_SLOW = 8, 4.0
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,8 @@ class Blk(VirtioDevice):
     *loop*'s thread, which had better be the disk's alone, or in its place, while they take no longer than handing them
     over would (the host has the file in its page cache). The cache is write-back: a flush that is answered means that
     all writes answered before are durable. A driver that takes no FLUSH, or switches the cache to write-through, has
-    each write flushed before it is answered.
+    each write flushed before it is answered. A request for which the host has no room waits until it has: an error
+    would cost the guest its file system.
     """
 
     device_id, name = 2, "virtio-blk"
@@ -86,6 +94,8 @@ class Blk(VirtioDevice):
         self._requests: queues.SimpleQueue[Callable[[], None] | None] = queues.SimpleQueue()
         self._idle = threading.Condition()
         self._in_flight = 0
+        self._stopping = threading.Event()
+        self._full = False  # is the host, for this disk? who waits for room has told the user
         self._worker_count = workers
         self._workers: list[threading.Thread] = []
         # How long reads and writes took lately outside of the threads, as a multiple of what is slow. (There they wait
@@ -124,8 +134,10 @@ class Blk(VirtioDevice):
     def stopped(self) -> None:
         """Wait for the requests in flight: they use guest RAM."""
         self.backend.hurry(True)
+        self._stopping.set()
         with self._idle:
             self._idle.wait_for(lambda: not self._in_flight)
+        self._stopping.clear()
         self.backend.hurry(False)
 
     def close(self) -> None:
@@ -159,9 +171,9 @@ class Blk(VirtioDevice):
         kind, _, sector = HEADER.unpack(header)
         if kind <= T_OUT and (self._slowness < 1.0 or self._probe()):
             begin = time.perf_counter_ns()
-            self._answer(chain, kind, sector, status)
-            self._note(time.perf_counter_ns() - begin, chain.writable_size + chain.readable_size)
-            return chain.writable_size
+            if self._answer(chain, kind, sector, status):
+                self._note(time.perf_counter_ns() - begin, chain.writable_size + chain.readable_size)
+                return chain.writable_size
         with self._idle:
             self._in_flight += 1
         self._requests.put(lambda: self._finish(queue, chain, kind, sector, status))
@@ -185,7 +197,8 @@ class Blk(VirtioDevice):
 
     def _finish(self, queue: Queue, chain: Chain, kind: int, sector: int, status: memoryview) -> None:
         try:
-            self._answer(chain, kind, sector, status)
+            while not self._answer(chain, kind, sector, status) and not self._stopping.wait(ROOM_S):
+                continue
             queue.push(chain, chain.writable_size)
             self.signal(queue)
         finally:
@@ -194,18 +207,25 @@ class Blk(VirtioDevice):
                 if not self._in_flight:
                     self._idle.notify_all()
 
-    def _answer(self, chain: Chain, kind: int, sector: int, status: memoryview) -> None:
-        """Carry a request out, whatever happens: the guest waits for its status.
+    def _answer(self, chain: Chain, kind: int, sector: int, status: memoryview) -> bool:
+        """Carry a request out, whatever happens: the guest waits for its status. False: the host has no room for it.
 
         What it writes ends with the status, and only readers get more.
         """
         try:
             status[0] = self._execute(chain, kind, sector)
-        except BlockError:
+            self._full = self._full and kind == T_IN
+        except BlockError as error:
             status[0] = IOERR
+            if error.errno == errno.ENOSPC:
+                if not self._full:
+                    logger.warning("vmonty: %s; the guest waits until there is room", error)
+                self._full = True
+                return False
         except Exception:  # a fault of ours: the guest's request must end all the same, and its thread live on
             status[0] = IOERR
             threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+        return True
 
     def _execute(self, chain: Chain, kind: int, sector: int) -> int:
         """Carry a request out; returns its status. Raises BlockError."""
@@ -238,10 +258,10 @@ class Blk(VirtioDevice):
 
     def _ranges(self, chain: Chain, kind: int) -> int:
         """5.2.6.2: discard or zero up to MOST_RANGES ranges."""
-        size = sum(map(len, chain.readable))
+        size = sum(map(len, chain.readable))  # they stay there: it may be carried out again
         if not size or size % SEGMENT.size or size > MOST_RANGES * SEGMENT.size:
             return IOERR
-        ranges = list(SEGMENT.iter_unpack(chain.take(size) or b""))
+        ranges = list(SEGMENT.iter_unpack(b"".join(chain.readable)))
         allowed = UNMAP if kind == T_WRITE_ZEROES else 0
         for sector, count, flags in ranges:
             if flags & ~allowed:
