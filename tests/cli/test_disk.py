@@ -90,3 +90,47 @@ def test_snapshots_and_check(vmonty: Run, tmp_path: Path) -> None:
 def test_what_is_refused(vmonty: Run, tmp_path: Path, arguments: list[str], complaint: str) -> None:
     (tmp_path / "raw").write_bytes(bytes(1024))
     assert complaint in vmonty("disk", *(item.format(tmp_path) for item in arguments)).refusal()
+
+
+def test_an_image_over_its_own_backing_file(vmonty: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    vmonty("disk", "create", path, "1M")
+    before = path.read_bytes()
+    refusal = vmonty("disk", "create", "--force", "--backing", path, path).refusal()
+    assert "is a backing file of itself" in refusal
+    assert path.read_bytes() == before
+
+
+def test_what_fails_is_not_in_the_way_of_the_next_try(vmonty: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    assert "512 to 2M" in vmonty("disk", "create", path, "1M", "--cluster-size", "100").refusal()
+    assert vmonty("disk", "create", path, "1M").status == 0
+    over = tmp_path / "over"
+    vmonty("disk", "create", over, "--backing", path)
+    # An L2 entry that cannot be: the copy ends in the middle.
+    vmonty("disk", "snapshot", "create", path, "x")
+    with open_image(path) as disk:
+        disk.write(0, b"data" * 1000)
+    image = bytearray(path.read_bytes())
+    l1 = int.from_bytes(image[40:48], "big")
+    l2 = int.from_bytes(image[l1 : l1 + 8], "big") & 0x00FF_FFFF_FFFF_FE00
+    image[l2 : l2 + 8] = (1 << 55).to_bytes(8, "big")
+    path.write_bytes(image)
+    target = tmp_path / "target"
+    assert vmonty("disk", "convert", path, target).status != 0
+    assert not target.exists()
+    target.write_bytes(b"there before")
+    assert "only qcow2" in vmonty("disk", "convert", "--force", "-c", "--to", "raw", over, target).refusal()
+    assert target.read_bytes() == b"there before"
+
+
+def test_a_repair_that_fails_leaves_the_image_marked(vmonty: Run, tmp_path: Path) -> None:
+    path = tmp_path / "a.qcow2"
+    vmonty("disk", "create", path, "1M")
+    image = bytearray(path.read_bytes())
+    image[79] |= 1
+    image[60:72] = (1).to_bytes(4, "big") + len(image).to_bytes(8, "big")
+    path.write_bytes(bytes(image) + b"\xff" * 65536)
+    for _ in range(2):
+        assert "damaged" in vmonty("disk", "check", "--repair", path).refusal()
+        assert path.read_bytes()[79] & 1

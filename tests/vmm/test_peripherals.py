@@ -102,3 +102,10 @@ def test_a_virtio_console_takes_the_terminal(image: bytes) -> None:
             machine.terminal.receive(b"typed")
             assert machine.terminal.backlog() == 5
             assert machine.serial.backlog() == 0
+
+
+def test_an_image_of_a_kind_that_cannot_be_made(tmp_path: Path) -> None:
+    disk = Disk.parse(f"{tmp_path}/x,format=vmdk,size=1M")
+    with pytest.raises(UsageError, match="only raw and qcow2 images can be made, not vmdk"):
+        disk.open()
+    assert list(tmp_path.iterdir()) == []

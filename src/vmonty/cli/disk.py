@@ -171,12 +171,21 @@ def convert_command(
     from vmonty.vmm.block.convert import copy, create_image
     from vmonty.vmm.block.image import open_image
 
-    if not force and target.exists() and not target.is_block_device():
+    if compress and target_kind != "qcow2":
+        raise DiskImageError("only qcow2 images hold compressed clusters")
+    there = target.exists()
+    if not force and there and not target.is_block_device():
         raise DiskImageError(f"{target} exists; give --force to overwrite it")
     with open_image(source, format=kind, read_only=True) as opened:
         create_image(target, opened.size, format=target_kind, compression=compression)
-        with open_image(target, format=target_kind) as made, terminal_progress() as progress:
-            copy(opened, made, compress=compress, progress=lambda done, all_: progress("copying", done, all_))
+        try:
+            with open_image(target, format=target_kind) as made, terminal_progress() as progress:
+                copy(opened, made, compress=compress, progress=lambda done, all_: progress("copying", done, all_))
+        except BaseException:
+            # Half of a disk is of no use, and would be in the way of the next try.
+            if not there:
+                target.unlink(missing_ok=True)
+            raise
 
 
 @disk.group("snapshot")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,17 +194,24 @@ class Build:
         }
 
     def close(self) -> None:
-        """Close the disks, and send viewers away."""
-        if self._vnc is not None:
-            self._vnc.stop()
-            self._vnc = None
-        while self._additions:
-            self._additions.pop().close()
-        while self._disks:
-            self._disks.pop().close()
-        with self._changing:
+        """Close the disks, and send viewers away. What does not close raises, once all the others were closed."""
+        with ExitStack() as closing:
+            closing.callback(self._close_media)
+            for disk in self._disks:
+                closing.callback(disk.close)
+            for addition in self._additions:
+                closing.callback(addition.close)
+            self._disks.clear()
+            self._additions.clear()
+            if self._vnc is not None:
+                closing.callback(self._vnc.stop)
+                self._vnc = None
+
+    def _close_media(self) -> None:
+        with self._changing, ExitStack() as closing:
             self._machine, self._between = None, False
             self._changing.notify_all()
-            while self._trays:
-                if (medium := self._trays.pop().medium) is not None:
-                    medium.close()
+            for tray in self._trays:
+                if tray.medium is not None:
+                    closing.callback(tray.medium.close)
+            self._trays.clear()

@@ -150,8 +150,9 @@ class HotPlug:
 
     @staticmethod
     def _close_additions(additions: list[Addition]) -> None:
-        for addition in additions:
-            addition.close()
+        with contextlib.ExitStack() as closing:  # each, though one before it fails
+            for addition in reversed(additions):
+                closing.callback(addition.close)
 
     def devices(self) -> dict[int, str]:
         """Slot → the name of what may be removed."""

@@ -106,6 +106,8 @@ class Disk(NamedTuple):
         if self.size is not None and not self.path.exists():
             from vmonty.vmm.block.convert import create_image
 
+            if self.format not in ("auto", "raw", "qcow2"):
+                raise UsageError(f"--disk {self.path}: only raw and qcow2 images can be made, not {self.format}")
             create_image(self.path, self.size, format="raw" if self.format == "raw" else "qcow2")
         return open_image(
             self.path, format=self.format, read_only=self.read_only, snapshot=self.snapshot, probe_raw=False,

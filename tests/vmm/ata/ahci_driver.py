@@ -38,8 +38,8 @@ class Now:
 class AhciDriver:
     """Talks to port 0 of a controller, which is started."""
 
-    def __init__(self, drives: Sequence[Drive | None], *, start: bool = True) -> None:
-        self.memory = GuestMemory(1 << 20)
+    def __init__(self, drives: Sequence[Drive | None], *, start: bool = True, memory: int = 1 << 20) -> None:
+        self.memory = GuestMemory(memory)
         self.host = PciHost()
         self.loop = Now()
         self.controller = Ahci(self.memory, [*drives, *[None] * (PORTS - len(drives))], [self.loop] * PORTS)

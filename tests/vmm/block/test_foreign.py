@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import shutil
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,71 @@ def test_parents_and_nested_parts_are_refused(tmp_path: Path) -> None:
     image.write_text(DESCRIPTOR.format(parent="ffffffff", hint="", line="RW 8 SPARSE", part="inner"))
     inner.write_text(DESCRIPTOR.format(parent="ffffffff", hint="", line="RW 8 FLAT", part="/etc/passwd"))
     with pytest.raises(DiskImageError, match="consists of parts itself"):
+        open_image(image, read_only=True)
+
+
+def sparse(magic: bytes, capacity: int, descriptor_at: int, text: str) -> bytes:
+    """A sparse file of one empty grain table, with *text* in its second sector."""
+    if magic == b"COWD":
+        header = struct.pack("<4sIIIIIII", magic, 1, 3, capacity, 128, 22, 1, 64)
+    else:
+        fields = magic, 1, 3, capacity, 128, descriptor_at, 1, 512, 21, 21, 128
+        header = struct.pack("<4sIIQQQQIQQQ", *fields) + b"\0\n \r\n"
+    tables = struct.pack("<I", 22).ljust(512, b"\0") + bytes(2048)
+    return (header.ljust(512, b"\0") + text.encode().ljust(20 * 512, b"\0") + tables).ljust(128 << 10, b"\0")
+
+
+@pytest.fixture
+def with_parent(tmp_path: Path) -> Callable[..., Path]:
+    """A sparse image whose parent has a file of the host as its contents; its header may name no descriptor."""
+    (tmp_path / "secret").write_bytes(b"secret!!" * 8192)
+    parent = DESCRIPTOR.format(parent="ffffffff", hint="", line="RW 128 FLAT", part=tmp_path / "secret")
+    (tmp_path / "base.vmdk").write_text(parent)
+
+    def made(magic: bytes = b"KDMV", descriptor_at: int = 0) -> Path:
+        child = DESCRIPTOR.format(
+            parent="11111111", hint='parentFileNameHint="base.vmdk"', line="RW 128 SPARSE", part="child.vmdk"
+        )
+        image = tmp_path / "child.vmdk"
+        image.write_bytes(sparse(magic, 128, descriptor_at, child))
+        return image
+
+    return made
+
+
+@pytest.mark.parametrize("magic", [b"KDMV", b"COWD"])
+@pytest.mark.parametrize("descriptor_at", [0, 1, 40])
+def test_a_parent_that_the_header_does_not_tell_of(
+    with_parent: Callable[..., Path], magic: bytes, descriptor_at: int
+) -> None:
+    with pytest.raises(DiskImageError, match="has a parent image"):
+        open_image(with_parent(magic, descriptor_at), read_only=True)
+
+
+@pytest.mark.parametrize("magic", [b"KDMV", b"COWD"])
+def test_no_parent_is_opened_even_when_none_was_seen(
+    with_parent: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, magic: bytes
+) -> None:
+    monkeypatch.setattr(foreign, "_check_vmdk", lambda path: None)
+    image = with_parent(magic)
+    qemu("qemu-img", "convert", "-f", "vmdk", "-O", "raw", image, copy := image.with_name("copy"))
+    assert copy.read_bytes()[:8] == b"secret!!", "as it is given to qemu-img by its name alone"
+    with open_image(image, read_only=True) as disk:
+        assert disk.read(0, disk.size) == bytes(64 << 10)
+
+
+def test_a_descriptor_whose_place_wraps_round(tmp_path: Path) -> None:
+    """In bytes it is taken modulo 2^64."""
+    (tmp_path / "secret").write_bytes(b"secret!!" * 8192)
+    text = DESCRIPTOR.format(parent="ffffffff", hint="", line="RW 128 FLAT", part="/" + str(tmp_path / "secret"))
+    (image := tmp_path / "image").write_bytes(sparse(b"KDMV", 0, (1 << 55) + 1, text))
+    with pytest.raises(DiskImageError, match="which is not beside it"):
+        open_image(image, read_only=True)
+
+
+def test_a_name_that_is_not_text(tmp_path: Path, contents: bytes) -> None:
+    image = make(tmp_path, contents, "vdi").rename(tmp_path / os.fsdecode(b"\xff.vdi"))
+    with pytest.raises(DiskImageError, match="not UTF-8"):
         open_image(image, read_only=True)
 
 

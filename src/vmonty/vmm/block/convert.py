@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vmonty.base.errors import BlockError, DiskImageError
 from vmonty.vmm.block.device import SECTOR, BlockDevice
-from vmonty.vmm.block.image import backing_path, open_image
+from vmonty.vmm.block.image import open_backing
 from vmonty.vmm.block.qcow2 import create
 from vmonty.vmm.block.qcow2.disk import Qcow2Disk
 
@@ -32,34 +33,45 @@ def create_image(
     """Make an empty image, and return its size in bytes; *size* None takes that of *backing*.
 
     *backing* is a path, kept as given: a relative one is relative to the image. *options* are those of
-    qcow2.create.create(). Raises DiskImageError; an existing image that is in use is refused.
+    qcow2.create.describe(). Raises DiskImageError; an existing image that is in use is refused.
     """
     path = Path(path)
     if format not in ("raw", "qcow2"):
         raise DiskImageError(f"unknown disk format {format!r}; raw and qcow2 can be made")
     if format == "raw" and (backing or any(value is not None for value in options.values())):
         raise DiskImageError("a raw image has no backing file, clusters or versions; take the format qcow2")
-    if backing is not None:
-        with open_image(backing_path(path, backing), format=backing_format or "auto", read_only=True) as base:
+    with contextlib.ExitStack() as held:
+        if backing is not None:
+            # Open, and so locked, until the new image is there: it must be none of those that it is to stand on.
+            base = held.enter_context(open_backing(path, backing, backing_format))
             backing_format = backing_format or ("qcow2" if isinstance(base, Qcow2Disk) else "raw")
             size = base.size if size is None else size
-    if size is None:
-        raise DiskImageError("a new image needs a size")
-    if size % SECTOR:
-        raise DiskImageError(f"a disk of {size} bytes: it must be a multiple of {SECTOR}")
-    with_values = {name: value for name, value in options.items() if value is not None}
-    file = create.new_file(path)
-    try:
-        if format == "raw":
+        if size is None:
+            raise DiskImageError("a new image needs a size")
+        if size < 0 or size % SECTOR:
+            raise DiskImageError(f"a disk of {size} bytes: it must be a multiple of {SECTOR}")
+        try:
+            if format == "raw":
+                _make_raw(path, size)
+            else:
+                values = {name: value for name, value in options.items() if value is not None}
+                header = create.describe(size, backing_file=backing, backing_format=backing_format, **values)  # type: ignore[arg-type]
+                with create.making(path) as file:
+                    create.lay_out(file, header)
+        except BlockError as error:
+            raise DiskImageError(str(error)) from error
+    return size
+
+
+def _make_raw(path: Path, size: int) -> None:
+    with create.making(path) as file:
+        if not file.is_device:
             file.truncate(0)
             file.truncate(size)
-        else:
-            create.create(file, size, backing_file=backing, backing_format=backing_format, **with_values)  # type: ignore[arg-type]
-    except BlockError as error:
-        raise DiskImageError(str(error)) from error
-    finally:
-        file.close()
-    return size
+            return
+        if file.length() < size:
+            raise DiskImageError(f"{path} has {file.length()} bytes, too few for a disk of {size}")
+        file.zero(0, size)
 
 
 def copy(
@@ -73,6 +85,8 @@ def copy(
 
     Raises BlockError, and DiskImageError for *compress* into a raw image.
     """
+    if target.size < source.size:
+        raise DiskImageError(f"a disk of {target.size} bytes cannot hold one of {source.size}")
     packed: Qcow2Disk | None = None
     if compress:
         if not isinstance(target, Qcow2Disk):

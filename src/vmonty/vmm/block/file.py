@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class HostFile:
         self.name = str(path)
         self.writable = writable
         self._durable = durable
+        self._syncing = threading.Lock()
+        self._lost: OSError | None = None  # why a sync failed
         try:
             self.fd = _open(path, os.O_RDWR if writable else os.O_RDONLY) if fd is None else fd
         except (OSError, ValueError) as error:
@@ -64,6 +67,8 @@ class HostFile:
                 os.ftruncate(self.fd, length)
             except OSError as error:
                 raise self._error("resizing", error) from error
+            except OverflowError as error:
+                raise BlockError(errno.EFBIG, f"resizing {self.name}: no file can have {length} bytes") from error
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """(offset, length) of what the file stores; all of it where the file system does not say."""
@@ -119,12 +124,22 @@ class HostFile:
         self.pwritev(offset, [memoryview(data).cast("B")])
 
     def sync(self) -> None:
-        """Make what was written durable."""
-        try:
-            if self._durable:
+        """Make what was written durable. Once that failed it fails until the file is opened anew.
+
+        Linux tells of a failed write once, drops what it could not write, and has nothing left to fail the next time.
+        """
+        if not self._durable:
+            return
+        # One at a time: of two that wait for the same writes only one would be told.
+        with self._syncing:
+            if self._lost is not None:
+                raise self._error("flushing", self._lost)
+            try:
                 os.fdatasync(self.fd)
-        except OSError as error:
-            raise self._error("flushing", error) from error
+            except OSError as error:
+                # Not what it was: nobody shall wait for room (virtio-blk) that comes too late.
+                self._lost = OSError(errno.EIO, error.strerror)
+                raise self._error("flushing", self._lost) from error
 
     def punch(self, offset: int, length: int) -> bool:
         """Give up the storage of a range, which then reads as zeroes. False where the host cannot."""

@@ -102,8 +102,7 @@ def _open(
         header = read_header(file)
         backing: BlockDevice | None = None
         if header.backing_file is not None:
-            place = backing_path(path, header.backing_file)
-            backing = _open(place, backing_format(path, header.backing_format), True, (*above, _identity(path)), True)
+            backing = open_backing(path, header.backing_file, header.backing_format, above)
         try:
             return open_disk(file, header, backing, repair=repair)
         except BaseException:
@@ -113,6 +112,16 @@ def _open(
     except BaseException:
         file.close()
         raise
+
+
+def open_backing(
+    image: Path, name: str, format: str | None, above: tuple[tuple[int, int], ...] = ()  # noqa: A002
+) -> BlockDevice:  # fmt: skip
+    """The backing file *name* of *image*, which need not be there yet, with those behind it; *above* lie over both.
+
+    Raises DiskImageError, also when *image* is among them.
+    """
+    return _open(backing_path(image, name), backing_format(image, format), True, (*above, _identity(image)), True)
 
 
 def _foreign(file: HostFile, path: Path, kind: str, above: tuple[tuple[int, int], ...]) -> BlockDevice:

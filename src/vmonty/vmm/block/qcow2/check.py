@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from vmonty.base.errors import BlockError, DiskImageError
@@ -12,6 +13,7 @@ from vmonty.vmm.block.qcow2.references import References
 from vmonty.vmm.block.qcow2.tables import COMPRESSED, COPIED, OFFSET
 
 _MOST_NAMED = 20
+_MOST_DIRTY = 16  # refcount blocks
 
 
 @dataclass
@@ -47,16 +49,21 @@ def check(disk: Qcow2Disk, *, repair: bool = False) -> Report:
             references = _references(disk)
             for damage in references.damages:
                 report.damage(damage)
+            if doubled := disk.refcounts.doubled:
+                # None of their counts says which of the ranges it belongs to.
+                report.damage(f"{doubled} entries of the refcount table name a block that another one names")
+                repair = False
             _compare(disk, references, report, repair)
             if repair:
                 disk.flush()
             _check_copied(disk, report, repair)
+            if repair and report.damage_count == report.damages_fixed:
+                disk.header.incompatible &= ~CORRUPT
+                disk.unrepaired = False
+                disk.settle()
+                disk.writeback.write_features()
         except BlockError as error:
             raise DiskImageError(f"the qcow2 image {disk.file.name} cannot be checked: {error}") from error
-        if repair and report.damage_count == report.damages_fixed:
-            disk.header.incompatible &= ~CORRUPT
-            disk.settle()
-            disk.writeback.write_features()
         return report
 
 
@@ -67,8 +74,10 @@ def _references(disk: Qcow2Disk) -> References:
     found.add_range(header.l1_table_offset, header.l1_size * 8)
     found.add_range(header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits)
     for offset in disk.refcounts.table:
-        if offset:
+        if tables.valid(offset):
             found.add_range(offset, header.cluster_size)
+        elif offset:
+            found.damages.append(f"a refcount table entry is {offset:#x}")
     found.add_l1(tables.l1)
     kept = snapshots.read(disk.file, header)
     found.add_range(header.snapshots_offset, sum(len(snapshot.pack()) for snapshot in kept))
@@ -81,7 +90,17 @@ def _references(disk: Qcow2Disk) -> References:
 
 def _compare(disk: Qcow2Disk, references: References, report: Report, repair: bool) -> None:
     refcounts = disk.refcounts
-    wanted = references.counts
+    # A block of counts that a repair makes must not lie over what a table names.
+    refcounts.is_metadata = lambda cluster: cluster in references.counts or disk.is_metadata(cluster)
+    try:
+        _find_leaks(disk, references.counts, report, repair)
+        _find_damages(disk, references.counts, report, repair)
+    finally:
+        refcounts.is_metadata = disk.is_metadata
+
+
+def _find_leaks(disk: Qcow2Disk, wanted: Counter[int], report: Report, repair: bool) -> None:
+    refcounts = disk.refcounts
     for first, block in refcounts.blocks():
         if not any(block):
             continue
@@ -92,6 +111,11 @@ def _compare(disk: Qcow2Disk, references: References, report: Report, repair: bo
             if repair:
                 refcounts.add(first + at, wanted.get(first + at, 0) - count)
                 report.leaks_fixed += 1
+        _relieve(disk)
+
+
+def _find_damages(disk: Qcow2Disk, wanted: Counter[int], report: Report, repair: bool) -> None:
+    refcounts = disk.refcounts
     for cluster, count in sorted(wanted.items()):
         counted = refcounts.get(cluster)
         if counted < count:
@@ -99,10 +123,22 @@ def _compare(disk: Qcow2Disk, references: References, report: Report, repair: bo
             report.damage(f"cluster {cluster} is used {count} times and counted {counted} times", fixed=fixes)
             if fixes:
                 refcounts.add(cluster, count - counted)
+                _relieve(disk)
+
+
+def _relieve(disk: Qcow2Disk) -> None:
+    """Changed blocks stay in memory until they are written."""
+    if len(disk.refcounts.dirty) > _MOST_DIRTY:
+        disk.flush()
 
 
 def _check_copied(disk: Qcow2Disk, report: Report, repair: bool) -> None:
     bits = disk.header.cluster_bits
+    named = [entry & OFFSET for entry in disk.tables.l1 if entry & OFFSET]
+    if doubled := len(named) - len(set(named)):
+        # No sound image has it: going through one table for each of a million entries serves nobody.
+        report.damage(f"{doubled} L1 entries name a table that another one names")
+        return
     wrong = 0
     for entry in disk.tables.l1:
         offset = entry & OFFSET

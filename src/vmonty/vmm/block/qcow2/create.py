@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import struct
 from array import array
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vmonty.base.errors import BlockError, DiskImageError
 from vmonty.vmm.block.file import HostFile
@@ -14,8 +17,15 @@ from vmonty.vmm.block.qcow2.header import COMPRESSION_TYPE, LAZY_REFCOUNTS, ZSTD
 from vmonty.vmm.block.qcow2.refcounts import word_bytes
 
 
-def create(
-    file: HostFile,
+def create(file: HostFile, size: int, **options: Any) -> None:
+    """Make an empty image of *size* bytes in *file*, which loses what it held; *options* are those of describe().
+
+    Raises DiskImageError.
+    """
+    lay_out(file, describe(size, **options))
+
+
+def describe(
     size: int,
     *,
     version: int = 3,
@@ -25,8 +35,8 @@ def create(
     compression: str = "zlib",
     backing_file: str | None = None,
     backing_format: str | None = None,
-) -> None:
-    """Make an empty image of *size* bytes in *file*, which loses what it held.
+) -> Header:
+    """The header of an empty image of *size* bytes, but for where its tables are.
 
     Raises DiskImageError for a choice that the format does not have.
     """
@@ -50,11 +60,15 @@ def create(
     header.l1_size = max(1, header.l1_needed(size))
     if header.l1_size * 8 > layout.MAX_L1_BYTES:
         raise DiskImageError(f"a disk of {size} bytes needs larger clusters than {cluster_size} bytes")
-    _lay_out(file, header)
+    header.pack()  # says whether all of it fits
+    return header
 
 
-def _lay_out(file: HostFile, header: Header) -> None:
-    """Header, refcount table, refcount blocks, L1 table; each counted."""
+def lay_out(file: HostFile, header: Header) -> None:
+    """Write into *file*, which loses what it held: header, refcount table, refcount blocks, L1 table; each counted.
+
+    Raises DiskImageError.
+    """
     cluster = header.cluster_size
     per_block = cluster * 8 >> header.refcount_order
     l1_clusters = -(-header.l1_size * 8 // cluster)
@@ -96,9 +110,32 @@ def _ones(number: int, bits: int) -> bytes:
 
 def new_file(path: str | os.PathLike[str]) -> HostFile:
     """Open *path* for a new image: a file that may exist, or a block device. Raises DiskImageError."""
+    return _new_file(path)[0]
+
+
+@contextmanager
+def making(path: str | os.PathLike[str]) -> Iterator[HostFile]:
+    """As new_file(), closed at the end; a file that was not there before goes again when its making fails."""
+    file, made = _new_file(path)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with closing(file):
+            yield file
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                os.unlink(path)
+        raise
+
+
+def _new_file(path: str | os.PathLike[str]) -> tuple[HostFile, bool]:
+    """The file, and whether it was not there before."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    try:
+        try:
+            fd, made = os.open(path, flags | os.O_EXCL, 0o644), True
+        except FileExistsError:
+            fd, made = os.open(path, flags, 0o644), False
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DiskImageError(f"the disk image {os.fspath(path)} cannot be made: {reason}") from error
-    return HostFile(Path(path), writable=True, fd=fd)
+    return HostFile(Path(path), writable=True, fd=fd), made

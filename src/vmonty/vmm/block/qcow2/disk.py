@@ -105,6 +105,8 @@ class Qcow2Disk(BlockDevice):
         self._freed: list[Freed] = []
         self._compressed_at = 0
         self._compressed_end = 0
+        # It was not closed, and no check has made its counts right: the dirty bit must outlive us.
+        self.unrepaired = bool(header.incompatible & DIRTY)
         self._decompressed: OrderedDict[int, bytes] = OrderedDict()
         self._closed = False
 
@@ -182,11 +184,11 @@ class Qcow2Disk(BlockDevice):
                 self.backing.close()
 
     def settle(self) -> None:
-        """Write everything, free what was given up, and clear the dirty bit."""
+        """Write everything, free what was given up, and clear the dirty bit, unless it waits for a repair."""
         self.flush()
         while self._freed or self.writeback.pending():
             self.flush()
-        if self.header.incompatible & DIRTY:
+        if self.header.incompatible & DIRTY and not self.unrepaired:
             self.header.incompatible &= ~DIRTY
             self.writeback.write_features()
             self.file.sync()

@@ -31,6 +31,11 @@ def open_disk(file: HostFile, header: Header, backing: BlockDevice | None, *, re
     try:
         disk = Qcow2Disk(file, header, backing)
         if file.writable:
+            if repair and disk.refcounts.doubled:
+                raise DiskImageError(
+                    f"the qcow2 image {file.name} is damaged: two entries of its refcount table name one block; "
+                    "open it read-only, or make a new image of it with `vmonty disk convert`"
+                )
             if header.autoclear:
                 # We keep none of what these bits stand for up to date, so they go.
                 header.autoclear = 0

@@ -45,7 +45,10 @@ class Refcounts:
         self.table = words(
             file.read(header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits)
         )
-        self.block_places = {offset >> header.cluster_bits for offset in self.table if offset}
+        named = [offset >> header.cluster_bits for offset in self.table if offset]
+        self.block_places = set(named)
+        # How many entries name a block that another one names: in no sound image any does.
+        self.doubled = len(named) - len(self.block_places)
         self.table_dirty: set[int] = set()
         self.table_moved: tuple[int, int] | None = None  # the old place: (first cluster, clusters)
         self.dirty: set[int] = set()
@@ -83,9 +86,12 @@ class Refcounts:
         return count
 
     def blocks(self) -> Iterator[tuple[int, array[int]]]:
-        """(first cluster, counts) of each block that the image has."""
-        for index, offset in enumerate(self.table):
-            if offset:
+        """(first cluster, counts) of each block that counts clusters of the file, once."""
+        seen: set[int] = set()
+        # However long the table is: behind the high-water mark is nothing to be counted.
+        for index, offset in enumerate(self.table[: -(-self.high_water // self.per_block)]):
+            if offset and offset not in seen:
+                seen.add(offset)
                 block = self._block(index)
                 assert block is not None
                 yield index * self.per_block, block

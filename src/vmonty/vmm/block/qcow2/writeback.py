@@ -105,8 +105,12 @@ class Writeback:
         header = self._header
         if header.version >= 3 and not header.incompatible & DIRTY:
             header.incompatible |= DIRTY
-            self.write_features()
-            self._file.sync()
+            try:
+                self.write_features()
+                self._file.sync()
+            except BaseException:
+                header.incompatible &= ~DIRTY  # the next batch tries again
+                raise
 
     def write_features(self) -> None:
         """Put the feature bits into the file's header."""

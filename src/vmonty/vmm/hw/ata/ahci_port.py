@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from vmonty.base.errors import BlockError, GuestMemoryError
@@ -60,6 +60,8 @@ HEADER_LENGTH, HEADER_WRITE = 0x1F, 1 << 6
 PACKET_AT, REGIONS_AT, REGION = 0x40, 0x80, struct.Struct("<QII")
 REGION_COUNT, REGION_INTERRUPT = 0x3F_FFFF, 1 << 31
 REGIONS_AT_ONCE = 256
+# Between pieces of this size a command notices that it was taken back; only packets ask for more.
+BYTES_AT_ONCE = 32 << 20
 
 
 class Loop(Protocol):
@@ -258,7 +260,10 @@ class Port:
         self.when_idle(self._reset_registers)
 
     def when_idle(self, function: Callable[[], None]) -> None:
-        """Call *function*, with the lock held, when no command is being carried out: now, or when that one ends."""
+        """Call *function*, with the lock held, when no command is being carried out: now, or when that one ends.
+
+        It comes before what else was issued: a driver that always keeps the list filled cannot put it off.
+        """
         with self.lock:
             if self._working:
                 self._after.append(function)
@@ -266,11 +271,18 @@ class Port:
                 function()
 
     def run_idle(self, function: Callable[[], None]) -> None:
-        """As ``when_idle``, and wait for it; what *function* raises is raised here. BlockError after a minute."""
+        """As ``when_idle``, and wait for it; what *function* raises is raised here.
+
+        BlockError after a minute: then *function* was not called, and will not be.
+        """
         call = Call(function)
         self.when_idle(call)
         if not call.wait(MOST_WAIT_S):
-            raise BlockError(errno.EBUSY, "the drive does not end its command")
+            with self.lock:
+                # It is called under the lock: either it is there, or it was called meanwhile.
+                if call in self._after:
+                    self._after.remove(call)
+                    raise BlockError(errno.EBUSY, "the drive does not end its command")
         call.result()
 
     def _issue(self, value: int) -> None:
@@ -289,11 +301,10 @@ class Port:
         """On the loop's thread: all that was issued."""
         while True:
             with self.lock:
+                while self._after:
+                    self._call(self._after.pop(0))
                 if not self._waiting or self._halted:
                     self._working = False
-                    after, self._after = self._after, []
-                    for function in after:
-                        function()
                     return
                 slot = self._waiting.popleft()
                 self._current, self._stops_before = slot, self._stops
@@ -306,7 +317,14 @@ class Port:
                 self._halt(IS_HOST_BUS)
             except Exception:  # a fault of ours: the guest must notice, and the port live on
                 self._halt(IS_HOST_BUS)
-                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+                _report()
+
+    @staticmethod
+    def _call(function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception:
+            _report()
 
     def _stale(self) -> bool:
         """Was the command that is carried out taken back? With the lock held."""
@@ -393,22 +411,30 @@ class Port:
         size = data.size
         if size < transfer.size and not transfer.to_host:
             raise Aborted  # the driver does not give what it said it would
-        views = [self._memory.view(base, length) for base, length in data.regions]
-        if not views:
-            return 0
-        try:
-            transfer.move(0, views)
-        finally:
-            if transfer.to_host:
-                for base, length in data.regions:
-                    self._memory.written(base, length)
-        return size
+        moved = 0
+        for regions in _pieces(data.regions):
+            if moved and self._taken_back():
+                break
+            views = [self._memory.view(base, length) for base, length in regions]
+            try:
+                transfer.move(moved, views)
+            finally:
+                if transfer.to_host:
+                    for base, length in regions:
+                        self._memory.written(base, length)
+            moved += sum(length for _, length in regions)
+        return moved
+
+    def _taken_back(self) -> bool:
+        with self.lock:
+            return self._stale()
 
     def _finish(
         self, command: _Command, drive: Drive, transfer: Transfer | None, data: _Data, command_list: int, moved: int
     ) -> None:  # fmt: skip
         registers = drive.registers
-        self._memory.write(command_list + HEADER_SIZE * command.slot + BYTES_MOVED, struct.pack("<I", moved))
+        count = struct.pack("<I", moved & 0xFFFF_FFFF)
+        self._memory.write(command_list + HEADER_SIZE * command.slot + BYTES_MOVED, count)
         failed = registers.status & STATUS_ERROR
         by_pio = transfer is not None and transfer.to_host and not transfer.dma and not transfer.packet and not failed
         with self.lock:
@@ -488,6 +514,25 @@ class Port:
         except GuestMemoryError:
             self._halted = True
             self._causes |= IS_HOST_BUS
+
+
+def _pieces(regions: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """*regions* in parts of about BYTES_AT_ONCE."""
+    piece: list[tuple[int, int]] = []
+    size = 0
+    for region in regions:
+        piece.append(region)
+        size += region[1]
+        if size >= BYTES_AT_ONCE:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
+def _report() -> None:
+    """Tell the host's log of the exception that is being handled."""
+    threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
 def _half(value: int, register: int, half: int) -> int:
