@@ -13,7 +13,7 @@ from vmonty.vmm.accel import ACCELERATORS
 from vmonty.vmm.boards import board_class
 from vmonty.vmm.boards.ports import COM_PORTS
 from vmonty.vmm.eventloop import EventLoop
-from vmonty.vmm.hw.debug_ports import DebugConsole, DebugExit
+from vmonty.vmm.hw.debug_ports import DEBUG_CONSOLE, DebugConsole, DebugExit
 from vmonty.vmm.hw.serial import Serial
 from vmonty.vmm.machine import Config, Machine
 from vmonty.vmm.peripherals import add_virtio
@@ -212,7 +212,7 @@ DEVICES = (
     TypeInfo(
         "isa-debugcon", "isa-device", "firmware's debug console", make=_debug_console,
         properties=(
-            Property("iobase", "its port", 0x402, PORT), Property("file", "where it goes; else the console"),
+            Property("iobase", "its port", DEBUG_CONSOLE, PORT), Property("file", "where it goes; else the console"),
         ),
     ),
     TypeInfo(

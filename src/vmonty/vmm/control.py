@@ -16,7 +16,6 @@ import json
 import os
 import queue
 import socket
-import stat
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from vmonty.base.closing import Closing
 from vmonty.base.errors import UsageError, VmontyError
 from vmonty.vmm.commands import Command, Controlled, execute
 from vmonty.vmm.tracing import fields
+from vmonty.vmm.unixsocket import UnixListener
 
 LONGEST_LINE = 1 << 16
 MOST_CONNECTIONS = 32
@@ -69,39 +69,15 @@ class ControlSocket(Closing):
         self._lock = threading.Lock()
         self._connections: set[_Connection] = set()
         self._closed = False
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             if "/" not in str(name):
                 _private_folder(self.path.parent)
-            self._remove_dead()
-            # Before bind(), which gives the file these permissions: it is never there with others.
-            os.fchmod(self._socket.fileno(), 0o600)
-            self._socket.bind(str(self.path))
-            self._inode = self.path.stat().st_ino
-            self._socket.listen()
+            self._listener = UnixListener(self.path)
         except OSError as error:
-            self._socket.close()
             raise UsageError(f"the control socket {self.path}: {error.strerror}") from error
-        except BaseException:
-            self._socket.close()
-            raise
+        self._socket = self._listener.socket
         self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
         self._thread.start()
-
-    def _remove_dead(self) -> None:
-        """Take away what a process left that was killed; a socket that someone listens at stays."""
-        try:
-            if not stat.S_ISSOCK(self.path.lstat().st_mode):
-                raise UsageError(f"{self.path} is there, and no socket; give another path")
-        except FileNotFoundError:
-            return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(self.path))
-            except ConnectionRefusedError:
-                self.path.unlink(missing_ok=True)
-                return
-        raise UsageError(f"another machine listens at {self.path}")
 
     def _accept(self) -> None:
         while not self._closed:
@@ -124,6 +100,7 @@ class ControlSocket(Closing):
                 return
             self._closed = True
             connections = list(self._connections)
+        self._listener.remove()
         # Wakes accept(), which close() does not.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
@@ -131,9 +108,6 @@ class ControlSocket(Closing):
         self._thread.join()
         for connection in connections:
             connection.close()
-        with contextlib.suppress(OSError):
-            if self.path.stat().st_ino == self._inode:
-                self.path.unlink()
 
 
 class _Connection:

@@ -23,6 +23,7 @@ class Recorder:
         self.moves: list[tuple[int, int, int, int]] = []
         self.places: list[tuple[int, int, int, int]] = []
         self.absolute = False
+        self.leds = 0
 
     def key(self, code: int, pressed: bool) -> None:
         self.keys.append((code, pressed))

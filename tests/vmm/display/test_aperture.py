@@ -120,6 +120,19 @@ def test_planar_modes_have_none() -> None:
     assert driver.shown is None
 
 
+@pytest.mark.parametrize("enabled", [0x01, 0x41], ids=["banked", "linear"])
+@pytest.mark.parametrize("tables", [TEXT_80X25, MODE_12, MODE_13], ids=["text", "mode 12h", "mode 13h"])
+def test_planes_of_dispi_have_none(tables: Tables, enabled: int) -> None:
+    """Whatever VGA's registers name: a slot would pass by the planes, or the bank."""
+    driver = SlotDriver()
+    driver.set_mode(tables)
+    for index, value in ((X, 800), (Y, 600), (BITS, 4), (ENABLE, enabled)):
+        driver.dispi(index, value)
+    driver.poke(GRAPHICS, bytes(500))
+    driver.poke(TEXT, bytes(500))
+    assert driver.shown is None
+
+
 def test_banks_move_the_slot() -> None:
     driver = SlotDriver()
     for index, value in ((X, 640), (Y, 480), (BITS, 32), (ENABLE, 1)):
@@ -153,7 +166,9 @@ CHANGES = st.one_of(
     st.tuples(st.just("graphics"), st.sampled_from([*range(BIT_MASK + 1)]), st.integers(0, 255)),
     st.tuples(st.just("graphics"), st.just(MODE), st.sampled_from([0x10, 0x40]) | st.integers(0, 127)),
     st.tuples(st.just("graphics"), st.just(MISCELLANEOUS), st.sampled_from([5, 14]) | st.integers(0, 15)),
-    st.tuples(st.just("dispi"), st.sampled_from([X, Y, BITS, ENABLE, BANK]), st.sampled_from([0, 1, 2, 8, 0x41, 640])),
+    st.tuples(
+        st.just("dispi"), st.sampled_from([X, Y, BITS, ENABLE, BANK]), st.sampled_from([0, 1, 2, 4, 8, 0x41, 640])
+    ),
     st.tuples(st.just("look")),
 )
 ROUNDS = st.lists(

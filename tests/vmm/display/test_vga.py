@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from tests.vmm.display.card import MODE_4, MODE_12, MODE_13, TEXT_80X25, Driver, unplaced, unseen
 
 from vmonty.base.errors import UsageError
+from vmonty.vmm.bus import Bus
 from vmonty.vmm.display.screen import Screen
-from vmonty.vmm.hw.vga import scanout
+from vmonty.vmm.hw.vga import dispi, scanout
 from vmonty.vmm.hw.vga.card import VgaCard
+from vmonty.vmm.hw.vga.planes import PlaneWindow
 from vmonty.vmm.hw.vga.scanout import Kind, PixelMode, TextMode
 
 GLYPH_A = bytes((0x18, 0x3C, 0x66, 0xC3, 0xFF, 0xC3, 0xC3, 0xC3)) + bytes(8)
@@ -244,6 +246,62 @@ def test_the_window_reaches_the_bank(driver: Driver) -> None:
     driver.dispi(5, 3)
     driver.poke(0xA0010, b"z")
     assert driver.card.memory.read(3 * 65536 + 0x10, 1) == b"z"
+
+
+@pytest.mark.parametrize("enabled", [0x01, 0x41], ids=["banked", "linear"])
+def test_sixteen_colours_of_dispi_lie_in_planes(driver: Driver, enabled: int) -> None:
+    """VBE's mode 0x104: VGA's registers address the planes, in the bank that DISPI has."""
+    driver.set_mode(MODE_12)
+    for index, value in ((4, 0), (1, 1024), (2, 768), (3, 4), (4, enabled)):
+        driver.dispi(index, value)
+    screen = screen_of(driver)
+    assert screen.size == (1024, 768)
+    driver.indexed(0x3C4, 2, 0b0100)
+    driver.poke(0xA0000, b"\xff")
+    assert driver.card.memory.read(0, 4) == b"\0\0\xff\0"
+    driver.dispi(5, 1)
+    driver.indexed(0x3C4, 2, 0b1001)
+    driver.indexed(0x3CE, 8, 0x40)
+    line, rest = divmod(65536 + 5, 128)
+    driver.peek(0xA0005, 1)
+    driver.poke(0xA0005, b"\xff")
+    driver.indexed(0x3CE, 8, 0xFF)
+    assert pixel(screen, 0, 0) == (six(4), six(8), six(12))
+    assert [pixel(screen, 8 * rest + x, line) for x in range(3)] == [
+        (0, 0, 0), (six(0x39), six(2 * 0x39 & 0x3F), six(3 * 0x39 & 0x3F)), (0, 0, 0)]  # fmt: skip
+    assert driver.peek(0xA0005, 1) == b"\x40"
+    driver.dispi(4, 0)
+    assert driver.peek(0xA0000, 1) == b"\0", "VGA's own modes have no bank"
+    driver.indexed(0x3CE, 4, 2)
+    assert driver.peek(0xA0000, 1) == b"\xff"
+
+
+def test_a_bank_that_goes_while_it_is_used(driver: Driver) -> None:
+    """Another vCPU ends the mode in the middle of an access."""
+
+    class Going(PlaneWindow):
+        looks = 0
+
+        @property
+        def bank(self) -> int | None:
+            self.looks += 1
+            return 3 if self.looks == 1 else None
+
+        @bank.setter
+        def bank(self, value: int | None) -> None:
+            pass
+
+    window = Going(driver.card.registers, driver.card.memory, driver.card.aperture)
+    assert window._banked(0x10) == 3 * 65536 + 0x10
+
+
+def test_every_port_of_dispi_takes_16_bits(driver: Driver) -> None:
+    ports = Bus("ports", 0x10000)
+    ports.place(dispi.INDEX_PORT, dispi.PORTS, driver.card.dispi, "dispi")
+    for data in (0x1CF, 0x1D0):
+        ports.write(0x1CE, 2, 1)
+        ports.write(data, 2, data)
+        assert (ports.read(0x1CE, 2), ports.read(data, 2), driver.dispi_read(1)) == (1, data & ~7, data & ~7)
 
 
 def test_frame_is_the_same_object_while_nothing_changes(driver: Driver) -> None:

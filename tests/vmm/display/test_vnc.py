@@ -131,6 +131,21 @@ def test_a_new_size(driver: Driver, connect: Callable[..., Client], encoding: En
     assert client.picture == shown(driver)
 
 
+def test_a_scroll_beyond_the_viewers_picture_is_no_copy(driver: Driver, connect: Callable[..., Client]) -> None:
+    """A copy has to lie in the picture that the viewer was told of, whatever the guest's mode is by now."""
+    driver.set_linear(64, 64, 32)
+    client = connect((Encoding.RAW, Encoding.COPY_RECT))
+    client.update(False)
+    driver.set_linear(640, 480, 32)
+    lines = [random.Random(line).randbytes(4 * 640) for line in range(496)]
+    driver.card.memory.write(0, b"".join(lines[:480]))
+    client.update(False)
+    driver.card.memory.write(0, b"".join(lines[16:]))
+    for x, y, width, height, encoding in client.update():
+        assert (x + width <= 64, y + height <= 64, encoding) == (True, True, Encoding.RAW)
+    assert client.picture == b"".join(shown(driver)[4 * 640 * line :][: 4 * 64] for line in range(64))
+
+
 def test_a_viewer_that_cannot_resize_sees_what_fits(driver: Driver, connect: Callable[..., Client]) -> None:
     client = connect((Encoding.RAW,))
     client.update(False)
@@ -143,7 +158,7 @@ def test_a_viewer_that_cannot_resize_sees_what_fits(driver: Driver, connect: Cal
 
 def test_keys_and_pointer(recorder: Recorder, connect: Callable[..., Client]) -> None:
     client = connect()
-    for keysym in (ord("a"), 0xFF0D, 0xFF52, ord("A"), 0xFFC9):
+    for keysym in (ord("a"), 0xFF0D, 0xFF52, ord("s"), 0xFFC9):
         client.key(keysym, True)
         client.key(keysym, False)
     client.key(0x1234, True)
@@ -152,7 +167,7 @@ def test_keys_and_pointer(recorder: Recorder, connect: Callable[..., Client]) ->
     client.point(4 | 8, 110, 95)
     client.point(0, 110, 95)
     eventually(lambda: len(recorder.moves) == 3)
-    assert recorder.keys[::2] == [(0x1E, True), (0x1C, True), (0xE048, True), (0x1E, True), (0x58, True)]
+    assert recorder.keys[::2] == [(0x1E, True), (0x1C, True), (0xE048, True), (0x1F, True), (0x58, True)]
     assert recorder.moves == [(10, 5, 0, 1), (0, 0, -1, 2), (0, 0, 0, 0)]
 
 
@@ -284,6 +299,16 @@ def test_an_exclusive_viewer_sends_others_away(serve: Serve) -> None:
             for viewer in (first, second):
                 with pytest.raises((ConnectionError, OSError)):
                     viewer.update(False)
+
+
+def test_an_exclusive_viewer_finds_a_place(driver: Driver, serve: Serve) -> None:
+    port = serve().ports[0]
+    with contextlib.ExitStack() as stack:
+        for _ in range(MOST_VIEWERS):
+            stack.callback(Client(port).close)
+        last = stack.enter_context(contextlib.closing(Client(port, shared=False)))
+        last.update(False)
+        assert last.picture == shown(driver)
 
 
 def test_only_so_many_viewers(serve: Serve) -> None:

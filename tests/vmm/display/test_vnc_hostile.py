@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tests.vmm.display.card import Driver
@@ -17,9 +20,10 @@ from tests.vmm.display.test_vnc import eventually, shown
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect as websocket
 
+from vmonty.vmm.display.vnc import security
 from vmonty.vmm.display.vnc import server as servers
 from vmonty.vmm.display.vnc.encodings import Encoding
-from vmonty.vmm.display.vnc.server import MOST_VIEWERS, SEND_BUFFER
+from vmonty.vmm.display.vnc.server import MOST_HANDSHAKES, MOST_VIEWERS, SEND_BUFFER
 
 LIMIT_S = 20.0
 
@@ -30,9 +34,9 @@ def good_viewer_works(port: int, driver: Driver) -> None:
         assert good.picture == shown(driver)
 
 
-def sent_away(viewer: socket.socket) -> bool:
+def sent_away(viewer: socket.socket, limit_s: float = LIMIT_S) -> bool:
     """Whether the server ends the connection, whatever it says before."""
-    viewer.settimeout(LIMIT_S)
+    viewer.settimeout(limit_s)
     with contextlib.suppress(ConnectionError):
         while viewer.recv(1 << 16):
             pass
@@ -124,3 +128,204 @@ def test_what_is_no_websocket(driver: Driver, serve: Serve, said: bytes) -> None
             viewer.sendall(said)
         assert sent_away(viewer)
     good_viewer_works(port, driver)
+
+
+# ---- viewers that stop reading --------------------------------------------------------------------------------------
+
+HUGE = (2560, 1600)  # whose picture no kernel's buffers take
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def stalled(port: int, driver: Driver) -> Client:
+    """A viewer whose update has begun, and waits for it for ever."""
+    driver.set_linear(*HUGE, 32)
+    viewer = Client(port, (Encoding.RAW,))
+    viewer.request(False)
+    viewer.read(16)
+    return viewer
+
+
+def stalled_websocket(port: int, driver: Driver) -> socket.socket:
+    """As stalled()."""
+    driver.set_linear(*HUGE, 32)
+    viewer = socket.create_connection(("127.0.0.1", port), LIMIT_S)
+    viewer.sendall(upgrade())
+    request = struct.pack(">BB4H", 3, 0, 0, 0, *HUGE)
+    for said in (b"RFB 003.008\n", b"\1", b"\1", request):
+        viewer.sendall(bytes((0x82, 0x80 | len(said))) + bytes(4) + said)  # masked by zeros
+    received(viewer, 1000)  # of the picture, too: what comes before is shorter
+    return viewer
+
+
+def received(viewer: socket.socket, size: int) -> bytes:
+    seen = b""
+    while len(seen) < size:
+        part = viewer.recv(size - len(seen))
+        assert part, seen
+        seen += part
+    return seen
+
+
+def upgrade(*headers: str) -> bytes:
+    """What a browser asks of a WebSocket's server."""
+    lines = ("GET / HTTP/1.1", "Host: 127.0.0.1:5700", "Upgrade: websocket", "Connection: Upgrade",
+             "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", *headers, "", "")  # fmt: skip
+    return "\r\n".join(lines).encode()
+
+
+@pytest.mark.parametrize("web", [False, True], ids=["tcp", "websocket"])
+def test_one_who_never_reads_and_breaks_the_protocol(driver: Driver, serve: Serve, web: bool) -> None:
+    """Nothing of it stays, though it has not taken its picture."""
+    port, web_port = serve(websocket=0).ports
+    before = open_files()
+    if web:
+        with stalled_websocket(web_port, driver) as deaf:
+            deaf.sendall(b"\x82\x81\0\0\0\0\xee")
+            eventually(lambda: open_files() <= before + 1)
+    else:
+        with contextlib.closing(stalled(port, driver)) as viewer:
+            viewer.socket.sendall(b"\xee")
+            eventually(lambda: open_files() <= before + 1)
+    good_viewer_works(port, driver)
+
+
+def test_a_stalled_viewer_is_sent_away(driver: Driver, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its place is free when an exclusive viewer came."""
+    monkeypatch.setattr(servers, "MOST_VIEWERS", 2)
+    port = serve().ports[0]
+    before = open_files()
+    with contextlib.closing(stalled(port, driver)), contextlib.closing(Client(port, shared=False)):
+        eventually(lambda: open_files() <= before + 3)
+        good_viewer_works(port, driver)
+
+
+@pytest.mark.parametrize("web", [False, True], ids=["tcp", "websocket"])
+def test_the_end_waits_for_no_stalled_viewer(driver: Driver, serve: Serve, web: bool) -> None:
+    server = serve(websocket=0)
+    viewer = stalled_websocket(server.ports[1], driver) if web else stalled(server.ports[0], driver)
+    with contextlib.closing(viewer):
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        stopping.join(8)
+        late = stopping.is_alive()
+    stopping.join()
+    assert not late
+
+
+def test_the_end_waits_for_no_silent_websocket(serve: Serve) -> None:
+    server = serve(websocket=0)
+    with socket.create_connection(("127.0.0.1", server.ports[1]), LIMIT_S) as silent:
+        silent.sendall(b"GET / HTTP/1.1\r\n")
+        with websocket(f"ws://127.0.0.1:{server.ports[1]}", compression=None) as other:
+            other.recv(LIMIT_S)  # both were accepted
+            stopping = threading.Thread(target=server.stop)
+            stopping.start()
+            stopping.join(8)
+            late = stopping.is_alive()
+        stopping.join()
+        assert not late
+        assert sent_away(silent)
+
+
+# ---- handshakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("web", [False, True], ids=["tcp", "websocket"])
+def test_silent_ones_do_not_keep_others_out(driver: Driver, serve: Serve, web: bool) -> None:
+    """Of more than may be in their handshake the oldest ones go."""
+    server = serve(websocket=0)
+    with contextlib.ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.ports[web]), LIMIT_S))
+            for _ in range(MOST_HANDSHAKES + MOST_VIEWERS)
+        ]
+        # Before their time is over.
+        assert all(sent_away(viewer, 5) for viewer in silent[:MOST_VIEWERS])
+        if web:
+            with websocket(f"ws://127.0.0.1:{server.ports[1]}", compression=None) as viewer:
+                assert viewer.recv(LIMIT_S) == b"RFB 003.008\n"
+        else:
+            good_viewer_works(server.ports[0], driver)
+
+
+def test_viewers_leave_room_for_handshakes(driver: Driver, serve: Serve) -> None:
+    """And the other way round: who is in is not sent away by connections that say nothing."""
+    port = serve().ports[0]
+    with contextlib.ExitStack() as stack:
+        viewers = [stack.enter_context(contextlib.closing(Client(port))) for _ in range(MOST_VIEWERS - 1)]
+        for _ in range(MOST_HANDSHAKES + 1):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), LIMIT_S))
+        good_viewer_works(port, driver)
+        for viewer in viewers:
+            viewer.update(False)
+
+
+def challenged(port: int) -> socket.socket:
+    viewer = socket.create_connection(("127.0.0.1", port), LIMIT_S)
+    for said, size in ((b"RFB 003.008\n", 12), (b"\2", 2), (b"", 16)):
+        received(viewer, size)
+        viewer.sendall(said)
+    return viewer
+
+
+def test_guesses_come_one_after_the_other(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections at the same time, and those that do not wait for their answer, have no more of them."""
+    penalty, count = 0.05, 8
+    monkeypatch.setattr(security, "PENALTY", penalty)
+    (tmp_path / "password").write_text("geheim")
+    port = serve(password_file=tmp_path / "password").ports[0]
+    before = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        guessing = [stack.enter_context(challenged(port)) for _ in range(count)]
+        for number, viewer in enumerate(guessing):
+            viewer.sendall(bytes(16))
+            if number % 2:
+                viewer.close()
+        for viewer in guessing[::2]:
+            assert received(viewer, 4) == b"\0\0\0\1"
+        with contextlib.closing(Client(port, password="geheim")) as good:
+            assert good.result == 0
+    assert time.monotonic() - before >= count * penalty
+
+
+# ---- pages of other sites -------------------------------------------------------------------------------------------
+
+
+def answer_to(port: int, host: str, *origins: str) -> bytes:
+    """The status of the answer to a browser's page."""
+    with socket.create_connection(("127.0.0.1", port), LIMIT_S) as viewer:
+        asked = upgrade(*(f"Origin: {origin}" for origin in origins))
+        viewer.sendall(asked.replace(b"Host: 127.0.0.1:5700", b"Host: " + host.encode()))
+        return received(viewer, 12)[9:]
+
+
+@pytest.mark.parametrize(
+    ("origins", "host"),
+    [
+        ([], "127.0.0.1:5700"), (["http://127.0.0.1:6080"], "127.0.0.1:5700"), (["http://localhost"], "127.0.0.1:5700"),
+        (["http://[::1]:6080"], "[::1]:5700"), (["https://vm.example:6080"], "VM.example:5700"),
+    ],
+)  # fmt: skip
+def test_pages_of_this_host_may_connect(serve: Serve, origins: list[str], host: str) -> None:
+    """noVNC comes from another port, mostly."""
+    assert answer_to(serve(websocket=0).ports[1], host, *origins) == b"101"
+
+
+@pytest.mark.parametrize(
+    ("origins", "host"),
+    [
+        (["https://evil.example"], "127.0.0.1:5700"), (["null"], "127.0.0.1:5700"), (["http://["], "127.0.0.1:5700"),
+        (["http://127.0.0.1.evil.example"], "127.0.0.1:5700"), (["http://127.0.0.1@evil.example"], "127.0.0.1:5700"),
+        (["http://127.0.0.1", "https://evil.example"], "127.0.0.1:5700"), ([""], ""),
+        (["https://evil.example"], "vm.example:5700"),
+    ],
+)  # fmt: skip
+def test_pages_of_other_hosts_need_a_password(serve: Serve, tmp_path: Path, origins: list[str], host: str) -> None:
+    assert answer_to(serve(websocket=0).ports[1], host, *origins) == b"403"
+    (tmp_path / "password").write_text("geheim")
+    if len(origins) == 1:
+        server = serve(websocket=0, password_file=tmp_path / "password")
+        assert answer_to(server.ports[1], host, *origins) == b"101"

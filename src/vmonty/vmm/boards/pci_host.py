@@ -21,6 +21,7 @@ from vmonty.vmm.hotplug import SLOTS_PORT, HotPlug
 from vmonty.vmm.hw import fw_cfg, hpet
 from vmonty.vmm.hw.acpi_pm import AcpiPm
 from vmonty.vmm.hw.cmos import Cmos
+from vmonty.vmm.hw.debug_ports import DEBUG_CONSOLE
 from vmonty.vmm.hw.fw_cfg import FwCfg
 from vmonty.vmm.hw.hpet import Hpet
 from vmonty.vmm.hw.pci import ADDRESS, ConfigPorts, Decoder, PciBus, PciDevice
@@ -191,6 +192,9 @@ class PciMachine(Machine):
 
     def publish(self) -> None:
         """The items of the firmware configuration device."""
+        if self.ports.find(DEBUG_CONSOLE, 1) is None:
+            # Firmware says a line there before it asks whether anybody listens: no exit for each of its characters.
+            self.port_cell(DEBUG_CONSOLE, 1, value=0xFF, mask=0xFF)
         config, device = self.config, self.fw_cfg
         cpus = struct.pack("<H", config.cpus)
         device.add(fw_cfg.UUID, self.identity.uuid.bytes if self.identity.uuid else NOT_SET)

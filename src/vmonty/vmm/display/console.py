@@ -78,6 +78,12 @@ class DisplayConsole:
             machine.keyboard.key(code, pressed)
 
     @property
+    def leds(self) -> int:
+        """Which the guest lights: see Ps2Keyboard."""
+        machine = self._machine
+        return machine.keyboard.leds if machine is not None and machine.keyboard is not None else 0
+
+    @property
     def absolute(self) -> bool:
         """Does the guest want to know where the pointer is, by ``place``, not how it moved?"""
         machine = self._machine

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Protocol
 
-from vmonty.vmm.display.keys import scan_code
+from vmonty.vmm.display.keys import KEYPAD_DIGITS, SHIFTED, scan_code
 from vmonty.vmm.hw.vmmouse import HIGHEST
 
 # Buttons as RFB numbers them, 1 left, 2 middle, 3 right, 4 and 5 the wheel up and down, and their PS/2 masks.
@@ -13,6 +15,17 @@ WHEEL_UP, WHEEL_DOWN = 0x08, 0x10
 # Of the viewers' relative mode: a position is the middle plus the motion.
 MIDDLE = 0x7FFF
 MOST_MOTION = 4096
+# Scan codes.
+KEY_CAPS_LOCK, KEY_SHIFT = 0x3A, 0x2A
+_SHIFTS = frozenset((KEY_SHIFT, 0x36))
+_CHORDS = frozenset((0x1D, 0xE01D, 0x38, 0xE038, 0xE05B, 0xE05C))  # Ctrl, Alt, Super: what is held with them is no text
+LED_NUM, LED_CAPS = 2, 4
+# So long a guest may take from Caps Lock to its light.
+LIGHT_SECONDS = 1.0
+# Keypad keys by name, which are digits or not as Num Lock has it: keys that are always what the name says.
+_KEYPAD_DIGITS = {0xFFAE: scan_code(ord(".")), **{KEYPAD_DIGITS[n]: scan_code(ord("0") + n) for n in range(10)}}
+_KEYPAD_MOTIONS = dict(zip(range(0xFF95, 0xFFA0), (
+    0xE047, 0xE04B, 0xE048, 0xE04D, 0xE050, 0xE049, 0xE051, 0xE04F, None, 0xE052, 0xE053), strict=True))  # fmt: skip
 
 
 class Keyboard(Protocol):
@@ -20,6 +33,11 @@ class Keyboard(Protocol):
 
     def key(self, code: int, pressed: bool) -> None:
         """A key of set 1 went down or up."""
+        ...
+
+    @property
+    def leds(self) -> int:
+        """Which lights the guest has switched on: 1 Scroll Lock, 2 Num Lock, 4 Caps Lock."""
         ...
 
 
@@ -41,12 +59,22 @@ class Mouse(Protocol):
 
 
 class Input:
-    """What one viewer types and points at. A viewer that goes away lets go of what it held."""
+    """What one viewer types and points at. A viewer that goes away lets go of what it held.
 
-    def __init__(self, keyboard: Keyboard, mouse: Mouse) -> None:
+    A viewer that names what it types has Caps Lock and Num Lock of its own, or, as a phone, not even Shift. The guest's
+    locks are left alone: instead its Shift goes down, or up, for a character that needs that, and keys of the keypad
+    become others where Num Lock stands against them. See RFC 6143, 7.5.4 "KeyEvent".
+    """
+
+    def __init__(self, keyboard: Keyboard, mouse: Mouse, clock: Callable[[], float] = time.monotonic) -> None:
         self._keyboard = keyboard
         self._mouse = mouse
+        self._clock = clock
         self._held: set[int] = set()
+        self._shifts: set[int] = set()  # those of the guest's that are down because of this viewer
+        self._keypad: dict[int, int] = {}  # which other key is down for one of the keypad
+        self._caps: bool | None = None  # what its Caps Lock should have made of the guest's
+        self._caps_time = 0.0
         self._at: tuple[int, int] | None = None
         self._share: tuple[int, int] | None = None  # where it put the guest's pointer, if it did
         self._wheel = 0
@@ -54,16 +82,70 @@ class Input:
 
     def keysym(self, keysym: int, pressed: bool) -> None:
         """A key by its X11 name; one that a PC lacks does nothing."""
-        if (code := scan_code(keysym)) is not None:
-            self.code(code, pressed)
+        if (code := scan_code(keysym)) is None:
+            return
+        if not pressed:
+            self.code(self._keypad.pop(code, code), False)
+            return
+        self._hold_shift(self._needs_shift(keysym))
+        if (other := self._for_keypad(keysym)) is not None:
+            self._keypad[code] = other
+        self._key(self._keypad.get(code, code), True)
 
     def code(self, code: int, pressed: bool) -> None:
         """A key by its scan code."""
-        if pressed:
-            self._held.add(code)
-        else:
-            self._held.discard(code)
+        self._hold_shift(None)
+        self._key(code, pressed)
+
+    def _key(self, code: int, pressed: bool) -> None:
+        if code == KEY_CAPS_LOCK and pressed and code not in self._held:
+            self._caps = not (self._lit(LED_CAPS) if self._caps is None else self._caps)
+            self._caps_time = self._clock()
+        for keys in (self._held, self._shifts) if code in _SHIFTS else (self._held,):
+            if pressed:
+                keys.add(code)
+            else:
+                keys.discard(code)
         self._keyboard.key(code, pressed)
+
+    def _lit(self, led: int) -> bool:
+        return bool(self._keyboard.leds & led)
+
+    def _caps_lock(self) -> bool | None:
+        """Is the guest's on? None when its light does not tell: it did not follow the key."""
+        lit = self._lit(LED_CAPS)
+        if self._caps is not None:
+            if self._clock() - self._caps_time < LIGHT_SECONDS:
+                return self._caps
+            if lit != self._caps:
+                return None
+            self._caps = None
+        return lit
+
+    def _needs_shift(self, keysym: int) -> bool | None:
+        """Does the guest need Shift for this character? None when it may have it as the viewer does."""
+        if self._held & _CHORDS:
+            return None
+        if keysym < 0x80 and chr(keysym).isalpha():
+            caps = self._caps_lock()
+            return None if caps is None else (keysym in SHIFTED) is not caps
+        return True if keysym in SHIFTED else None
+
+    def _for_keypad(self, keysym: int) -> int | None:
+        """The key that types it, when Num Lock lets the keypad's key do the opposite."""
+        if self._held & (_CHORDS | _SHIFTS):
+            return None
+        return (_KEYPAD_MOTIONS if self._lit(LED_NUM) else _KEYPAD_DIGITS).get(keysym)
+
+    def _hold_shift(self, down: bool | None) -> None:
+        """Have the guest's Shift down or up for the next key; None for as the viewer has it."""
+        held = self._held & _SHIFTS
+        wanted = held if down is None else (held or {KEY_SHIFT}) if down else set()
+        for code in sorted(self._shifts - wanted):
+            self._keyboard.key(code, False)
+        for code in sorted(wanted - self._shifts):
+            self._keyboard.key(code, True)
+        self._shifts = set(wanted)
 
     @property
     def absolute(self) -> bool:
@@ -94,9 +176,12 @@ class Input:
 
     def release(self) -> None:
         """Let go of everything."""
+        self._hold_shift(None)
         for code in sorted(self._held):
             self._keyboard.key(code, False)
         self._held.clear()
+        self._shifts.clear()
+        self._keypad.clear()
         if self._buttons:
             self._buttons = 0
             if self._share is not None:

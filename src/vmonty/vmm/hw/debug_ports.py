@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 
 # What firmware that probes for the debug console wants to read.
-DEBUG_CONSOLE_PRESENT = 0xE9
+DEBUG_CONSOLE, DEBUG_CONSOLE_PRESENT = 0x402, 0xE9
 POST_CODES = 64
 
 

@@ -20,7 +20,7 @@ VERSION_3_3, VERSION_3_7, VERSION_3_8 = (3, 3), (3, 7), (3, 8)
 FAILED, PASSED = 1, 0
 PASSWORD_LENGTH = 8  # the protocol's key has no more
 CHALLENGE = 16
-# A wrong password costs this many seconds.
+# For so many seconds after a wrong password no other one is looked at.
 PENALTY = 1.0
 
 
@@ -58,7 +58,25 @@ def response(password: str, challenge: bytes) -> bytes:
     return bytes(cipher.encrypt(challenge))
 
 
-async def handshake(stream: Stream, access: Access) -> None:
+class Guesses:
+    """Looks at the passwords of all connections, one at a time: more connections do not make more guesses."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._next = 0.0  # of the loop's time
+
+    async def right(self, answer: bytes, wanted: bytes) -> bool:
+        """Is this one right? A connection that goes away meanwhile does not shorten the PENALTY of a wrong one."""
+        clock = asyncio.get_running_loop().time
+        async with self._turn:
+            await asyncio.sleep(max(0.0, self._next - clock()))
+            if hmac.compare_digest(answer, wanted):
+                return True
+            self._next = clock() + PENALTY
+            return False
+
+
+async def handshake(stream: Stream, access: Access, guesses: Guesses) -> None:
     """Agree on version and security, and let the viewer in. Raises ProtocolError when it may not."""
     await stream.send(b"RFB 003.008\n")
     version = _version(await stream.read(12))
@@ -75,7 +93,7 @@ async def handshake(stream: Stream, access: Access) -> None:
     if kind is Security.VENCRYPT:
         secret = await _vencrypt(stream, access)
     if secret:
-        await _authenticate(stream, access, version)
+        await _authenticate(stream, access, guesses, version)
     elif version == VERSION_3_8 or kind is Security.VENCRYPT:
         await stream.send(struct.pack(">I", PASSED))
 
@@ -94,14 +112,15 @@ def _version(line: bytes) -> tuple[int, int]:
 
 async def _refuse(stream: Stream, version: tuple[int, int], reason: str) -> None:
     text = reason.encode()
-    await stream.send(struct.pack(">I" if version == VERSION_3_3 else ">B", 0) + struct.pack(">I", len(text)) + text)
+    nothing = struct.pack(">I" if version == VERSION_3_3 else ">B", 0)
+    await stream.farewell(nothing + struct.pack(">I", len(text)) + text)
     raise ProtocolError(reason)
 
 
 async def _fail(stream: Stream, version: tuple[int, int], reason: str) -> None:
     text = reason.encode()
     told = struct.pack(">I", len(text)) + text if version == VERSION_3_8 else b""
-    await stream.send(struct.pack(">I", FAILED) + told)
+    await stream.farewell(struct.pack(">I", FAILED) + told)
     raise ProtocolError(reason)
 
 
@@ -110,24 +129,23 @@ async def _vencrypt(stream: Stream, access: Access) -> bool:
     assert access.tls is not None
     await stream.send(b"\0\2")
     if await stream.read(2) != b"\0\2":
-        await stream.send(b"\1")
+        await stream.farewell(b"\1")
         raise ProtocolError("the viewer knows no VeNCrypt 0.2")
     offered = Security.X509_NONE if access.password is None else Security.X509_VNC
     await stream.send(struct.pack(">BBI", 0, 1, offered))
     if struct.unpack(">I", await stream.read(4))[0] != offered:
-        await stream.send(b"\0")
+        await stream.farewell(b"\0")
         raise ProtocolError("the viewer chose a VeNCrypt subtype that was not offered")
     await stream.send(b"\1")
     await stream.start_tls(access.tls)
     return offered is Security.X509_VNC
 
 
-async def _authenticate(stream: Stream, access: Access, version: tuple[int, int]) -> None:
+async def _authenticate(stream: Stream, access: Access, guesses: Guesses, version: tuple[int, int]) -> None:
     assert access.password is not None
     challenge = secrets.token_bytes(CHALLENGE)
     await stream.send(challenge)
     answer = await stream.read(CHALLENGE)
-    if not hmac.compare_digest(answer, response(access.password, challenge)):
-        await asyncio.sleep(PENALTY)
+    if not await guesses.right(answer, response(access.password, challenge)):
         await _fail(stream, version, "wrong password")
     await stream.send(struct.pack(">I", PASSED))

@@ -7,28 +7,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import ssl
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.http11 import Request, Response
+from websockets.protocol import State
 from websockets.typing import Subprotocol
 
 from vmonty.base.errors import UsageError
 from vmonty.vmm.display.input import Input, Keyboard, Mouse
 from vmonty.vmm.display.screen import Frame
-from vmonty.vmm.display.vnc.security import Access, handshake
+from vmonty.vmm.display.vnc.security import Access, Guesses, handshake
 from vmonty.vmm.display.vnc.viewer import FRAME_TIME, Viewer
 from vmonty.vmm.display.vnc.wire import MOST_MESSAGE, Disconnected, ProtocolError, Stream, TcpStream, WebSocketStream
+from vmonty.vmm.unixsocket import UnixListener
 
 FIRST_PORT, FIRST_WEBSOCKET_PORT = 5900, 5700
 MOST_DISPLAY = 0xFFFF - FIRST_PORT
 MOST_VIEWERS = 32
+# Of connections that are no viewers yet. All of them can have a wrong password looked at within their time.
+MOST_HANDSHAKES = 16
 HANDSHAKE_SECONDS = 20.0
 # What waits to be sent to one viewer, in bytes, before the server waits for it.
 SEND_BUFFER = 1 << 20
@@ -55,7 +63,9 @@ class VncOptions:
         address, *settings = text.split(",")
         kind, _, rest = address.rpartition(":")
         if address.startswith("unix:"):
-            options = cls(path=Path(address.removeprefix("unix:")))
+            if not (path := address.removeprefix("unix:")):
+                raise UsageError(f"--vnc {text}: the socket has no path. {_USE}")
+            options = cls(path=Path(path))
         elif rest.isascii() and rest.isdigit() and int(rest) <= MOST_DISPLAY and (kind or address.startswith(":")):
             options = cls(host=kind.strip("[]") or "127.0.0.1", port=FIRST_PORT + int(rest))
         else:
@@ -119,6 +129,10 @@ class VncServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vnc", daemon=True)
         self._viewers: dict[asyncio.Task[None], Stream] = {}
+        self._handshakes: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._guesses = Guesses()
+        self._opening: list[ServerConnection] = []  # WebSockets that may not have said yet what they want
+        self._ending = False
         self._resources = contextlib.AsyncExitStack()
         self._ports: list[int] = []
         self._frame: Frame | None = None
@@ -129,19 +143,25 @@ class VncServer:
         self._thread.start()
         try:
             asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: what can be no host's name
             self.stop()
             where = self.options.path or f"{self.options.host}:{self.options.port}"
-            raise UsageError(f"VNC cannot listen on {where}: {error.strerror or error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"VNC cannot listen on {where}: {reason}") from error
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """End every connection and the thread. A second call does nothing."""
         if not self._thread.is_alive():
             return
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        try:
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     @property
     def ports(self) -> list[int]:
@@ -151,9 +171,9 @@ class VncServer:
     async def _listen(self) -> None:
         options = self.options
         if options.path is not None:
-            options.path.unlink(missing_ok=True)
-            await self._resources.enter_async_context(await asyncio.start_unix_server(self._tcp, options.path))
-            options.path.chmod(0o600)
+            listener = UnixListener(options.path)
+            await self._resources.enter_async_context(await asyncio.start_unix_server(self._tcp, sock=listener.socket))
+            self._resources.callback(listener.remove)  # comes before the server's end
         else:
             server = await asyncio.start_server(self._tcp, options.host, options.port)
             await self._resources.enter_async_context(server)
@@ -161,19 +181,22 @@ class VncServer:
         if options.websocket is not None:
             sockets = await serve(
                 self._websocket, options.host, options.websocket, ssl=self._access.tls, compression=None,
+                create_connection=self._noted(), process_request=None if self._access.password else same_site,
                 subprotocols=[BINARY], select_subprotocol=_subprotocol, max_size=MOST_MESSAGE, logger=logger,
             )  # fmt: skip
             await self._resources.enter_async_context(sockets)
             self._ports.append(next(iter(sockets.sockets)).getsockname()[1])
 
     async def _end(self) -> None:
-        tasks = list(self._viewers)
+        self._ending = True
+        await asyncio.sleep(0)  # what was not begun ends by itself
+        for connection in self._opening:
+            connection.transport.abort()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._resources.aclose()
-        if self.options.path is not None:
-            self.options.path.unlink(missing_ok=True)
 
     # ---- viewers ----------------------------------------------------------------------------------------------
 
@@ -188,6 +211,23 @@ class VncServer:
         writer.transport.set_write_buffer_limits(high=SEND_BUFFER)
         await self._serve(TcpStream(reader, writer), self._access)
 
+    def _noted(self) -> type[ServerConnection]:
+        """WebSockets that are noted when they begin, and bounded: else the silent ones are their library's alone."""
+        begun = self._begun
+
+        class Connection(ServerConnection):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                super().connection_made(transport)
+                begun(self)
+
+        return Connection
+
+    def _begun(self, connection: ServerConnection) -> None:
+        waiting = [other for other in self._opening if other.state is State.CONNECTING]
+        if len(waiting) >= MOST_HANDSHAKES:
+            waiting.pop(0).transport.abort()
+        self._opening = [*waiting, connection]
+
     async def _websocket(self, connection: ServerConnection) -> None:
         # It is encrypted already where encryption is asked for.
         await self._serve(WebSocketStream(connection), replace(self._access, tls=None))
@@ -195,31 +235,69 @@ class VncServer:
     async def _serve(self, stream: Stream, access: Access) -> None:
         task = asyncio.current_task()
         assert task is not None
-        if len(self._viewers) >= MOST_VIEWERS:
+        if self._ending:
             stream.close()
             return
-        self._viewers[task] = stream
+        if len(self._handshakes) >= MOST_HANDSHAKES:
+            oldest = next(iter(self._handshakes))
+            del self._handshakes[oldest]
+            oldest.cancel()
+        self._handshakes[task] = None
         try:
             viewer = Viewer(stream, self._name, self.current_frame, Input(self._keyboard, self._mouse))
             async with asyncio.timeout(HANDSHAKE_SECONDS):
-                await handshake(stream, access)
-                shared = await viewer.start()
+                await handshake(stream, access, self._guesses)
+                shared = await viewer.shares()
+            self._handshakes.pop(task, None)
             if not shared:
-                self._disconnect_others(task)
+                self._disconnect_all()
+            elif len(self._viewers) >= MOST_VIEWERS:
+                raise Disconnected("there are too many")
+            self._viewers[task] = stream
             await viewer.run()
         except (Disconnected, ProtocolError, TimeoutError) as error:
             logger.info("a VNC viewer's connection ended: %s", error or type(error).__name__)
         except asyncio.CancelledError:
-            # Of _end(). Python 3.11 would log a traceback for a connection whose task was cancelled.
-            logger.info("a VNC viewer's connection ended with the server")
+            # Of _end(), or for a newer one. Python 3.11 would log a traceback for a connection's cancelled task.
+            logger.info("a VNC viewer's connection was ended")
         finally:
-            del self._viewers[task]
+            self._handshakes.pop(task, None)
+            self._viewers.pop(task, None)
             stream.close()
 
-    def _disconnect_others(self, task: asyncio.Task[None]) -> None:
-        for other, stream in self._viewers.items():
-            if other is not task:
-                stream.close()
+    def _disconnect_all(self) -> None:
+        for stream in self._viewers.values():
+            stream.close()
+        self._viewers.clear()
+
+
+def same_site(connection: ServerConnection, request: Request) -> Response | None:
+    """Refuse pages of other sites: a browser lets any page connect to this machine, and there is no password."""
+    origins = request.headers.get_all("Origin")
+    if not origins:
+        return None  # no browser
+    hosts = [_host("//" + host) for host in request.headers.get_all("Host")]
+    origin = _host(origins[0]) if len(origins) == 1 else None
+    if origin is not None and (_is_loopback(origin) or hosts == [origin]):
+        return None
+    logger.info("a VNC viewer's connection was refused: a page of %s", ", ".join(origins))
+    return connection.respond(
+        HTTPStatus.FORBIDDEN, "Pages of other hosts need a server with a password: --vnc …,password-file=F\n"
+    )
+
+
+def _host(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _subprotocol(connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:

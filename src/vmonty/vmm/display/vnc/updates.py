@@ -77,7 +77,9 @@ class Updates:
             if not any(tiles):
                 self._sent = frame
                 return []
-            if self.understands(Encoding.COPY_RECT) and _share(tiles, frame) > SCROLL_FROM:
+            # A copy of what lies outside the viewer's picture would be of nothing.
+            whole = size == self._size
+            if whole and self.understands(Encoding.COPY_RECT) and _share(tiles, frame) > SCROLL_FROM:
                 moved, rectangles = _scroll(before, frame)
                 if rectangles:
                     made += rectangles

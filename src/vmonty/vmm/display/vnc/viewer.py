@@ -32,7 +32,7 @@ RELATIVE_FROM = 0x4000  # viewers in relative mode send positions around MIDDLE;
 
 
 class Viewer:
-    """A connection after its handshake. *frame* gives the picture; ``run`` ends when the viewer does."""
+    """A connection after its handshake. *frame* gives the picture; ``run``, after ``shares``, ends when it does."""
 
     def __init__(self, stream: Stream, name: str, frame: Callable[[], Frame], keys: Input) -> None:
         self._stream = stream
@@ -47,19 +47,21 @@ class Viewer:
         self._absolute: bool | None = None  # what it was told that the mouse is
         self._size = 0, 0  # the screen's, of which it may see a part
 
-    async def start(self) -> bool:
-        """The initialization; returns whether others may see the screen as well."""
-        shared = (await self._stream.read(1))[0]
+    async def shares(self) -> bool:
+        """Its part of the initialization: whether others may see the screen as well."""
+        return bool((await self._stream.read(1))[0])
+
+    async def _introduce(self) -> None:
         frame = self._frame()
         name = self._name.encode()
         head = struct.pack(">HH", frame.width, frame.height) + describe(NATIVE)
         await self._stream.send(head + struct.pack(">I", len(name)) + name)
         self._size = frame.width, frame.height
         self._updates.announce(*self._size)
-        return bool(shared)
 
     async def run(self) -> None:
-        """Serve until it ends. Raises Disconnected or ProtocolError."""
+        """The server's part of it, and serve until it ends. Raises Disconnected or ProtocolError."""
+        await self._introduce()
         updating = asyncio.create_task(self._update())
         listening = asyncio.create_task(self._listen())
         try:

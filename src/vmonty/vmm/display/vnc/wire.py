@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from typing import Protocol
 
@@ -11,6 +12,8 @@ from websockets.exceptions import ConnectionClosed
 
 # A WebSocket viewer's message of more is refused; the longest that one has to send is its clipboard.
 MOST_MESSAGE = 1 << 20
+# How long the last that a viewer is told may take to arrive.
+FAREWELL_SECONDS = 1.0
 
 
 class ProtocolError(Exception):
@@ -36,8 +39,12 @@ class Stream(Protocol):
         """Go on encrypted. Raises ProtocolError where that is not possible."""
         ...
 
+    async def farewell(self, data: bytes) -> None:
+        """Send *data*, and end it: in an orderly way if the viewer takes that within FAREWELL_SECONDS."""
+        ...
+
     def close(self) -> None:
-        """End it."""
+        """End it at once. What the viewer has not taken is lost: one that takes nothing would keep it for ever."""
         ...
 
 
@@ -70,9 +77,18 @@ class TcpStream:
         except (ssl.SSLError, OSError) as error:
             raise Disconnected from error
 
+    async def farewell(self, data: bytes) -> None:
+        """See Stream."""
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                self._writer.write(data)
+                self._writer.close()
+                await self._writer.wait_closed()
+        self.close()
+
     def close(self) -> None:
         """See Stream."""
-        self._writer.close()
+        self._writer.transport.abort()
 
 
 class WebSocketStream:
@@ -107,6 +123,14 @@ class WebSocketStream:
         """A WebSocket is encrypted from its start or not at all."""
         raise ProtocolError("TLS inside a WebSocket")
 
+    async def farewell(self, data: bytes) -> None:
+        """See Stream."""
+        with contextlib.suppress(TimeoutError, ConnectionClosed, OSError):
+            async with asyncio.timeout(FAREWELL_SECONDS):
+                await self._connection.send(data)
+                await self._connection.close()
+        self.close()
+
     def close(self) -> None:
         """See Stream."""
-        self._connection.transport.close()
+        self._connection.transport.abort()

@@ -34,10 +34,8 @@ class Plain(NamedTuple):
     text: bool = False
 
 
-def plain(registers: VgaRegisters, bank: int | None, memory_size: int, linear: bool = False) -> Plain | None:
-    """Which part of the window is plain memory now, if any: none while the whole of video memory is shown elsewhere."""
-    if linear:
-        return None
+def plain(registers: VgaRegisters, bank: int | None, memory_size: int) -> Plain | None:
+    """Which part of the window is plain memory now, if any, as VGA's registers or DISPI's *bank* have it."""
     if bank is not None:
         return Plain(0, PLANE_SIZE, bank * PLANE_SIZE % memory_size)
     sequencer, graphics = registers.sequencer, registers.graphics
@@ -73,8 +71,9 @@ class Aperture:
         self._shown: Plain | None = None
         self._uses = 0
         self._covered = False
-        # Is a linear frame buffer on? It may leave VGA's registers in text: what lay there would come over the picture.
-        self.linear = False
+        # Not where DISPI has a linear frame buffer, or planes of its own: it may leave VGA's registers in text, and
+        # what lay there would come over the picture.
+        self.allowed = True
         self._lock = threading.Lock()
 
     def place(self, offset: int) -> tuple[Ram, int] | None:
@@ -91,7 +90,7 @@ class Aperture:
             return
         with self._lock:
             self._uses = 0
-            wanted = plain(self._registers, bank, self._memory.size, self.linear)
+            wanted = self._wanted(bank)
             if wanted is None or self._covered or self._shown is not None:
                 return
             if wanted.text:
@@ -104,7 +103,7 @@ class Aperture:
         """A register that addresses the window has a new value."""
         self._uses = 0
         with self._lock:
-            if self._shown is not None and self._shown != plain(self._registers, bank, self._memory.size, self.linear):
+            if self._shown is not None and self._shown != self._wanted(bank):
                 self._hide()
 
     def cover(self, covered: bool) -> None:
@@ -119,6 +118,9 @@ class Aperture:
         with self._lock:
             if self._shown is not None and self._shown.text:
                 self._scatter(self._shown.size)
+
+    def _wanted(self, bank: int | None) -> Plain | None:
+        return plain(self._registers, bank, self._memory.size) if self.allowed else None
 
     def _hide(self) -> None:
         # First, so that nothing more is written where nobody looks any more.

@@ -14,8 +14,8 @@ from vmonty.vmm.bus import Bus
 from vmonty.vmm.hw.pci.device import PciDevice
 from vmonty.vmm.hw.pci.rom import add_rom_image
 from vmonty.vmm.hw.vga import scanout
-from vmonty.vmm.hw.vga.aperture import Aperture
-from vmonty.vmm.hw.vga.dispi import BANK, EIGHT_BIT_DAC, ENABLE, LINEAR, Dispi
+from vmonty.vmm.hw.vga.aperture import PLANE_SIZE, Aperture
+from vmonty.vmm.hw.vga.dispi import BANK, BITS, EIGHT_BIT_DAC, ENABLE, LINEAR, Dispi
 from vmonty.vmm.hw.vga.planes import PlaneWindow
 from vmonty.vmm.hw.vga.registers import VgaRegisters
 
@@ -74,8 +74,11 @@ class VgaCard(PciDevice):
     def _mode_changed(self, clear: bool) -> None:
         dispi = self.dispi
         self.registers.dac_8_bits = bool(dispi[ENABLE] & EIGHT_BIT_DAC)
-        self.aperture.linear = bool(dispi.enabled and dispi[ENABLE] & LINEAR)
-        self.window.bank = dispi[BANK] if dispi.enabled and not dispi[ENABLE] & LINEAR else None
+        # Sixteen colours lie in planes, whose bytes the window mixes; more colours are memory as it lies.
+        planar, linear = dispi[BITS] == 4, bool(dispi[ENABLE] & LINEAR)
+        self.aperture.allowed = not (dispi.enabled and (planar or linear))
+        self.window.first = dispi[BANK] * PLANE_SIZE if dispi.enabled and planar else 0
+        self.window.bank = dispi[BANK] if dispi.enabled and not (planar or linear) else None
         self._addressing_changed()
         if clear:
             self.memory.fill(0, self.memory.size)

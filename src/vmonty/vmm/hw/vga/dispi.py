@@ -13,7 +13,7 @@ ENABLED, GET_CAPABILITIES, EIGHT_BIT_DAC, LINEAR, NO_CLEAR = 0x01, 0x02, 0x20, 0
 MOST_X, MOST_Y, MOST_BITS = 2560, 1600, 32
 DEPTHS = (4, 8, 15, 16, 24, 32)
 
-INDEX_PORT, PORTS = 0x1CE, 3
+INDEX_PORT, PORTS = 0x1CE, 4  # a 16-bit access to the last one, too
 
 
 class Dispi:

@@ -30,6 +30,7 @@ class PlaneWindow:
         self._aperture = aperture
         self._latch = 0
         self.bank: int | None = None  # when set, the first 64 KiB are this part of video memory
+        self.first = 0  # of each plane, the byte where the window begins: DISPI's bank of sixteen colours
 
     def read(self, offset: int, size: int) -> int:
         """A wide access is one of each byte in a row."""
@@ -48,9 +49,14 @@ class PlaneWindow:
         return offset - base if 0 <= offset - base < size else None
 
     def _banked(self, offset: int) -> int | None:
-        if self.bank is None or offset >= PLANE_SIZE:
+        bank = self.bank  # once: another vCPU may end the mode meanwhile
+        if bank is None or offset >= PLANE_SIZE:
             return None
-        return (self.bank * PLANE_SIZE + offset) % self._memory.size
+        return (bank * PLANE_SIZE + offset) % self._memory.size
+
+    def _in_plane(self, at: int) -> int:
+        """Where the planes' bytes lie of which *at* of the window is one."""
+        return 4 * (self.first + at % PLANE_SIZE) % self._memory.size
 
     def _read(self, offset: int) -> int:
         if (direct := self._aperture.place(offset)) is not None:
@@ -68,8 +74,7 @@ class PlaneWindow:
         plane = graphics[vga.READ_MAP]
         if graphics[vga.MODE] & vga.MODE_ODD_EVEN:
             plane, at = plane & 2 | at & 1, at & ~1
-        at %= PLANE_SIZE
-        self._latch = self._memory.read_u32(4 * at)
+        self._latch = self._memory.read_u32(self._in_plane(at))
         if not graphics[vga.MODE] & vga.MODE_READ_COMPARE:
             return self._latch >> 8 * plane & 0xFF
         wrong = (self._latch ^ _LANES[graphics[vga.COLOUR_COMPARE]]) & _LANES[graphics[vga.DONT_CARE]]
@@ -93,7 +98,7 @@ class PlaneWindow:
             return
         if not registers.sequencer[vga.MEMORY_MODE] & vga.MEMORY_NO_ODD_EVEN:
             mask, at = mask & (0xA if at & 1 else 0x5), at & ~1
-        at = 4 * (at % PLANE_SIZE)
+        at = self._in_plane(at)
         lanes = _LANES[mask]
         self._memory.write_u32(at, self._mixed(value) & lanes | self._memory.read_u32(at) & ~lanes)
 
