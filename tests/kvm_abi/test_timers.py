@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from vmonty.kvm.api import CpuidEntry, Vm
-from vmonty.kvm.uapi import Cap
+from vmonty.kvm.uapi import Cap, Exit
 from vmonty.kvm.uapi.flags import KVM_PIT_FLAGS_HPET_LEGACY, KVM_PIT_SPEAKER_DUMMY
 from vmonty.testing.guests import Mode, TinyGuest
 
@@ -94,6 +94,16 @@ class TestPit:
         chipped.load(Mode.LONG, "mov al, 3\n out 0x61, al\n in al, 0x61\n out 0x90, al")
         port, value = chipped.out()
         assert (port, value & 3) == (0x90, 3)
+
+    @pytest.mark.parametrize("port", [0x62, 0x63, 0x64])
+    def test_ports_behind_the_speaker_are_user_spaces(self, chipped: TinyGuest, port: int) -> None:
+        chipped.vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+        chipped.load(Mode.LONG, f"mov al, 3\n out {port:#x}, al\n in al, {port:#x}\n out 0x90, al")
+        assert chipped.out() == (port, 3)
+        assert chipped.run() is Exit.IO
+        assert chipped.vcpu.kvm_run.u.io.port == port
+        chipped.vcpu.io_data()[:] = b"\x5a"
+        assert chipped.out() == (0x90, 0x5A)
 
     def test_speaker_port_without_the_flag(self, chipped: TinyGuest) -> None:
         chipped.vm.create_pit2()

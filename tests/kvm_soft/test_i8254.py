@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmonty.kvm.soft.i8254 import KVM_PIT_FREQ, Channel, Pit, from_bcd, to_bcd
+from vmonty.kvm.soft.iodev import KvmIoBus
 from vmonty.kvm.uapi.irq import kvm_pit_channel_state, kvm_pit_state, kvm_pit_state2
 
 from .board import Board, read, write
@@ -194,6 +195,15 @@ def test_port_61(board: PitBoard) -> None:
     assert seen in ([0, 1] * 3, [1, 0] * 3)
     assert board.buses.pio.read(0x62, 1) is None
     assert board.buses.pio.write(0x62, 1, 0) is False
+
+
+def test_the_keyboard_controller_is_not_the_pits(board: PitBoard) -> None:
+    """Port 0x64 lies in KVM's range of the speaker, whose device never takes it: its accesses need not ask."""
+    bus, told = KvmIoBus(), []
+    bus.registering = lambda first, count: told.append((first, count))
+    board.pit.register(bus, speaker=True)
+    assert told == [(0x40, 4), (0x61, 1)]
+    assert bus.candidates(0x61, 4)
 
 
 def test_a_rising_gate_starts_the_count_again(board: PitBoard) -> None:

@@ -226,7 +226,8 @@ class Pit:
         """Put the ports on the PIO bus, with *speaker* (KVM_PIT_SPEAKER_DUMMY) also 0x61."""
         bus.register(0x40, 4, self)
         if speaker:
-            bus.register(0x61, 4, SpeakerPort(self))
+            # As KVM's, which takes no access but those at 0x61; the keyboard controller's status is at 0x64.
+            bus.register(0x61, 4, SpeakerPort(self), starts=1)
 
     def close(self) -> None:
         """Stop the timer and the notifiers."""

@@ -62,13 +62,16 @@ class KvmIoBus:
         self._ranges: tuple[_Range, ...] = ()
         self._remembered: dict[tuple[int, int], tuple[IoDevice, ...]] = {}
 
-    def register(self, address: int, length: int, device: IoDevice, counted: bool = True) -> None:
-        """Put *device* at *length* bytes from *address* (0: a wildcard). Raises OSError with ENOSPC when full."""
+    def register(self, address: int, length: int, device: IoDevice, counted: bool = True, starts: int = 0) -> None:
+        """Put *device* at *length* bytes from *address* (0: a wildcard). Raises OSError with ENOSPC when full.
+
+        *starts*: what it takes begins at one of so many addresses, 0 for any.
+        """
         with self._lock:
             if counted and sum(entry.counted for entry in self._ranges) >= NR_IOBUS_DEVS:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self.registering is not None:
-                self.registering(address, length)
+                self.registering(address, starts or length)
             self._ranges = (*self._ranges, _Range(address, length, device, counted))
             self._remembered = {}
             if self.registered is not None:
