@@ -271,6 +271,21 @@ def test_an_index_that_runs_away(bench: Bench) -> None:
         queue.pop()
 
 
+def test_a_head_that_is_out_already(bench: Bench) -> None:
+    """A guest that offers one buffer for ever gets no more out of the ring than its size."""
+    queue, ring = bare(bench.memory)
+    chains = []
+    for _ in range(16):
+        offer(ring, (0x100000, 16, 0, 0))
+        chains.append(queue.pop())
+    queue.push(chains.pop())
+    offer(ring, (0x100000, 16, 0, 0))
+    assert queue.pop() is not None
+    offer(ring, (0x100000, 16, 0, 0))
+    with pytest.raises(BrokenRing, match="more buffers are out than the ring has entries"):
+        queue.pop()
+
+
 def test_a_head_outside_the_table(bench: Bench) -> None:
     queue, ring = bare(bench.memory)
     ring.offer(16)

@@ -184,6 +184,9 @@ class Queue:
             return None
         if pending > self.size:
             raise BrokenRing(f"queue {self.index}: {pending} buffers are available in a ring of {self.size}")
+        if self._in_flight >= self.size:
+            # Each has a head of its own, which is the driver's again when it was used.
+            raise BrokenRing(f"queue {self.index}: more buffers are out than the ring has entries")
         slot: cython.uint = self._available & self._mask
         head: uint16_t = load16(cython.cast(cython.pointer(uint16_t), self._driver_area + 4 + 2 * slot), ACQUIRE)
         if head > self._mask:
