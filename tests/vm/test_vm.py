@@ -102,6 +102,69 @@ def test_a_reset_goes_on_with_a_new_machine_unless_told_otherwise(vm):
         assert machine.wait(30).ending is Ending.RESET
 
 
+def test_who_reads_the_output_may_answer_while_a_machine_ends(vm, monkeypatch):
+    """Its end waits for the last output to be read."""
+    real, answered = Build.end, []
+
+    def end(build, ended):
+        answering = threading.Thread(target=machine.console.send, args=("b",), daemon=True)
+        answering.start()
+        answering.join(30)
+        answered.append(not answering.is_alive())
+        real(build, ended)
+
+    monkeypatch.setattr(Build, "end", end)
+    with vm() as machine:
+        machine.start()
+        machine.console.expect("ready\n", 30)
+        machine.reset()
+        machine.console.expect("ready\nb", 30)
+    assert answered
+    assert all(answered)
+
+
+@pytest.mark.parametrize("event", ["reset", "ended"])
+def test_a_callback_that_fails(vm, monkeypatch, event):
+    """It is told of, and the VM goes on."""
+    said = []
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: said.append(str(arguments.exc_value)))
+
+    def fail(outcome):
+        raise RuntimeError(f"on {event}")
+
+    with vm() as machine:
+        machine.on(event, fail)
+        machine.start()
+        machine.console.expect("ready", 30)
+        machine.reset()
+        machine.console.expect("ready", 30)
+        machine.console.send("!")
+        outcome = machine.wait(30)
+    assert outcome is not None
+    assert outcome.ending is Ending.SHUTDOWN
+    assert said == [f"on {event}"]
+
+
+def test_what_goes_wrong_at_an_end_is_its_outcome(vm, monkeypatch):
+    real = Build.end
+
+    def end(build, ended):
+        real(build, ended)
+        if len(ends) == 0:
+            ends.append(ended)
+            raise OSError("no space")
+
+    ends: list[object] = []
+    monkeypatch.setattr(Build, "end", end)
+    with vm() as machine:
+        machine.start()
+        machine.console.expect("ready", 30)
+        machine.reset()
+        outcome = machine.wait(30)
+    assert outcome is not None
+    assert (outcome.ending, outcome.detail) == (Ending.ERROR, "internal error: OSError: no space")
+
+
 def test_who_asks_during_a_reset_waits_for_the_next_machine(vm, monkeypatch):
     asked, made_anew = threading.Event(), Build.machine
 

@@ -120,6 +120,25 @@ def test_what_cannot_be_plugged(machine: Machine, tmp_path: Path) -> None:
         plug(machine, "device", "virtio-rng")
 
 
+def test_who_waits_for_a_removal_hears_of_the_end(machine: Machine) -> None:
+    slots, complaints = slots_of(machine), list[str]()
+    slot = plug(machine, "device", "virtio-rng")
+
+    def remove() -> None:
+        try:
+            slots.remove(slot, LIMIT_S)
+        except VmontyError as error:
+            complaints.append(str(error))
+
+    waiting = threading.Thread(target=remove)
+    waiting.start()
+    while not machine.ports.read(SLOTS_PORT + SLOTS_DOWN, 4):  # it has asked the guest
+        assert waiting.is_alive()
+    slots.end()
+    waiting.join(LIMIT_S)
+    assert complaints == ["the machine has ended, or was reset, before it let go of virtio-rng in slot 2"]
+
+
 def test_a_guest_that_does_not_listen(machine: Machine) -> None:
     slot = plug(machine, "device", "virtio-rng")
     with pytest.raises(VmontyError, match="has not let go of virtio-rng in slot 2"):

@@ -351,14 +351,15 @@ class Session:
 
     def power_down(self, status: int) -> None:
         """Press the guest's power button; when it does not end in time, or at the second call, stop with *status*."""
-        if self._deadline is not None or not self._grace or self.machine is None:
+        machine = self.machine  # a reset may take it away meanwhile
+        if self._deadline is not None or not self._grace or machine is None:
             self.stop(status)
             return
         self._deadline = threading.Timer(self._grace, self.stop, (status,))
         self._deadline.daemon = True
         self._deadline.start()
         self._no_reboot = True
-        self.machine.press_power_button()
+        machine.press_power_button()
 
     def _receive(self, data: bytes) -> None:
         if machine := self.machine:

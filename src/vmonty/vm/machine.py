@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import threading
 from collections.abc import Callable
 from enum import Enum
@@ -84,7 +85,10 @@ class VM(Closing):
         self._callbacks: dict[Event, list[Callable[..., object]]] = {event: [] for event in Event}
         self._hooks: list[ExitHook] = []
         self._machine: Machine | None = None
+        # Not _lock, which is held while a machine ends, and its output is waited for: who reads it may answer.
+        self._input = threading.Lock()
         self._unsent = bytearray()
+        self._reader: Machine | None = None  # who takes input now
         self._ended = threading.Event()
         self._stopping: str | None = None
         self._supervisor: threading.Thread | None = None
@@ -238,20 +242,39 @@ class VM(Closing):
         if self._hooks:
             machine.see_all_ports()
         self.tracers.attach(machine.vm)
+        with self._input:
+            if self._unsent:
+                machine.terminal.receive(bytes(self._unsent))
+                self._unsent.clear()
+            self._reader = machine
         machine.start()
-        if self._unsent:
-            machine.serial.receive(bytes(self._unsent))
-            self._unsent.clear()
         if self._stopping is not None:
             machine.stop(self._stopping)
 
     def _supervise(self) -> None:
+        try:
+            outcome = self._outcome_over_resets()
+        except Exception as error:  # nobody else would notice this thread's death
+            outcome = Outcome(Ending.ERROR, f"internal error: {type(error).__name__}: {error}")
+            if (machine := self._machine) is not None:
+                machine.stop()
+        self.outcome = outcome
+        self.state = State.ENDED
+        self.console.ended()
+        try:
+            self._tell(Event.ENDED, outcome)
+        finally:
+            self._ended.set()
+
+    def _outcome_over_resets(self) -> Outcome:
         while True:
             assert self._machine is not None
             outcome = self._machine.wait()
             assert outcome is not None
             with self._lock:
                 self.tracers.detach()
+                with self._input:
+                    self._reader = None
                 assert self._build is not None
                 self._build.end(self._machine)
                 again = outcome.ending is Ending.RESET and self.settings.reboot and self._stopping is None
@@ -264,15 +287,8 @@ class VM(Closing):
                         outcome = Outcome(Ending.ERROR, f"no new machine after a reset: {error}")
                         again = False
             if not again:
-                break
+                return outcome
             self._tell(Event.RESET, outcome)
-        self.outcome = outcome
-        self.state = State.ENDED
-        self.console.ended()
-        try:
-            self._tell(Event.ENDED, outcome)
-        finally:
-            self._ended.set()
 
     def _again(self) -> None:
         assert self._build is not None
@@ -287,17 +303,17 @@ class VM(Closing):
     # ---- console ----------------------------------------------------------------------------------------
 
     def _send(self, data: bytes) -> None:
-        with self._lock:
+        with self._input:
             # Before the start, and between two machines, input waits.
-            if self._machine is None or self.state in (State.NEW, State.READY):
+            if (machine := self._reader) is None:
                 self._unsent += data
-            else:
-                self._machine.serial.receive(data)
+                return
+        machine.terminal.receive(data)
 
     def backlog(self) -> int:
         """How many bytes of input the guest has yet to take. From any thread."""
-        machine = self._machine
-        return len(self._unsent) + (machine.serial.backlog() if machine is not None else 0)
+        machine = self._reader
+        return len(self._unsent) + (machine.terminal.backlog() if machine is not None else 0)
 
     def _panicked(self, line: str) -> None:
         # Not on the vCPU's thread, which prints: the callback may pause the VM.
@@ -372,7 +388,13 @@ class VM(Closing):
 
     def _tell(self, event: Event, *details: object) -> None:
         for callback in self._callbacks[event]:
-            callback(*details)
+            try:
+                callback(*details)
+            except Exception:
+                if threading.current_thread() is not self._supervisor:
+                    raise
+                # The VM goes on: nobody else looks after it.
+                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
     def on_exit(self, hook: ExitHook) -> None:
         """Call *hook* with (vcpu, reason) at each exit of each vCPU, on its thread, before it is handled.

@@ -110,9 +110,14 @@ class HotPlug:
         return slot
 
     def end(self) -> None:
-        """Nothing is added from now on; waits for an addition that is under way. Before the machine is closed."""
+        """Nothing is added from now on, and nobody waits for a removal; waits for an addition that is under way.
+
+        Before the machine is closed.
+        """
         with self._lock:
             self._ended = True
+            for plugged in self._plugged.values():
+                plugged.gone.set()
 
     def restore(self, additions: list[Addition], removed: set[int]) -> None:
         """Make it what the machine before this one had become, before this one starts: without the devices in the slots
@@ -176,6 +181,8 @@ class HotPlug:
         self._events.happen(EVENT_PCI)
         if not plugged.gone.wait(timeout):
             raise VmontyError(f"the guest has not let go of {plugged.name} in slot {slot} after {timeout:g} s")
+        if self._plugged.get(slot) is plugged:
+            raise VmontyError(f"the machine has ended, or was reset, before it let go of {plugged.name} in slot {slot}")
         if plugged.complaint:
             raise VmontyError(f"{plugged.name} is removed, but: {plugged.complaint}")
 
