@@ -10,9 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from vmonty.vmm.hw import ps2
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from vmonty.kvm.api import Vcpu
@@ -30,13 +28,22 @@ DATA_REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi")
 PACKET = 4
 QUEUE_WORDS = 256 * PACKET
 HIGHEST = 0xFFFF  # of a place, in both directions
-_BUTTONS = ((ps2.LEFT, 0x20), (ps2.RIGHT, 0x10), (ps2.MIDDLE, 0x08))
+# The left, the right and the middle one: as PS/2 has them, and here.
+_BUTTONS = ((1, 0x20), (2, 0x10), (4, 0x08))
+
+
+class Mouse(Protocol):
+    """See Ps2Mouse."""
+
+    def nudge(self) -> None:
+        """Tell the driver that there is news."""
+        ...
 
 
 class VmMouse:
     """The port. *exiting* gives the vCPU whose access is being handled; *mouse* carries the news."""
 
-    def __init__(self, exiting: Callable[[], Vcpu | None], mouse: ps2.Ps2Mouse) -> None:
+    def __init__(self, exiting: Callable[[], Vcpu | None], mouse: Mouse) -> None:
         self._exiting = exiting
         self._mouse = mouse
         self._lock = threading.Lock()
