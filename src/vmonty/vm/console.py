@@ -7,8 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmonty.base.errors import UsageError, VmontyError
+
+if TYPE_CHECKING:
+    from vmonty.vmm.outputfile import OutputFile
 
 # What is kept for ``text`` and ``expect``; older output is dropped (a log file has all).
 MOST_KEPT = 16 << 20
@@ -42,10 +46,7 @@ class ConsoleSession:
         self._dropped = 0  # bytes before _kept
         self._read_to = 0  # where the next expect() begins, counted from the first byte
         self._ended = False
-        try:
-            self._log = log.open("ab", buffering=0) if log is not None else None
-        except OSError as error:
-            raise UsageError(f"console_log: {log} cannot be written: {error.strerror}") from error
+        self._log = _log_file(log) if log is not None else None
 
     def feed(self, data: bytes) -> None:
         """The guest said *data*."""
@@ -111,3 +112,12 @@ class ConsoleSession:
     def sendline(self, text: str = "") -> None:
         """Type *text* and Enter."""
         self.send(text + "\n")
+
+
+def _log_file(path: Path) -> OutputFile:
+    from vmonty.vmm.outputfile import OutputFile  # with logging, which few need
+
+    try:
+        return OutputFile(path, "console_log", anew=False)
+    except OSError as error:
+        raise UsageError(f"console_log: {path} cannot be written: {error.strerror}") from error

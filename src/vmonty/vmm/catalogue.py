@@ -90,15 +90,16 @@ CPUS = (
 
 
 def _file_output(machine: Machine, file: str, what: str) -> Callable[[bytes], None]:
+    from vmonty.vmm.outputfile import OutputFile
+
+    path, begun = Path(file), machine.config.begun
     try:
-        opened = machine.resources.enter_context(Path(file).open("wb", buffering=0))  # noqa: SIM115
+        output = OutputFile(path, what, anew=path not in begun)
     except OSError as error:
         raise UsageError(f"{what}: {file} cannot be written: {error.strerror}") from error
-
-    def write(data: bytes) -> None:
-        opened.write(data)
-
-    return write
+    begun.add(path)
+    machine.resources.callback(output.close)
+    return output.write
 
 
 def _debug_console(machine: Machine, iobase: int, file: str | None) -> DebugConsole:

@@ -10,6 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -101,7 +102,8 @@ class Config(Record):
     It enters *kernel* directly, or starts *firmware*, which looks for something to boot as *boot* says. *machine* is a
     board with properties (``q35,root-ports=2``), *cpu* a model with flags (``Haswell,-pcid``), *devices* are devices by
     name (``isa-debug-exit,iobase=0xf4``): see ``vmonty.vmm.catalogue``. *option_roms* belong to no device: firmware
-    runs them.
+    runs them. *begun* are the files that devices have written to: machines that follow one another by resets share
+    it, and append to them.
     """
 
     kernel: bytes | None = None
@@ -115,6 +117,7 @@ class Config(Record):
     option_roms: tuple[OptionRom, ...] = ()
     firmware: Firmware | None = None
     boot: BootOptions = made(factory=BootOptions)
+    begun: set[Path] = made(factory=set)
 
     def __post_init__(self) -> None:
         check_size(self.memory)

@@ -290,3 +290,23 @@ def test_the_cable_is_pulled(bench: Bench, cable: Cable) -> None:
     buffer: Buffer = driver.queues[net.RECEIVE].add([], [1526])
     assert cable.give(frame())
     assert buffer.written is None
+
+
+def test_a_reset_gives_the_card_its_own_address_back(bench: Bench, driver: VirtioDriver, cable: Cable) -> None:
+    """What the configuration says and what the filter lets in are one, also for the next driver."""
+    assert command(driver, net.CLASS_MAC, 1, OTHER)
+    assert bytes(driver.access.config(at, 1) for at in range(6)) == OTHER
+    driver.start()
+    assert bytes(driver.access.config(at, 1) for at in range(6)) == MAC
+    assert command(driver, net.CLASS_RX, net.PROMISC, b"\0")
+    driver.queues[net.RECEIVE].add([], [2000])
+    assert cable.give(frame(OTHER))
+    assert cable.give(frame(MAC))
+    assert [data[net.HEADER.size :] for data in received(driver)] == [frame(MAC)]
+
+
+def test_a_queue_that_is_taken_away_leaves_the_address(bench: Bench, cable: Cable) -> None:
+    device = Net(bench.memory, bench.loop, cable, MAC)
+    assert command(bench.driver(device).start(), net.CLASS_MAC, 1, OTHER)
+    bench.loop.run(lambda: device.disable_queue(net.CONTROL))
+    assert device.config[:6] == OTHER

@@ -26,7 +26,8 @@ MOST_PORTS = 31
 CONTROL_RECEIVE, CONTROL_TRANSMIT = 2, 3
 # A driver that asks for messages without taking them is not believed any more.
 MOST_MESSAGES = 1024
-# One buffer is handed on in pieces: the guest may name gigabytes.
+# After so many bytes of output others on the loop have their turn, the machine's end among them: a ring of buffers may
+# name half a terabyte. Those of the usual drivers have a page.
 MOST_OUTPUT = 64 << 10
 
 
@@ -88,6 +89,9 @@ class Console(VirtioDevice):
         super().__init__(memory, loop, sizes, SIZE | MULTIPORT | EMERG_WRITE, config)
         self.ports = list(ports)
         self._messages: deque[bytes] = deque()
+        # Of transmit queues, by index: the buffer that is handed on, with the bytes that are left; whose turn comes.
+        self._unfinished: dict[int, tuple[Chain, int]] = {}
+        self._continued: set[int] = set()
         for port in ports:
             port._device = self
 
@@ -124,8 +128,14 @@ class Console(VirtioDevice):
     def stopped(self) -> None:
         """All ports are closed."""
         self._messages.clear()
+        self._unfinished.clear()
         for port in self.ports:
             port.guest_open = False
+
+    def close(self) -> None:
+        """Also ends output that is under way: what takes it is closed next."""
+        super().close()
+        self.status = 0
 
     def handle(self, queue: Queue) -> None:
         """Control messages, output, or room for input."""
@@ -139,18 +149,55 @@ class Console(VirtioDevice):
         else:
             port = self.ports[0 if index < 2 else index // 2 - 1]
             if index % 2:
-                self.serve(queue, lambda chain: self._output(port, chain))
+                self._output(port, queue)
             else:
                 self.feed(port)
 
     # ---- data ---------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _output(port: Port, chain: Chain) -> int:
-        for view in chain.readable:
-            for at in range(0, len(view), MOST_OUTPUT):
-                port.output(bytes(view[at : at + MOST_OUTPUT]))
-        return 0
+    def _output(self, port: Port, queue: Queue) -> None:
+        if queue.index in self._continued:
+            return  # one turn at a time, however often the driver notifies
+        more = True  # whatever happens: the driver was told not to notify
+        try:
+            more = self._hand_on(port, queue)
+        finally:
+            if more:
+                self._continued.add(queue.index)
+                self.loop.call_soon(lambda: self._continue(queue.index))
+            self.signal(queue)
+
+    def _continue(self, index: int) -> None:
+        self._continued.discard(index)
+        self.notified(index)
+
+    def _hand_on(self, port: Port, queue: Queue) -> bool:
+        """Hand on up to MOST_OUTPUT bytes of what the guest wrote; whether there may be more."""
+        room = MOST_OUTPUT
+        for _ in range(QUEUE_SIZE):  # empty buffers cost time, too
+            if (unfinished := self._unfinished.pop(queue.index, None)) is not None:
+                chain, left = unfinished
+            else:
+                queue.suppress_notifications()
+                if (popped := queue.pop()) is None:
+                    if queue.wait_for_more():
+                        return False
+                    continue
+                chain, left = popped, popped.readable_size
+            piece = chain.take(min(left, room)) or b""
+            left -= len(piece)
+            room -= len(piece)
+            try:
+                if piece:
+                    port.output(piece)
+            finally:
+                if left:
+                    self._unfinished[queue.index] = chain, left
+                else:
+                    queue.push(chain)
+            if not room:
+                break
+        return True
 
     def feed(self, port: Port) -> None:
         """Give the guest what waits for it, as far as it has room. On the loop's thread."""

@@ -137,6 +137,11 @@ class Net(VirtioDevice):
                 accepted |= meaning
         return accepted
 
+    def reset(self) -> None:
+        """As after power-on: with the card's own address, too."""
+        super().reset()
+        self.config[:6] = self._mac
+
     def stopped(self) -> None:
         """No frame touches guest RAM after this."""
         with self._lock:
