@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vmonty.testing.virtio import INDIRECT, NEXT, WRITE, DriverQueue, VirtioDriver
 from vmonty.vmm.memory import GuestMemory
+from vmonty.vmm.virtio import device as virtio_device
 from vmonty.vmm.virtio.device import FEATURE_VERSION_1, NEEDS_RESET, VirtioDevice
 from vmonty.vmm.virtio.queue import FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, BrokenRing, Chain, Queue
 
@@ -96,6 +97,29 @@ def test_the_device_says_where_it_wants_the_next_notification(bench: Bench, echo
         queue.add([b"x"], [1])
     bench.settle()
     assert driver.memory.read(queue.used + 4 + 8 * queue.size, 2) == b"\3\0"
+
+
+def test_many_notifications_come_back_as_one(bench: Bench, echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each turn leaves something: the others on the loop have theirs between two, not between a hundred."""
+    monkeypatch.setattr(virtio_device, "MOST_AT_ONCE", 1)
+    _, queue = started(bench, echo)
+    turns: list[int] = []
+    real = echo.handle
+    monkeypatch.setattr(echo, "handle", lambda which: (turns.append(len(echo.shapes)), real(which))[-1])
+
+    def crowd() -> None:
+        for _ in range(20):
+            queue.add([b"x"], [1], notify=False)
+        for _ in range(100):
+            echo.notified(0)
+        bench.loop.call_soon(lambda: turns.append(-1))
+
+    bench.loop.run(crowd)
+    bench.settle()
+    bench.settle()
+    assert turns.index(-1) <= 102
+    assert len(queue.wait(20)) == 20
+    assert len(turns) <= 125
 
 
 def test_reset_and_again(bench: Bench, echo: Echo) -> None:

@@ -79,6 +79,7 @@ class VirtioDevice(ABC):
         self.status = 0
         self.failure: str | None = None  # why NEEDS_RESET is set
         self.queues = [Queue(memory, index, size) for index, size in enumerate(queue_sizes)]
+        self._coming_back: set[int] = set()
         self.transport: Transport = _Unplugged()
 
     # ---- what a device overrides -----------------------------------------------------------------------
@@ -140,8 +141,18 @@ class VirtioDevice(ABC):
             if budget and queue.wait_for_more():
                 break
         else:
-            self.loop.call_soon(lambda: self.notified(queue.index))
+            self._come_back(queue.index)
         self.signal(queue)
+
+    def _come_back(self, index: int) -> None:
+        """Others on the loop first; once, however often the driver has notified meanwhile."""
+        if index not in self._coming_back:
+            self._coming_back.add(index)
+            self.loop.call_soon(lambda: self._come(index))
+
+    def _come(self, index: int) -> None:
+        self._coming_back.discard(index)
+        self.notified(index)
 
     def signal(self, queue: Queue) -> None:
         """Interrupt for what was pushed to *queue*, if the driver wants that. From any thread."""
