@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from vmonty.base.errors import UsageError, VmontyError
 from vmonty.cli.attach import Attached
 from vmonty.cli.main import cli
 from vmonty.kvm.exit_record import ExitRecord
+from vmonty.vmm import control
 from vmonty.vmm.control import LONGEST_LINE, ControlSocket, socket_path
 from vmonty.vmm.tracing import Tracers
 
@@ -280,6 +282,28 @@ def test_names_and_dead_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         socket_path("x" * 200)
     with pytest.raises(UsageError, match="no machine listens"):
         Attached("nobody")
+
+
+def test_a_host_without_descriptors_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, failures = socket.socket.accept, [errno.EMFILE, errno.ENFILE, errno.ENOMEM]
+
+    def full(listener: socket.socket) -> Any:
+        if failures:
+            raise OSError(failures.pop(), "no room")
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", full)
+    monkeypatch.setattr(control, "FULL_SECONDS", 0)
+    with ControlSocket(tmp_path / "s", Nothing()), socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(LIMIT_S)
+        client.connect(str(tmp_path / "s"))
+        client.sendall(b'{"command": "stat"}\n')
+        assert json.loads(client.recv(100)) == {"return": {}}
+    # The end does not wait.
+    failures.append(errno.EMFILE)
+    monkeypatch.setattr(control, "FULL_SECONDS", 10 * LIMIT_S)
+    with ControlSocket(tmp_path / "s", Nothing()):
+        pass
 
 
 def test_a_reader_that_sleeps_does_not_hold_the_machine(tmp_path: Path) -> None:

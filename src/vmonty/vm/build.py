@@ -16,7 +16,7 @@ from vmonty.vmm.block.tray import Tray
 from vmonty.vmm.firmware import BootOptions
 from vmonty.vmm.firmware import read as read_firmware
 from vmonty.vmm.machine import Config, Machine
-from vmonty.vmm.peripherals import open_cdrom
+from vmonty.vmm.peripherals import Network, open_cdrom
 from vmonty.vmm.removable import find as find_removable
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def read_image(path: Path, what: str) -> bytes:
 
 
 class Build:
-    """One machine after another from the same *plan*: a reset makes a new one, on the same disks.
+    """One machine after another from the same *plan*: a reset makes a new one, on the same disks and networks.
 
     Raises UsageError and its kin for what cannot be read.
     """
@@ -53,6 +53,7 @@ class Build:
         self._config: Config | None = None
         self._disks: list[BlockDevice] = []
         self._trays: list[Tray] = []
+        self._networks: list[Network] = []
         self._additions: list[Addition] = []  # devices that came while a machine ran
         self._removed: set[int] = set()  # slots of those of the plan that went
         self._machine: Machine | None = None
@@ -73,6 +74,8 @@ class Build:
                 self._disks.append(disk.open())
             for disc in plan.cdroms:
                 self._trays.append(Tray(open_cdrom(disc.path), name=str(disc.path)))
+            for network in plan.networks:
+                self._networks.append(network.connected())
             if plan.vnc is not None:
                 self._serve(plan.vnc)
         except BaseException:
@@ -133,7 +136,7 @@ class Build:
                 indexes[tray] = disc.boot_index
         with self._changing:
             machine = boards.create(
-                system, config, console, on["virtio"], on["ide"], self._trays, self.plan.networks, on["sata"], indexes
+                system, config, console, on["virtio"], on["ide"], self._trays, self._networks, on["sata"], indexes
             )
             try:
                 if machine.has_pci:
@@ -194,15 +197,18 @@ class Build:
         }
 
     def close(self) -> None:
-        """Close the disks, and send viewers away. What does not close raises, once all the others were closed."""
+        """Close disks and networks, and send viewers away. What does not close raises, once all others were closed."""
         with ExitStack() as closing:
             closing.callback(self._close_media)
             for disk in self._disks:
                 closing.callback(disk.close)
             for addition in self._additions:
                 closing.callback(addition.close)
+            for network in self._networks:
+                closing.callback(network.close)
             self._disks.clear()
             self._additions.clear()
+            self._networks.clear()
             if self._vnc is not None:
                 closing.callback(self._vnc.stop)
                 self._vnc = None

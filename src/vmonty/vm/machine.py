@@ -169,7 +169,7 @@ class VM(Closing):
     def forwarded_ports(self) -> tuple[int, ...]:
         """The host's ports of all ``hostfwd``, in order; tells those that were given as 0."""
         networks = self._machine.networks if self._machine is not None else []
-        return tuple(forward.port for network in networks for forward in getattr(network, "forwards", ()))
+        return tuple(forward.port for network in networks for forward in network.forwards)
 
     # ---- control ----------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from typing import Any
 from vmonty.base.closing import Closing
 from vmonty.base.errors import UsageError, VmontyError
 from vmonty.vmm.commands import Command, Controlled, execute
+from vmonty.vmm.net.loop import FULL, FULL_SECONDS
 from vmonty.vmm.tracing import fields
 from vmonty.vmm.unixsocket import UnixListener
 
@@ -69,6 +70,7 @@ class ControlSocket(Closing):
         self._lock = threading.Lock()
         self._connections: set[_Connection] = set()
         self._closed = False
+        self._ended = threading.Event()
         try:
             if "/" not in str(name):
                 _private_folder(self.path.parent)
@@ -83,8 +85,11 @@ class ControlSocket(Closing):
         while not self._closed:
             try:
                 made, _ = self._socket.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._closed or error.errno not in FULL:
+                    return
+                self._ended.wait(FULL_SECONDS)  # who connects stays pending
+                continue
             with self._lock:
                 if self._closed or len(self._connections) >= MOST_CONNECTIONS:
                     made.close()
@@ -99,6 +104,7 @@ class ControlSocket(Closing):
             if self._closed:
                 return
             self._closed = True
+            self._ended.set()
             connections = list(self._connections)
         self._listener.remove()
         # Wakes accept(), which close() does not.

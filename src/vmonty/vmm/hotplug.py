@@ -244,10 +244,10 @@ def _network(options: str) -> Addition:
     from vmonty.vmm.peripherals import NO_ROM, Network, add_network
 
     # Firmware has run: no ROM is executed, and the boot order has been told.
-    network = Network.parse(options)._replace(boot_index=None, rom=NO_ROM)
+    network = Network.parse(options)._replace(boot_index=None, rom=NO_ROM).connected()
     if network.kind == "none":
         raise UsageError("--net none: there is nothing to add")
-    return Addition(lambda machine, number: add_network(machine, network, number), "virtio-net")
+    return Addition(lambda machine, number: add_network(machine, network, number), "virtio-net", network.close)
 
 
 def _device(options: str) -> Addition:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vmonty.vmm.block.device import BlockDevice
     from vmonty.vmm.block.throttle import Limits
     from vmonty.vmm.boards.pci_host import PciMachine
-    from vmonty.vmm.net.backend import NetBackend
+    from vmonty.vmm.net.backend import Cable, NetBackend
     from vmonty.vmm.net.user.config import UserConfig
     from vmonty.vmm.virtio.blk import Blk
     from vmonty.vmm.virtio.device import VirtioDevice
@@ -164,7 +164,7 @@ def _disk_size(name: str, text: str) -> int:
 class Network(NamedTuple):
     """A network card from ``user|tap|none[,mac=…][,pcap=FILE][,bootindex=N][,romfile=FILE][,options of the kind]``.
 
-    *rom* None is iPXE's, if the host has it; an empty path is none.
+    *rom* None is iPXE's, if the host has it; an empty path is none. *cable* is what it is connected to already.
     """
 
     kind: str
@@ -174,6 +174,7 @@ class Network(NamedTuple):
     capture: Path | None = None
     boot_index: int | None = None
     rom: Path | None = None
+    cable: Cable | None = None
 
     @classmethod
     def parse(cls, text: str) -> Network:
@@ -204,25 +205,34 @@ class Network(NamedTuple):
             raise UsageError(f"--net {kind}: {(rest or options)[0]!r} is no option of it")
         return made
 
-    def open(self, machine: Machine) -> NetBackend:
-        """What the card is connected to. Raises UsageError."""
-        backend: NetBackend
+    def connected(self) -> Network:
+        """Itself with what it is connected to, for one machine after another; close() ends that. Raises UsageError."""
+        return self if self.kind == "none" else self._replace(cable=self.connect())
+
+    def close(self) -> None:
+        """Give back what connected() took."""
+        if self.cable is not None:
+            self.cable.close()
+
+    def connect(self) -> Cable:
+        """What the card is to be connected to. Raises UsageError."""
+        cable: Cable
         if self.kind == "user":
-            from vmonty.vmm.net.user.backend import UserBackend
+            from vmonty.vmm.net.user.backend import UserCable
 
-            backend = UserBackend(self.user)
+            cable = UserCable(self.user)
         else:
-            from vmonty.vmm.net.tap import TapBackend, open_tap
+            from vmonty.vmm.net.tap import TapCable
 
-            backend = TapBackend(open_tap(self.interface)[0], machine.loop)
+            cable = TapCable(self.interface)
         if self.capture is None:
-            return backend
-        from vmonty.vmm.net.pcap import PcapBackend, PcapFile
+            return cable
+        from vmonty.vmm.net.pcap import PcapCable
 
         try:
-            return PcapBackend(backend, PcapFile(self.capture))
+            return PcapCable(cable, self.capture)
         except BaseException:
-            backend.close()
+            cable.close()
             raise
 
 
@@ -244,8 +254,16 @@ def add_networks(machine: Machine, networks: Sequence[Network]) -> None:
 
 
 def add_network(machine: Machine, network: Network, number: int) -> None:
-    """Card *number*, and what it is connected to. Raises UsageError."""
-    backend = network.open(machine)
+    """Card *number*, on the network's cable if it has one, which stays over resets. Raises UsageError."""
+    cable = network.cable if network.cable is not None else network.connect()
+
+    def pulled() -> None:
+        # Who removes the card from a machine that runs may want its ports for another.
+        if network.cable is None or machine.wait(0) is None:
+            cable.close()
+
+    machine.resources.callback(pulled)
+    backend = cable.plug(machine.loop)
     try:
         add_network_card(machine, backend, number, network.mac, network.boot_index, network.rom)
     except BaseException:

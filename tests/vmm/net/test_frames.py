@@ -121,13 +121,15 @@ def records(data: bytes) -> list[tuple[int, bytes]]:
 
 def test_a_capture_holds_both_directions_in_order(tmp_path):
     ticks = iter((5, 1_500_000_007))
-    backend = PcapBackend(LoopbackBackend(), PcapFile(tmp_path / "dump", clock=lambda: next(ticks)))
+    capture = PcapFile(tmp_path / "dump", clock=lambda: next(ticks))
+    backend = PcapBackend(LoopbackBackend(), capture)
     guest = FrameGuest(backend)
     backend.send([b"a frame ", b"in pieces" + bytes(60)], None)
     backend.close()
     sent = b"a frame in pieces" + bytes(60)
     assert guest.frames == [sent]
     assert records((tmp_path / "dump").read_bytes()) == [(5, sent), (1_500_000_007, sent)]
+    capture.close()
 
 
 def test_a_capture_that_cannot_be_written_is_refused(tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import socket
+import threading
 import time
 
 import pytest
@@ -12,7 +15,7 @@ from tests.vmm.net.namespace import cabled, missing
 from vmonty.base.errors import UsageError
 from vmonty.vmm.eventloop import EventLoop
 from vmonty.vmm.net import tap
-from vmonty.vmm.net.backend import Gso, NetBackend, Offload
+from vmonty.vmm.net.backend import Accepts, Gso, NetBackend, Offload
 from vmonty.vmm.net.hub import Hub
 
 REASON = missing()
@@ -104,3 +107,47 @@ def test_two_stations_at_a_hub_talk():
     finally:
         second.close()
         loop.stop()
+
+
+@pytest.mark.skipif(bool(REASON), reason=REASON)
+def test_what_waits_for_a_machine_that_has_ended_is_not_the_next_ones():
+    """Its driver may have taken checksums that are not made."""
+    loop, cable = EventLoop("tap under test"), tap.TapCable("vmstale%d")
+    loop.start()
+    seen: list[bytes] = []
+    came = threading.Event()
+
+    def receive(frame, _):
+        seen.append(bytes(frame[42:]))
+        if seen[-1] == b"new":
+            came.set()
+        return True
+
+    with cable, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
+        os.system(
+            f"ip addr add 10.99.8.1/24 dev {cable.name} && ip link set {cable.name} up && "
+            f"ip neigh add 10.99.8.2 lladdr 52:54:00:00:00:01 dev {cable.name}"
+        )
+        first = cable.plug(loop)
+        host.sendto(b"old", ("10.99.8.2", 9))
+        first.close()
+        with contextlib.closing(cable.plug(loop)) as second:
+            second.start(receive)
+            host.sendto(b"new", ("10.99.8.2", 9))
+            assert came.wait(20)
+            assert b"old" not in seen
+    loop.stop()
+
+
+@pytest.mark.skipif(bool(REASON), reason=REASON)
+def test_an_interface_that_is_deleted_under_us_raises_nothing():
+    loop, cable = EventLoop("tap under test"), tap.TapCable("vmgone%d")
+    with cable, contextlib.closing(cable.plug(loop)) as backend:
+        os.system(f"ip link del {cable.name}")
+        backend.start(lambda frame, offload: True)
+        backend.guest_accepts(Accepts.CHECKSUM)
+        backend.send([bytes(60)], None)
+    with contextlib.closing(cable.plug(loop)) as nowhere:
+        nowhere.start(lambda frame, offload: True)
+        nowhere.send([bytes(60)], None)
+    loop.stop()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import socket
 import struct
 from collections.abc import Iterator
@@ -16,10 +18,12 @@ from vmonty.base.errors import UsageError
 from vmonty.testing.net import FakeLoop, FrameGuest
 from vmonty.vmm.net.backend import Gso, Offload
 from vmonty.vmm.net.checksum import TCP, UDP, correct
-from vmonty.vmm.net.user import arp, ipv4, neighbours, tcp_proxy, tftp, udp
-from vmonty.vmm.net.user.backend import MOST_IN, MOST_OUT, UserBackend
+from vmonty.vmm.net.loop import FULL_SECONDS
+from vmonty.vmm.net.user import arp, dns, ipv4, neighbours, tcp_proxy, tftp, udp
+from vmonty.vmm.net.user.backend import MOST_IN, MOST_OUT, UserBackend, UserCable
 from vmonty.vmm.net.user.config import Forward, UserConfig
 from vmonty.vmm.net.user.dns import resolvers
+from vmonty.vmm.net.user.tcp import State
 from vmonty.vmm.net.user.tcp_segment import ACK, FIN, RST, SYN, Options
 
 ICMP = socket.IPPROTO_ICMP
@@ -280,6 +284,73 @@ def test_a_silent_resolver_is_followed_by_the_next_and_then_by_an_error(net):
             server.close()
 
 
+QUESTION = b"\x12\x34\x01\x00\0\1\0\0\0\0\0\0" + b"\3foo\0\0\1\0\1"
+ANSWER = QUESTION[:2] + b"\x81\x80" + QUESTION[4:]
+
+
+@pytest.fixture
+def servers(net) -> Iterator[list[socket.socket]]:
+    """Three resolvers that are silent; the network knows all of them."""
+    with contextlib.ExitStack() as closing:
+        made = [closing.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(3)]
+        for server in made:
+            server.bind(("127.0.0.1", 0))
+            server.settimeout(20)
+        net.user.dns.fixed = [server.getsockname() for server in made]
+        yield made
+
+
+def test_the_only_resolver_is_asked_again(net, servers):
+    del net.user.dns.fixed[1:]
+    net.guest.send_udp(DNS, (4000, 53), QUESTION)
+    net.loop.settle()
+    peers = {servers[0].recvfrom(100)}
+    for _ in range(3):
+        net.guest.send_udp(DNS, (4000, 53), QUESTION)  # the guest's own repetition
+        net.loop.advance(2.5)
+        peers.add(servers[0].recvfrom(100))
+        assert net.guest.datagrams() == []
+    ((data, peer),) = peers  # the port too is the same
+    assert data == QUESTION
+    servers[0].sendto(ANSWER, peer)
+    net.loop.until(lambda: net.guest.frames)
+    assert net.guest.datagrams() == [(53, 4000, ANSWER)]
+    assert net.loop.watched == {}
+
+
+def test_a_late_answer_of_an_earlier_resolver_will_do(net, servers):
+    net.guest.send_udp(DNS, (4000, 53), QUESTION)
+    net.loop.settle()
+    _, peer = servers[0].recvfrom(100)
+    net.loop.advance(6)
+    for server in servers[1:]:
+        server.recvfrom(100)
+    servers[0].sendto(ANSWER, peer)
+    net.loop.until(lambda: net.guest.frames)
+    assert net.guest.datagrams() == [(53, 4000, ANSWER)]
+
+
+def test_a_resolver_that_refuses_is_not_asked_again(net, servers):
+    servers[0].close()
+    net.guest.send_udp(DNS, (4000, 53), QUESTION)
+    net.loop.settle()
+    net.loop.until(lambda: net.user.dns.fixed[0] not in next(iter(net.user.dns._questions.values())).sockets)
+    assert servers[1].recv(100) == QUESTION
+    del net.user.dns.fixed[1:]
+    net.loop.advance(2.5)
+    ((_, _, answer),) = net.guest.datagrams()
+    assert answer[3] & 0xF == 2
+
+
+def test_questions_have_a_bounded_number_of_sockets(net, servers):
+    for number in range(dns.MOST_QUESTIONS + 20):
+        net.guest.send_udp(DNS, (4000 + number, 53), QUESTION)
+        net.loop.settle()
+    net.loop.advance(6)
+    assert len(net.loop.watched) == dns.MOST_SOCKETS
+    assert len(net.user.dns._questions) == dns.MOST_QUESTIONS
+
+
 # ---- TFTP
 
 
@@ -424,6 +495,39 @@ def test_connections_are_bounded_the_idlest_goes(net):
         assert len(net.user.tcp._connections) == tcp_proxy.MOST_CONNECTIONS
 
 
+def test_short_connections_do_not_reset_an_idle_one(net):
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as server:
+        port = server.getsockname()[1]
+        open_connection(net, port)
+        (idle,) = net.user.tcp._connections.values()
+        for number in range(tcp_proxy.MOST_CONNECTIONS + 10):
+            net.loop.advance(0.001)
+            net.guest.send_tcp(GATEWAY, (6000 + number, port), 100, 0, SYN)
+            net.loop.settle()
+        assert idle in net.user.tcp._connections.values()
+
+
+def test_what_is_over_makes_room_before_what_is_in_use(net, monkeypatch):
+    first = [
+        State.TIME_WAIT, State.CONNECTING, State.SYN_RECEIVED, State.SYN_SENT, State.FIN_WAIT_2, State.CLOSE_WAIT,
+        State.LAST_ACK, State.ESTABLISHED, State.ESTABLISHED,
+    ]  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        for number in range(len(first)):
+            net.guest.send_tcp(GATEWAY, (5000 + number, server.getsockname()[1]), 100, 0, SYN)
+            net.loop.settle()
+        made = list(net.user.tcp._connections.values())
+        for number, (connection, state) in enumerate(zip(made, first, strict=True)):
+            connection.tcb.state = state
+            # By age alone they would go from the last to the first, but for those of one kind.
+            kind = 3 if state is State.ESTABLISHED else min(number, 1) + (number > 3)
+            connection.used = 100.0 - 10 * kind + number
+        monkeypatch.setattr(tcp_proxy, "MOST_CONNECTIONS", 1)
+        for number in range(len(made)):
+            assert list(net.user.tcp._connections.values()) == made[number:]
+            net.user.tcp._make_room()
+
+
 def test_a_guest_without_room_stops_the_host_and_loses_nothing(net):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -447,6 +551,69 @@ def test_a_guest_without_room_stops_the_host_and_loses_nothing(net):
                 net.guest.send_tcp(GATEWAY, (5000, port), 101, seq + 1 + len(got) & 0xFFFF_FFFF, ACK)
                 net.loop.settle()
             assert got == stream
+
+
+# ---- a host without room
+
+
+@contextlib.contextmanager
+def no_descriptor() -> Iterator[None]:
+    """This process gets none."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open("/dev/null") as first_free:
+        number = first_free.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_forwarded_port_waits_for_descriptors():
+    net = Net("hostfwd=tcp:127.0.0.1:0-:22")
+    (forward,) = net.user.forwards
+    fd = forward.socket.fileno()
+    with socket.create_connection(("127.0.0.1", forward.port)):
+        with no_descriptor():
+            for _ in range(3):
+                net.loop.until(lambda: fd not in net.loop.watched)  # it would be told of it again and again
+                net.loop.advance(FULL_SECONDS)
+                assert fd in net.loop.watched
+        net.loop.until(lambda: net.guest.frames)
+        assert net.guest.segments()[-1][0] == SYN
+    with socket.create_connection(("127.0.0.1", forward.port)), no_descriptor():
+        net.loop.until(lambda: fd not in net.loop.watched)
+    net.user.close()
+    net.loop.advance(FULL_SECONDS)
+    assert net.loop.watched == {}
+
+
+def test_without_descriptors_nothing_raises(files):
+    net, _ = files
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(20)
+        net.user.dns.fixed = [server.getsockname()]
+        with no_descriptor():
+            net.guest.send_udp(DNS, (4000, 53), QUESTION)
+            net.guest.send_tcp(GATEWAY, (5000, 80), 100, 0, SYN)
+            net.guest.send_udp(GATEWAY, (5000, 9), b"x")
+            net.guest.send_udp(GATEWAY, (5000, 69), b"\0\1image\0octet\0")
+            net.guest.send_ip(b"\x01\x01\x01\x01", ICMP, b"\x08\0\xf7\xff" + bytes(4))
+            net.loop.settle()
+        assert net.loop.watched == {}
+        net.loop.advance(2.5)
+        assert server.recv(100) == QUESTION  # in its next turn
+
+
+def test_a_user_network_raises_the_limit_of_descriptors():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1] - 1, limits[1]))
+        UserCable().close()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (limits[1], limits[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # ---- harm

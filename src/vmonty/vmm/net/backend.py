@@ -10,6 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, Flag, auto
+from typing import TYPE_CHECKING
+
+from vmonty.base.closing import Closing
+from vmonty.vmm.net.loop import Loop
+
+if TYPE_CHECKING:
+    from vmonty.vmm.net.user.hostfwd import HostForward
 
 ETHERNET_HEADER = 14
 
@@ -63,10 +70,12 @@ class NetBackend(ABC):
     """One end of a cable, the guest's device being the other.
 
     *offloads* says that it takes and gives unfinished frames: partial checksums, and TCP segments of up to 64 KiB.
-    Frames from the guest are hostile: a backend drops what it cannot use, within bounded memory.
+    Frames from the guest are hostile: a backend drops what it cannot use, within bounded memory. *forwards* are the
+    host's ports that lead to the guest.
     """
 
     offloads: bool = False
+    forwards: Sequence[HostForward] = ()
 
     @abstractmethod
     def start(self, receive: Receive) -> None:
@@ -92,3 +101,17 @@ class NetBackend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop; *receive* is not called any more after the return. A second call does nothing."""
+
+
+class Cable(Closing):
+    """What of the host a network card is connected to: it stays when a reset makes another machine.
+
+    Kept are listening ports, a tap interface, a capture file. The guest's connections end with its machine.
+    """
+
+    @abstractmethod
+    def plug(self, loop: Loop) -> NetBackend:
+        """The end for the card of one machine, whose loop it is; closed before the next one is asked for.
+
+        After close() it leads nowhere.
+        """

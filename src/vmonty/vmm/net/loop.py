@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Protocol
+
+# No descriptor or no memory left (accept(2), socket(2)), and in how many seconds there may be some.
+FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+FULL_SECONDS = 1.0
 
 
 class Timer(Protocol):

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vmonty.base.errors import UsageError
-from vmonty.vmm.net.backend import MOST_FRAME, Accepts, NetBackend, Offload, Receive
+from vmonty.vmm.net.backend import MOST_FRAME, Accepts, Cable, NetBackend, Offload, Receive
 from vmonty.vmm.net.checksum import Buffer
+from vmonty.vmm.net.loop import Loop
 
 MAGIC_NANOSECONDS, VERSION, LINKTYPE_ETHERNET = 0xA1B2_3C4D, (2, 4), 1
 
@@ -48,20 +49,30 @@ class PcapFile:
             except OSError as error:
                 self.failure = f"the capture ended: {error.strerror}"
 
+    def flush(self) -> None:
+        """What was recorded up to now is in the file."""
+        self._finish(lambda: None if self._file.closed else self._file.flush())
+
     def close(self) -> None:
         """Complete the file. A second call does nothing."""
+        self._finish(self._file.close)
+
+    def _finish(self, write: Callable[[], None]) -> None:
         with self._lock:
             try:
-                self._file.close()
+                write()
             except OSError as error:
                 self.failure = f"the capture ended: {error.strerror}"
 
 
 class PcapBackend(NetBackend):
-    """Any backend, with all that passes in both directions recorded in *capture*; frames as they pass, unsegmented."""
+    """Any backend, with all that passes in both directions recorded in *capture*; frames as they pass, unsegmented.
+
+    The capture stays its owner's to close.
+    """
 
     def __init__(self, inner: NetBackend, capture: PcapFile) -> None:
-        self.offloads = inner.offloads
+        self.offloads, self.forwards = inner.offloads, inner.forwards
         self._inner = inner
         self._capture = capture
 
@@ -83,6 +94,21 @@ class PcapBackend(NetBackend):
 
     def ready(self) -> None:
         self._inner.ready()
+
+    def close(self) -> None:
+        self._inner.close()
+        self._capture.flush()
+
+
+class PcapCable(Cable):
+    """The cable *inner*, which it closes, recorded in the file *path*. Raises UsageError if that cannot be written."""
+
+    def __init__(self, inner: Cable, path: Path) -> None:
+        self._inner = inner
+        self._capture = PcapFile(path)
+
+    def plug(self, loop: Loop) -> NetBackend:
+        return PcapBackend(self._inner.plug(loop), self._capture)
 
     def close(self) -> None:
         self._inner.close()

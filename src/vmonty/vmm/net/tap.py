@@ -6,6 +6,7 @@ which needs CAP_NET_ADMIN.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -14,11 +15,11 @@ import threading
 from collections.abc import Sequence
 
 from vmonty.base.errors import UsageError
-from vmonty.vmm.net.backend import MOST_FRAME, Accepts, Gso, NetBackend, Offload, Receive
+from vmonty.vmm.net.backend import MOST_FRAME, Accepts, Cable, Gso, NetBackend, Offload, Receive
 from vmonty.vmm.net.checksum import Buffer
 from vmonty.vmm.net.loop import Loop
 
-TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ = 0x4004_54CA, 0x4004_54D0, 0x4004_54D8
+TUNSETIFF, TUNSETOFFLOAD, TUNGETIFF, TUNSETVNETHDRSZ = 0x4004_54CA, 0x4004_54D0, 0x8004_54D2, 0x4004_54D8
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 TUN_F = {Accepts.CHECKSUM: 0x01, Accepts.TCP4: 0x02, Accepts.TCP6: 0x04, Accepts.UDP: 0x10}
 
@@ -26,11 +27,14 @@ VNET_HEADER = struct.Struct("=BBHHHH")
 NEEDS_CSUM = 1
 GSO_TYPES = {kind.value: kind for kind in Gso}
 NO_OFFLOAD = VNET_HEADER.pack(0, 0, 0, 0, 0, 0)
+CUT = -1
 
 MOST_NAME = 15
 
 # Frames that are read at a stretch, before others on the loop have their turn.
 BATCH = 64
+# How many may wait in the kernel: its default for an interface's transmit queue.
+MOST_STALE = 1000
 
 
 def open_tap(name: str) -> tuple[int, str]:
@@ -63,8 +67,33 @@ def open_tap(name: str) -> tuple[int, str]:
     return fd, made[:16].rstrip(b"\0").decode()
 
 
+class TapCable(Cable):
+    """The tap interface *name*, as for open_tap. One that is made here goes when its last descriptor is closed."""
+
+    def __init__(self, name: str) -> None:
+        self._fd, self.name = open_tap(name)
+
+    def plug(self, loop: Loop) -> NetBackend:
+        if self._fd >= 0 and self._deleted():
+            self.close()
+            self._fd, _ = open_tap(self.name)
+        return TapBackend(os.dup(self._fd) if self._fd >= 0 else CUT, loop)
+
+    def _deleted(self) -> bool:
+        try:
+            fcntl.ioctl(self._fd, TUNGETIFF, bytes(40))
+        except OSError:
+            return True
+        return False
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, CUT
+        if fd >= 0:
+            os.close(fd)
+
+
 class TapBackend(NetBackend):
-    """The tap interface behind *fd*, which it owns, watched on *loop*."""
+    """The tap interface behind *fd*, which it owns, watched on *loop*; CUT is none."""
 
     offloads = True
 
@@ -79,6 +108,7 @@ class TapBackend(NetBackend):
     def start(self, receive: Receive) -> None:
         self._receive = receive
         self.guest_accepts(Accepts.NOTHING)
+        self._forget_stale()
         self._loop.call_soon(self._watch)
 
     def guest_accepts(self, accepts: Accepts) -> None:
@@ -91,8 +121,9 @@ class TapBackend(NetBackend):
             try:
                 fcntl.ioctl(self._fd, TUNSETOFFLOAD, wanted)
             except OSError:
-                # Newer kernels have no UFO; the rest they all have.
-                fcntl.ioctl(self._fd, TUNSETOFFLOAD, wanted & ~TUN_F[Accepts.UDP])
+                # Newer kernels have no UFO; the rest they all have, unless the interface was deleted under us.
+                with contextlib.suppress(OSError):
+                    fcntl.ioctl(self._fd, TUNSETOFFLOAD, wanted & ~TUN_F[Accepts.UDP])
 
     def send(self, frame: Sequence[Buffer], offload: Offload | None) -> None:
         header = NO_OFFLOAD
@@ -122,6 +153,12 @@ class TapBackend(NetBackend):
         if fd >= 0:
             self._loop.unwatch(fd)
             os.close(fd)
+
+    def _forget_stale(self) -> None:
+        # Made for the machine before, which may have taken frames that this one's driver does not.
+        with self._lock, contextlib.suppress(OSError):
+            for _ in range(MOST_STALE if self._fd >= 0 else 0):
+                os.read(self._fd, VNET_HEADER.size + MOST_FRAME)
 
     def _watch(self) -> None:
         if self._fd >= 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import socket
 import threading
 import time
@@ -9,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from vmonty.vmm.eventloop import EventLoop
-from vmonty.vmm.net.backend import ETHERNET_HEADER, MOST_FRAME, Accepts, NetBackend, Offload, Receive
+from vmonty.vmm.net.backend import ETHERNET_HEADER, MOST_FRAME, Accepts, Cable, NetBackend, Offload, Receive
 from vmonty.vmm.net.checksum import TCP, UDP, Buffer
 from vmonty.vmm.net.loop import Loop
 from vmonty.vmm.net.user import icmp6
@@ -19,7 +21,7 @@ from vmonty.vmm.net.user.dhcp import SERVER_PORT as DHCP_PORT
 from vmonty.vmm.net.user.dhcp import Dhcp
 from vmonty.vmm.net.user.dns import PORT as DNS_PORT
 from vmonty.vmm.net.user.dns import Dns
-from vmonty.vmm.net.user.hostfwd import HostForward
+from vmonty.vmm.net.user.hostfwd import HostForward, listen
 from vmonty.vmm.net.user.icmp import Icmp
 from vmonty.vmm.net.user.icmp6 import Icmp6
 from vmonty.vmm.net.user.ipv4 import Builder, Ipv4, Packet
@@ -38,10 +40,34 @@ NOWHERE = bytes(4)
 FIRST_MULTICAST = 224
 
 
+class UserCable(Cable):
+    """A user network, whose forwarded ports it keeps. Raises UsageError for one that cannot be had."""
+
+    def __init__(self, config: UserConfig | None = None) -> None:
+        self._config = config or UserConfig()
+        _raise_limit()
+        self._ports = listen(self._config.forwards)
+
+    def plug(self, loop: Loop) -> NetBackend:
+        return UserBackend(self._config, ports=[port.dup() for port in self._ports])
+
+    def close(self) -> None:
+        while self._ports:
+            self._ports.pop().close()
+
+
+def _raise_limit() -> None:
+    """Let this process have as many descriptors as it may: a guest's connections alone can use up the usual 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # the system's own limit was lowered below it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 class UserBackend(NetBackend):
     """NAT without privileges, on an EventLoop of its own or on *loop*.
 
-    Raises UsageError for a port that cannot be forwarded.
+    *ports* are those of the host that are forwarded, see ``hostfwd.listen``; closed with it. Without, it makes them,
+    and raises UsageError for one that cannot be had.
     """
 
     offloads = True
@@ -51,8 +77,11 @@ class UserBackend(NetBackend):
         config: UserConfig | None = None,
         loop: Loop | None = None,
         clock: Callable[[], float] = time.monotonic,
+        ports: Sequence[socket.socket] | None = None,
     ) -> None:
         self.config = config or UserConfig()
+        if ports is None:
+            ports = listen(self.config.forwards)
         self._own = EventLoop("user network") if loop is None else None
         self.loop: Loop = loop if loop is not None else self._own  # type: ignore[assignment]
         self.clock = clock
@@ -84,13 +113,8 @@ class UserBackend(NetBackend):
         self._tftp = Tftp(self, self.config.tftp) if self.config.tftp is not None else None
         if self._tftp is not None:
             self.udp.serve(self.gateway, TFTP_PORT, self._tftp.input)
-        self.forwards: list[HostForward] = []
-        try:
-            for forward in self.config.forwards:
-                self.forwards.append(HostForward(self, forward))
-        except BaseException:
-            self.close()
-            raise
+        # A cable that is closed has no ports.
+        self.forwards = [HostForward(self, *pair) for pair in zip(self.config.forwards, ports, strict=False)]
 
     # ---- the device's side ------------------------------------------------------------------------------
 

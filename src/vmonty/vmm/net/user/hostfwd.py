@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vmonty.base.errors import UsageError
+from vmonty.vmm.net.loop import FULL, FULL_SECONDS, Timer
 from vmonty.vmm.net.user.config import Forward
 from vmonty.vmm.net.user.tcp_proxy import LINGER_RESET
 
@@ -20,31 +22,44 @@ ACCEPTS_AT_ONCE = 16
 MOST_PEERS = 256
 
 
-class HostForward:
-    """One forwarded port. Raises UsageError if the host's port cannot be had."""
+def listen(forwards: Sequence[Forward]) -> list[socket.socket]:
+    """The host's port of each. Raises UsageError if one cannot be had."""
+    with contextlib.ExitStack() as made:
+        ports = [made.enter_context(_listen(forward)) for forward in forwards]
+        made.pop_all()
+    return ports
 
-    def __init__(self, stack: UserBackend, forward: Forward) -> None:
+
+def _listen(forward: Forward) -> socket.socket:
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM if forward.protocol == "tcp" else socket.SOCK_DGRAM)
+    try:
+        if forward.protocol == "tcp":
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((str(forward.host), forward.host_port))
+        if forward.protocol == "tcp":
+            made.listen(64)
+    except OSError as error:
+        made.close()
+        raise UsageError(f"hostfwd={forward}: the host's port cannot be had: {error.strerror}") from error
+    made.setblocking(False)
+    return made
+
+
+class HostForward:
+    """One forwarded port, which *port* has (see listen) and this closes."""
+
+    def __init__(self, stack: UserBackend, forward: Forward, port: socket.socket) -> None:
         self._stack = stack
         guest = forward.guest if forward.guest is not None else stack.config.leases[0]
         self._guest = guest.packed, forward.guest_port
-        kind = socket.SOCK_STREAM if forward.protocol == "tcp" else socket.SOCK_DGRAM
         self._waiting: set[socket.socket] = set()
-        self.socket = socket.socket(socket.AF_INET, kind)
-        try:
-            if kind == socket.SOCK_STREAM:
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.socket.bind((str(forward.host), forward.host_port))
-            if kind == socket.SOCK_STREAM:
-                self.socket.listen(64)
-        except OSError as error:
-            self.socket.close()
-            raise UsageError(f"hostfwd={forward}: the host's port cannot be had: {error.strerror}") from error
-        self.socket.setblocking(False)
-        self.port: int = self.socket.getsockname()[1]
+        self._pause: Timer | None = None
+        self.socket = port
+        self.port: int = port.getsockname()[1]
         # UDP: who spoke to the port → the port that stands for them at the gateway, and back.
         self._peers: dict[tuple[str, int], int] = {}
         self._ports: dict[int, tuple[str, int]] = {}
-        self._tcp = kind == socket.SOCK_STREAM
+        self._tcp = forward.protocol == "tcp"
 
     def start(self) -> None:
         """Take connections from now on. On the loop's thread."""
@@ -54,13 +69,20 @@ class HostForward:
         for _ in range(ACCEPTS_AT_ONCE):
             try:
                 outside, _ = self.socket.accept()
-            except OSError:
+            except OSError as error:
+                if error.errno in FULL:
+                    self._wait()
                 return
             if len(self._waiting) >= MOST_WAITING:
                 outside.close()
                 continue
             self._waiting.add(outside)
             self._knock(outside, PATIENCE)
+
+    def _wait(self) -> None:
+        """The host has no room for a connection, which stays pending: epoll would tell of it again and again."""
+        self._stack.loop.unwatch(self.socket.fileno())
+        self._pause = self._stack.loop.call_later(FULL_SECONDS, self.start)
 
     def _knock(self, outside: socket.socket, patience: int) -> None:
         """Open to the guest once its address is known; a guest that is still booting gets its time."""
@@ -104,6 +126,8 @@ class HostForward:
 
     def close(self) -> None:
         """Give the port back."""
+        if self._pause is not None:
+            self._pause.cancel()
         self._stack.loop.unwatch(self.socket.fileno())
         self.socket.close()
         for outside in self._waiting:

@@ -28,6 +28,9 @@ MOST_CONNECTIONS = 512
 BUDGET = 128 << 20
 # Close with a reset: SO_LINGER on, for no time.
 LINGER_RESET = struct.pack("ii", 1, 0)
+# What has ended, then what has yet to begin, then what one side has ended.
+_WORTH = {State.TIME_WAIT: 0, State.CONNECTING: 1, State.SYN_SENT: 1, State.SYN_RECEIVED: 1, State.ESTABLISHED: 3}
+_CLOSING = 2
 _IN_PROGRESS = (errno.EINPROGRESS, errno.EAGAIN, errno.EINTR)
 _UNREACHABLE = {errno.ENETUNREACH: NET_UNREACHABLE, errno.EHOSTUNREACH: HOST_UNREACHABLE}
 
@@ -57,6 +60,10 @@ class Connection:
         self._drained = True  # nothing to read until epoll says otherwise
         self._blocked = False
         self._watching = (False, False)
+
+    def worth(self) -> tuple[int, float]:
+        """The least one makes room for another: by its state, then by when it was used."""
+        return _WORTH.get(self.tcb.state, _CLOSING), self.used
 
     # ---- the Wire ---------------------------------------------------------------------------------------
 
@@ -275,9 +282,9 @@ class Tcp:
 
     def _make_room(self) -> None:
         if len(self._connections) >= MOST_CONNECTIONS:
-            idle = min(self._connections.values(), key=lambda connection: connection.used)
-            idle.aborted()
-            idle.tcb.abort()
+            least = min(self._connections.values(), key=Connection.worth)
+            least.aborted()
+            least.tcb.abort()
 
     def _reset(self, packet: Packet, key: bytes, seq: int, ack: int, flags: int, length: int) -> None:
         """Answer a segment that belongs to nothing. RFC 9293, 3.10.7.1."""
