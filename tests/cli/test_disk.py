@@ -119,6 +119,11 @@ def test_what_fails_is_not_in_the_way_of_the_next_try(vmonty: Run, tmp_path: Pat
     target = tmp_path / "target"
     assert vmonty("disk", "convert", path, target).status != 0
     assert not target.exists()
+    target.symlink_to(tmp_path / "elsewhere")  # where nothing is
+    assert "exists" in vmonty("disk", "convert", path, target).refusal()
+    assert vmonty("disk", "convert", "--force", path, target).status != 0
+    assert target.is_symlink()
+    target.unlink()
     target.write_bytes(b"there before")
     assert "only qcow2" in vmonty("disk", "convert", "--force", "-c", "--to", "raw", over, target).refusal()
     assert target.read_bytes() == b"there before"

@@ -55,6 +55,9 @@ def test_drives_between_two_machines(firmware: str, tmp_path: Path) -> None:
         build.change_medium("cd0", None)
         assert build.media() == {"cd0": None}
         build.end(machine)
+        build.over()
+        with pytest.raises(UsageError):  # at once: no machine follows
+            build.change_medium("cd0", disc)
     build.close()
     with pytest.raises(UsageError):
         build.change_medium("cd0", disc)

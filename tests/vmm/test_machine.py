@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -212,6 +213,25 @@ def test_the_power_button_reaches_the_guest(image: bytes) -> None:
         machine.acpi_pm.press_power_button()
         assert machine.wait(LIMIT_S) is not None
     assert lines == [9]
+
+
+def test_cells_made_after_all_ports_are_seen(image: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Firmware's are made when the machine starts, which is after an observer came."""
+    with (
+        System(FakeKvm()) as system,
+        boards.create(system, Config(image, memory=kernels.MEMORY), bytes) as machine,
+    ):
+        hidden: list[int] = []
+
+        def make(port: int, *arguments: int) -> SimpleNamespace:
+            return SimpleNamespace(value=0, hide=lambda: hidden.append(port))
+
+        monkeypatch.setattr(machine.vm, "port_cell", make)
+        machine.port_cell(0x500, 1)
+        assert hidden == []
+        machine.see_all_ports()
+        machine.port_cell(0x402, 1)
+        assert hidden == [0x500, 0x402]
 
 
 def test_memory_goes_with_the_machine(image: bytes) -> None:

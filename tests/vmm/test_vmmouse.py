@@ -118,7 +118,11 @@ def test_a_guest_that_does_not_read(guest: Guest) -> None:
     guest.enable()
     for n in range(10000):
         guest.port.place(n, n, 0, n & 1)
+    guest.port.place(5, 6)
     assert guest.call(vmmouse.POINTER_STATUS)[0] == vmmouse.QUEUE_WORDS
+    for _ in range(vmmouse.QUEUE_WORDS // 4 - 1):
+        guest.call(vmmouse.POINTER_DATA, 4)
+    assert guest.call(vmmouse.POINTER_DATA, 4)[:4] == (0, 5, 6, 0), "the last is how it stands"
     guest.call(vmmouse.POINTER_COMMAND, vmmouse.RELATIVE)
     assert not guest.port.absolute
     guest.call(vmmouse.POINTER_COMMAND, vmmouse.DISABLE)

@@ -173,7 +173,7 @@ def convert_command(
 
     if compress and target_kind != "qcow2":
         raise DiskImageError("only qcow2 images hold compressed clusters")
-    there = target.exists()
+    there = os.path.lexists(target)  # a link that leads nowhere is the user's, too
     if not force and there and not target.is_block_device():
         raise DiskImageError(f"{target} exists; give --force to overwrite it")
     with open_image(source, format=kind, read_only=True) as opened:

@@ -407,6 +407,7 @@ class Session:
                 try:
                     return self._loop(console)
                 finally:
+                    self.media.over()
                     # Nobody may release a console that is closing.
                     for timer in filter(None, (clock, self._deadline)):
                         timer.cancel()

@@ -168,6 +168,12 @@ class Build:
             self._machine, self._between = None, True
         machine.close()
 
+    def over(self) -> None:
+        """No machine follows the one that was ended: nobody shall wait for it."""
+        with self._changing:
+            self._between = False
+            self._changing.notify_all()
+
     def change_medium(self, name: str, path: Path | None, *, force: bool = False) -> None:
         """Put the disc in *path*, or none, into the drive *name* of the machine that runs; the next one has it too.
 

@@ -258,6 +258,8 @@ class VM(Closing):
             outcome = Outcome(Ending.ERROR, f"internal error: {type(error).__name__}: {error}")
             if (machine := self._machine) is not None:
                 machine.stop()
+        assert self._build is not None
+        self._build.over()
         self.outcome = outcome
         self.state = State.ENDED
         self.console.ended()

@@ -167,6 +167,7 @@ class Machine(Closing, ABC):
         self.balloon: Balloon | None = None
         self._transmitter: Transmitter | None = None
         self._cells: list[PortCell] = []
+        self._sees_all_ports = False
         self._done = threading.Event()
         self._outcome: Outcome | None = None
         self._outcome_lock = threading.Lock()
@@ -284,11 +285,14 @@ class Machine(Closing, ABC):
     def port_cell(self, port: int, size: int, value: int = 0, mask: int = 0) -> PortCell:
         """What holds *value* for the device at *port*; where KVM can answer for it, plain accesses cost no exit."""
         cell = self.vm.port_cell(port, size, value, mask) or PlainCell(value)
+        if self._sees_all_ports:
+            cell.hide()
         self._cells.append(cell)
         return cell
 
     def see_all_ports(self) -> None:
         """From now on every access to a port is an exit, also those that KVM could answer. From any thread."""
+        self._sees_all_ports = True
         self.serial.hide()
         for cell in self._cells:
             cell.hide()

@@ -192,10 +192,8 @@ def test_backing_files_that_cannot_be(chain: Path, backing: str, complaint: str)
     [
         (("-o", "extended_l2=on"), "extended L2"),
         (("-o", "data_file={}/data.raw"), "external data file"),
-        (
-            ("--object", "secret,id=s,data=p", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"),
-            "encrypted",
-        ),
+        # Not LUKS: for that qemu-img measures its CPU time, which fails on a busy host.
+        (("--object", "secret,id=s,data=p", "-o", "encrypt.format=aes,encrypt.key-secret=s"), "encrypted"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, arguments: tuple[str, ...], complaint: str) -> None:

@@ -137,6 +137,27 @@ def test_a_guest_without_lights() -> None:
     assert guest.typed == "aAABaB"
 
 
+def test_another_viewer_or_a_reset_may_change_the_light() -> None:
+    guest = Guest()
+    guest.press(CAPS_LOCK)
+    guest.write("A")
+    guest.wait()
+    guest.write("A")
+    guest.caps, guest.leds = False, 0
+    guest.write("Ab")
+    assert guest.typed == "AAAb"
+
+
+def test_signs_that_another_layout_has_with_shift() -> None:
+    """German 7 with Shift is a slash, which needs none here."""
+    guest = Guest()
+    guest.input.keysym(SHIFT_L, True)
+    guest.press(ord("/"))
+    assert guest.keys == [(KEY_SHIFT, True), (KEY_SHIFT, False), (0x35, True), (KEY_SHIFT, True), (0x35, False)]
+    guest.input.keysym(SHIFT_L, False)
+    assert not guest.down
+
+
 def test_what_is_held_with_control_is_no_text() -> None:
     guest = Guest()
     guest.input.keysym(CONTROL_L, True)

@@ -58,6 +58,10 @@ def test_a_guest_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "PATIENCE_S", 0.01)
     with pytest.raises(UsageError, match=r"does not read its keyboard: it got 2\d % of the text"):
         type_text(Guest(), "a" * 75)
+    guest = Guest()
+    with pytest.raises(UsageError):
+        type_text(guest, "A" * 75)
+    assert bytes(iter(guest.keyboard.take, None)).endswith(b"\xf0\x12"), "Shift is not held"
 
 
 def test_a_guest_that_ends_meanwhile() -> None:

@@ -11,19 +11,22 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.vmm.display.card import Driver
 from tests.vmm.display.client import Client
 from tests.vmm.display.conftest import Recorder, Serve
 from tests.vmm.display.test_vnc import eventually, shown
+from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request
 from websockets.sync.client import connect as websocket
 
 from vmonty.vmm.display.vnc import security
 from vmonty.vmm.display.vnc import server as servers
 from vmonty.vmm.display.vnc.encodings import Encoding
-from vmonty.vmm.display.vnc.server import MOST_HANDSHAKES, MOST_VIEWERS, SEND_BUFFER
+from vmonty.vmm.display.vnc.server import MOST_HANDSHAKES, MOST_VIEWERS, SEND_BUFFER, same_site
 
 LIMIT_S = 20.0
 
@@ -306,12 +309,20 @@ def answer_to(port: int, host: str, *origins: str) -> bytes:
     ("origins", "host"),
     [
         ([], "127.0.0.1:5700"), (["http://127.0.0.1:6080"], "127.0.0.1:5700"), (["http://localhost"], "127.0.0.1:5700"),
-        (["http://[::1]:6080"], "[::1]:5700"), (["https://vm.example:6080"], "VM.example:5700"),
+        (["http://[::1]:6080"], "[::1]:5700"), (["http://192.0.2.7:6080"], "192.0.2.7:5700"),
     ],
 )  # fmt: skip
 def test_pages_of_this_host_may_connect(serve: Serve, origins: list[str], host: str) -> None:
     """noVNC comes from another port, mostly."""
     assert answer_to(serve(websocket=0).ports[1], host, *origins) == b"101"
+
+
+@pytest.mark.parametrize(("own", "status"), [("vm.example", None), ("127.0.0.1", 403)])
+def test_a_name_counts_when_the_server_was_given_it(own: str, status: int | None) -> None:
+    """Whoever owns any other one may let it lead here."""
+    headers = Headers([("Origin", "https://vm.example:6080"), ("Host", "VM.example:5700")])
+    asked = SimpleNamespace(respond=lambda status, text: status)
+    assert same_site(own, asked, Request("/", headers)) == status  # type: ignore[arg-type, comparison-overlap]
 
 
 @pytest.mark.parametrize(
@@ -320,7 +331,7 @@ def test_pages_of_this_host_may_connect(serve: Serve, origins: list[str], host: 
         (["https://evil.example"], "127.0.0.1:5700"), (["null"], "127.0.0.1:5700"), (["http://["], "127.0.0.1:5700"),
         (["http://127.0.0.1.evil.example"], "127.0.0.1:5700"), (["http://127.0.0.1@evil.example"], "127.0.0.1:5700"),
         (["http://127.0.0.1", "https://evil.example"], "127.0.0.1:5700"), ([""], ""),
-        (["https://evil.example"], "vm.example:5700"),
+        (["https://evil.example"], "vm.example:5700"), (["http://evil.example:80"], "evil.example:5700"),
     ],
 )  # fmt: skip
 def test_pages_of_other_hosts_need_a_password(serve: Serve, tmp_path: Path, origins: list[str], host: str) -> None:

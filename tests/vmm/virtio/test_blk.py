@@ -208,6 +208,18 @@ def test_a_host_without_room(
     assert [record.getMessage() for record in caplog.records] == [told] * 2
 
 
+def test_who_waits_for_room_holds_up_nobody(bench: Bench, disk: MemoryDisk) -> None:
+    """More writes without room than there are threads; a discard may be what makes it."""
+    device = Blk(bench.memory, bench.loop, disk)
+    driver = bench.driver(device).start()
+    disk.full = 1 << 30
+    for _ in range(2 * blk.WORKERS):
+        ask(driver, blk.T_OUT, data=[b"a" * 512])
+    trim = ask(driver, blk.T_DISCARD, data=[struct.pack("<QII", 8, 8, 0)])
+    assert done(driver, trim)[0] == 0
+    assert disk.calls == [("discard", 4096, 4096)]
+
+
 def test_a_reset_does_not_wait_for_room(driver: VirtioDriver, disk: MemoryDisk) -> None:
     disk.full = 1 << 30
     buffer = ask(driver, blk.T_OUT, data=[b"a" * 512])

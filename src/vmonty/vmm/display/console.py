@@ -36,16 +36,22 @@ def type_text(machine: Machine, text: str) -> None:
         events = type_keys(text)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    for number, (code, pressed) in enumerate(events):
-        share = f"it got {100 * number // len(events)} % of the text"
-        until = time.monotonic() + PATIENCE_S
-        while machine.wait(0) is not None or not keyboard.offer(code, pressed):
-            if machine.wait(0) is not None:
-                raise UsageError(f"the guest has ended: {share}")
-            if time.monotonic() > until:
-                raise UsageError(f"the guest does not read its keyboard: {share}")
+    held: set[int] = set()
+    try:
+        for number, (code, pressed) in enumerate(events):
+            share = f"it got {100 * number // len(events)} % of the text"
+            until = time.monotonic() + PATIENCE_S
+            while machine.wait(0) is not None or not keyboard.offer(code, pressed):
+                if machine.wait(0) is not None:
+                    raise UsageError(f"the guest has ended: {share}")
+                if time.monotonic() > until:
+                    raise UsageError(f"the guest does not read its keyboard: {share}")
+                time.sleep(KEY_SECONDS)
+            (held.add if pressed else held.discard)(code)
             time.sleep(KEY_SECONDS)
-        time.sleep(KEY_SECONDS)
+    finally:
+        for code in held:
+            keyboard.key(code, False)
 
 
 def _keyboard_of(machine: Machine) -> Ps2Keyboard:

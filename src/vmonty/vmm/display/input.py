@@ -75,6 +75,7 @@ class Input:
         self._keypad: dict[int, int] = {}  # which other key is down for one of the keypad
         self._caps: bool | None = None  # what its Caps Lock should have made of the guest's
         self._caps_time = 0.0
+        self._dark, self._last = False, False  # did the light not follow the key, which should have made it the latter?
         self._at: tuple[int, int] | None = None
         self._share: tuple[int, int] | None = None  # where it put the guest's pointer, if it did
         self._wheel = 0
@@ -82,6 +83,7 @@ class Input:
 
     def keysym(self, keysym: int, pressed: bool) -> None:
         """A key by its X11 name; one that a PC lacks does nothing."""
+        self._settle_caps()
         if (code := scan_code(keysym)) is None:
             return
         if not pressed:
@@ -99,7 +101,8 @@ class Input:
 
     def _key(self, code: int, pressed: bool) -> None:
         if code == KEY_CAPS_LOCK and pressed and code not in self._held:
-            self._caps = not (self._lit(LED_CAPS) if self._caps is None else self._caps)
+            now = self._last if self._dark else self._lit(LED_CAPS)
+            self._caps = not (now if self._caps is None else self._caps)
             self._caps_time = self._clock()
         for keys in (self._held, self._shifts) if code in _SHIFTS else (self._held,):
             if pressed:
@@ -113,14 +116,15 @@ class Input:
 
     def _caps_lock(self) -> bool | None:
         """Is the guest's on? None when its light does not tell: it did not follow the key."""
-        lit = self._lit(LED_CAPS)
+        self._settle_caps()
         if self._caps is not None:
-            if self._clock() - self._caps_time < LIGHT_SECONDS:
-                return self._caps
-            if lit != self._caps:
-                return None
-            self._caps = None
-        return lit
+            return self._caps
+        return None if self._dark else self._lit(LED_CAPS)
+
+    def _settle_caps(self) -> None:
+        """Whether the light followed is seen once: later it changes by others, and by resets."""
+        if self._caps is not None and self._clock() - self._caps_time >= LIGHT_SECONDS:
+            self._dark, self._last, self._caps = self._lit(LED_CAPS) != self._caps, self._caps, None
 
     def _needs_shift(self, keysym: int) -> bool | None:
         """Does the guest need Shift for this character? None when it may have it as the viewer does."""
@@ -129,7 +133,7 @@ class Input:
         if keysym < 0x80 and chr(keysym).isalpha():
             caps = self._caps_lock()
             return None if caps is None else (keysym in SHIFTED) is not caps
-        return True if keysym in SHIFTED else None
+        return keysym in SHIFTED if keysym < 0x80 else None
 
     def _for_keypad(self, keysym: int) -> int | None:
         """The key that types it, when Num Lock lets the keypad's key do the opposite."""

@@ -63,6 +63,9 @@ class VmMouse:
                 queue[-3], queue[-2] = x, y
             elif len(queue) <= QUEUE_WORDS - PACKET:
                 queue.extend((pressed, x, y, dz & NOBODY))
+            else:
+                # What is dropped is not how it stands in the end.
+                queue[-PACKET], queue[-3], queue[-2], queue[-1] = pressed, x, y, dz & NOBODY
         self._mouse.nudge()
 
     def read(self, offset: int, size: int) -> int:

@@ -94,8 +94,9 @@ class Blk(VirtioDevice):
         self._requests: queues.SimpleQueue[Callable[[], None] | None] = queues.SimpleQueue()
         self._idle = threading.Condition()
         self._in_flight = 0
-        self._stopping = threading.Event()
-        self._full = False  # is the host, for this disk? who waits for room has told the user
+        self._stopping = False
+        self._roomless: list[Callable[[], None]] = []  # requests that wait for room
+        self._full = False  # is the host, for this disk? the user was told
         self._worker_count = workers
         self._workers: list[threading.Thread] = []
         # How long reads and writes took lately outside of the threads, as a multiple of what is slow. (There they wait
@@ -134,10 +135,11 @@ class Blk(VirtioDevice):
     def stopped(self) -> None:
         """Wait for the requests in flight: they use guest RAM."""
         self.backend.hurry(True)
-        self._stopping.set()
+        self._stopping = True
+        self._try_again()
         with self._idle:
             self._idle.wait_for(lambda: not self._in_flight)
-        self._stopping.clear()
+        self._stopping = False
         self.backend.hurry(False)
 
     def close(self) -> None:
@@ -196,16 +198,36 @@ class Blk(VirtioDevice):
             request()
 
     def _finish(self, queue: Queue, chain: Chain, kind: int, sector: int, status: memoryview) -> None:
+        waits = False
         try:
-            while not self._answer(chain, kind, sector, status) and not self._stopping.wait(ROOM_S):
-                continue
-            queue.push(chain, chain.writable_size)
-            self.signal(queue)
+            waits = not self._answer(chain, kind, sector, status) and self._wait_for_room(
+                lambda: self._finish(queue, chain, kind, sector, status)
+            )
+            if not waits:
+                queue.push(chain, chain.writable_size)
+                self.signal(queue)
         finally:
-            with self._idle:
-                self._in_flight -= 1
-                if not self._in_flight:
-                    self._idle.notify_all()
+            if not waits:
+                with self._idle:
+                    self._in_flight -= 1
+                    if not self._in_flight:
+                        self._idle.notify_all()
+
+    def _wait_for_room(self, request: Callable[[], None]) -> bool:
+        """Put *request* off, and let its thread go on; False when there is no time."""
+        with self._idle:
+            if self._stopping:
+                return False
+            self._roomless.append(request)
+            if len(self._roomless) == 1:
+                self.loop.call_later(ROOM_S, self._try_again)
+        return True
+
+    def _try_again(self) -> None:
+        with self._idle:
+            requests, self._roomless = self._roomless, []
+        for request in requests:
+            self._requests.put(request)
 
     def _answer(self, chain: Chain, kind: int, sector: int, status: memoryview) -> bool:
         """Carry a request out, whatever happens: the guest waits for its status. False: the host has no room for it.
@@ -214,13 +236,14 @@ class Blk(VirtioDevice):
         """
         try:
             status[0] = self._execute(chain, kind, sector)
-            self._full = self._full and kind == T_IN
+            self._full = self._full and kind not in (T_OUT, T_WRITE_ZEROES)
         except BlockError as error:
             status[0] = IOERR
             if error.errno == errno.ENOSPC:
-                if not self._full:
+                with self._idle:
+                    told, self._full = self._full, True
+                if not told:
                     logger.warning("vmonty: %s; the guest waits until there is room", error)
-                self._full = True
                 return False
         except Exception:  # a fault of ours: the guest's request must end all the same, and its thread live on
             status[0] = IOERR

@@ -128,7 +128,10 @@ class Console(VirtioDevice):
     def stopped(self) -> None:
         """All ports are closed."""
         self._messages.clear()
-        self._unfinished.clear()
+        while self._unfinished:
+            # The rest is not handed on; the buffer is the driver's again where its queue stays.
+            index, (chain, _) = self._unfinished.popitem()
+            self.queues[index].push(chain)
         for port in self.ports:
             port.guest_open = False
 

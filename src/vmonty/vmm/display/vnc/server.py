@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol
@@ -181,7 +182,8 @@ class VncServer:
         if options.websocket is not None:
             sockets = await serve(
                 self._websocket, options.host, options.websocket, ssl=self._access.tls, compression=None,
-                create_connection=self._noted(), process_request=None if self._access.password else same_site,
+                create_connection=self._noted(),
+                process_request=None if self._access.password else partial(same_site, options.host),
                 subprotocols=[BINARY], select_subprotocol=_subprotocol, max_size=MOST_MESSAGE, logger=logger,
             )  # fmt: skip
             await self._resources.enter_async_context(sockets)
@@ -271,14 +273,17 @@ class VncServer:
         self._viewers.clear()
 
 
-def same_site(connection: ServerConnection, request: Request) -> Response | None:
-    """Refuse pages of other sites: a browser lets any page connect to this machine, and there is no password."""
+def same_site(own: str, connection: ServerConnection, request: Request) -> Response | None:
+    """Refuse pages of other sites: a browser lets any page connect to this machine, and there is no password.
+
+    A name proves nothing unless it is that which the server was given, *own*: anybody's may lead to this machine.
+    """
     origins = request.headers.get_all("Origin")
     if not origins:
         return None  # no browser
     hosts = [_host("//" + host) for host in request.headers.get_all("Host")]
     origin = _host(origins[0]) if len(origins) == 1 else None
-    if origin is not None and (_is_loopback(origin) or hosts == [origin]):
+    if origin is not None and (_is_loopback(origin) or (hosts == [origin] and (origin == own or _is_literal(origin)))):
         return None
     logger.info("a VNC viewer's connection was refused: a page of %s", ", ".join(origins))
     return connection.respond(
@@ -291,6 +296,14 @@ def _host(address: str) -> str | None:
         return urlsplit(address).hostname
     except ValueError:
         return None
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_loopback(host: str) -> bool:
