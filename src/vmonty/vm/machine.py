@@ -332,7 +332,10 @@ class VM(Closing):
         return screen_of(self._running(State.READY, State.RUNNING, State.PAUSED))
 
     def type(self, text: str) -> None:
-        """Write *text* on the keyboard; a line's end is Enter. Raises UsageError for what a US keyboard lacks."""
+        """Write *text* on the keyboard, as fast as the guest reads it; a line's end is Enter.
+
+        Raises UsageError for what a US keyboard lacks, and for a guest that reads nothing for seconds.
+        """
         type_text(self._running(State.RUNNING), text)
 
     # ---- devices that come and go -----------------------------------------------------------------------------
