@@ -79,6 +79,15 @@ def test_a_console_dialogue(vm):
     assert machine.outcome.ending is Ending.STOPPED
 
 
+def reset_and_end(machine):
+    machine.reset()
+    machine.console.expect("ready", 30)
+    machine.console.send("!")
+    outcome = machine.wait(30)
+    assert outcome is not None
+    assert outcome.ending is Ending.SHUTDOWN
+
+
 def test_a_reset_goes_on_with_a_new_machine_unless_told_otherwise(vm):
     events = []
     with vm() as machine:
@@ -88,12 +97,7 @@ def test_a_reset_goes_on_with_a_new_machine_unless_told_otherwise(vm):
         machine.console.expect("ready", 30)
         machine.console.send("r")
         machine.console.expect("ready", 30)
-        machine.reset()
-        machine.console.expect("ready", 30)
-        machine.console.send("!")
-        outcome = machine.wait(30)
-    assert outcome is not None
-    assert outcome.ending is Ending.SHUTDOWN
+        reset_and_end(machine)
     assert events == [Ending.RESET, Ending.RESET, Ending.SHUTDOWN]
     with vm(reboot=False) as machine:
         machine.start()
@@ -136,12 +140,7 @@ def test_a_callback_that_fails(vm, monkeypatch, event):
         machine.on(event, fail)
         machine.start()
         machine.console.expect("ready", 30)
-        machine.reset()
-        machine.console.expect("ready", 30)
-        machine.console.send("!")
-        outcome = machine.wait(30)
-    assert outcome is not None
-    assert outcome.ending is Ending.SHUTDOWN
+        reset_and_end(machine)
     assert said == [f"on {event}"]
 
 

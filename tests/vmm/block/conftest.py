@@ -55,9 +55,8 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 
     def image(size: int, name: str = "disk.qcow2", **options: object) -> Path:
         path = tmp_path / name
-        file = create.new_file(path)
-        create.create(file, size, **options)  # type: ignore[arg-type]
-        file.close()
+        with create.making(path) as file:
+            create.create(file, size, **options)  # type: ignore[arg-type]
         return path
 
     return image

@@ -109,12 +109,11 @@ def test_any_operations(tmp_path: Path, steps: list[tuple[str, int, int, int]], 
         old = random.Random(1).randbytes(70_144)
         base.write_bytes(old)
         start = old.ljust(size, b"\0")
-    file = create.new_file(path)
-    create.create(
-        file, size, cluster_size=1024, version=version,
-        backing_file="base.raw" if backed else None, backing_format="raw" if backed else None,
-    )  # fmt: skip
-    file.close()
+    with create.making(path) as file:
+        create.create(
+            file, size, cluster_size=1024, version=version,
+            backing_file="base.raw" if backed else None, backing_format="raw" if backed else None,
+        )  # fmt: skip
     with open_image(path) as disk:
         model = Model(disk, start)
         for step in steps:

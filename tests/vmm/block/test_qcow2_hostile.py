@@ -42,9 +42,8 @@ interesting = st.one_of(
 def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """An image with data, compressed data, zeroes and two snapshots."""
     path = tmp_path_factory.mktemp("hostile") / "sound.qcow2"
-    file = create.new_file(path)
-    create.create(file, SIZE, cluster_size=CLUSTER)
-    file.close()
+    with create.making(path) as file:
+        create.create(file, SIZE, cluster_size=CLUSTER)
     with open_image(path) as disk:
         assert isinstance(disk, Qcow2Disk)
         disk.write(0, b"data" * 20_000)
@@ -164,9 +163,8 @@ def test_data_over_metadata_is_not_written(sound: bytes, tmp_path: Path) -> None
 def test_a_range_that_goes_on_over_metadata_is_not_written(tmp_path: Path) -> None:
     """The first cluster is data, and the second, which follows it in the file, is another L2 table."""
     path = tmp_path / "disk.qcow2"
-    file = create.new_file(path)
-    create.create(file, 1 << 20, cluster_size=512)
-    file.close()
+    with create.making(path) as file:
+        create.create(file, 1 << 20, cluster_size=512)
     with open_image(path) as disk:
         disk.write(0, b"d" * 512)
         disk.write(1 << 19, b"d" * 512)  # under another table, which is behind the first data
@@ -187,9 +185,8 @@ def test_a_range_that_goes_on_over_metadata_is_not_written(tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", [0, 1])
 def test_a_compressed_cluster_that_would_fill_memory(tmp_path: Path, kind: int) -> None:
     path = tmp_path / "disk.qcow2"
-    file = create.new_file(path)
-    create.create(file, SIZE, compression=["zlib", "zstd"][kind])
-    file.close()
+    with create.making(path) as file:
+        create.create(file, SIZE, compression=["zlib", "zstd"][kind])
     with open_image(path) as disk:
         assert isinstance(disk, Qcow2Disk)
         disk.write_compressed(0, bytes(65536))

@@ -26,7 +26,7 @@ from websockets.sync.client import connect as websocket
 from vmonty.vmm.display.vnc import security
 from vmonty.vmm.display.vnc import server as servers
 from vmonty.vmm.display.vnc.encodings import Encoding
-from vmonty.vmm.display.vnc.server import MOST_HANDSHAKES, MOST_VIEWERS, SEND_BUFFER, same_site
+from vmonty.vmm.display.vnc.server import MOST_HANDSHAKES, MOST_VIEWERS, SEND_BUFFER, VncServer, same_site
 
 LIMIT_S = 20.0
 
@@ -205,14 +205,20 @@ def test_a_stalled_viewer_is_sent_away(driver: Driver, serve: Serve, monkeypatch
         good_viewer_works(port, driver)
 
 
+def stop(server: VncServer) -> threading.Thread:
+    """Its stop, on a thread that had eight seconds."""
+    stopping = threading.Thread(target=server.stop)
+    stopping.start()
+    stopping.join(8)
+    return stopping
+
+
 @pytest.mark.parametrize("web", [False, True], ids=["tcp", "websocket"])
 def test_the_end_waits_for_no_stalled_viewer(driver: Driver, serve: Serve, web: bool) -> None:
     server = serve(websocket=0)
     viewer = stalled_websocket(server.ports[1], driver) if web else stalled(server.ports[0], driver)
     with contextlib.closing(viewer):
-        stopping = threading.Thread(target=server.stop)
-        stopping.start()
-        stopping.join(8)
+        stopping = stop(server)
         late = stopping.is_alive()
     stopping.join()
     assert not late
@@ -224,9 +230,7 @@ def test_the_end_waits_for_no_silent_websocket(serve: Serve) -> None:
         silent.sendall(b"GET / HTTP/1.1\r\n")
         with websocket(f"ws://127.0.0.1:{server.ports[1]}", compression=None) as other:
             other.recv(LIMIT_S)  # both were accepted
-            stopping = threading.Thread(target=server.stop)
-            stopping.start()
-            stopping.join(8)
+            stopping = stop(server)
             late = stopping.is_alive()
         stopping.join()
         assert not late

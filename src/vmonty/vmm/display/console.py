@@ -39,13 +39,11 @@ def type_text(machine: Machine, text: str) -> None:
     held: set[int] = set()
     try:
         for number, (code, pressed) in enumerate(events):
-            share = f"it got {100 * number // len(events)} % of the text"
             until = time.monotonic() + PATIENCE_S
-            while machine.wait(0) is not None or not keyboard.offer(code, pressed):
-                if machine.wait(0) is not None:
-                    raise UsageError(f"the guest has ended: {share}")
-                if time.monotonic() > until:
-                    raise UsageError(f"the guest does not read its keyboard: {share}")
+            while (has_ended := machine.wait(0) is not None) or not keyboard.offer(code, pressed):
+                if has_ended or time.monotonic() > until:
+                    why = "has ended" if has_ended else "does not read its keyboard"
+                    raise UsageError(f"the guest {why}: it got {100 * number // len(events)} % of the text")
                 time.sleep(KEY_SECONDS)
             (held.add if pressed else held.discard)(code)
             time.sleep(KEY_SECONDS)

@@ -89,9 +89,8 @@ class Console(VirtioDevice):
         super().__init__(memory, loop, sizes, SIZE | MULTIPORT | EMERG_WRITE, config)
         self.ports = list(ports)
         self._messages: deque[bytes] = deque()
-        # Of transmit queues, by index: the buffer that is handed on, with the bytes that are left; whose turn comes.
+        # Of transmit queues, by index: the buffer that is handed on, with the bytes that are left.
         self._unfinished: dict[int, tuple[Chain, int]] = {}
-        self._continued: set[int] = set()
         for port in ports:
             port._device = self
 
@@ -159,20 +158,15 @@ class Console(VirtioDevice):
     # ---- data ---------------------------------------------------------------------------------------------
 
     def _output(self, port: Port, queue: Queue) -> None:
-        if queue.index in self._continued:
+        if queue.index in self._coming_back:
             return  # one turn at a time, however often the driver notifies
         more = True  # whatever happens: the driver was told not to notify
         try:
             more = self._hand_on(port, queue)
         finally:
             if more:
-                self._continued.add(queue.index)
-                self.loop.call_soon(lambda: self._continue(queue.index))
+                self._come_back(queue.index)
             self.signal(queue)
-
-    def _continue(self, index: int) -> None:
-        self._continued.discard(index)
-        self.notified(index)
 
     def _hand_on(self, port: Port, queue: Queue) -> bool:
         """Hand on up to MOST_OUTPUT bytes of what the guest wrote; whether there may be more."""

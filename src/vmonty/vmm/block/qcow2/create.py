@@ -108,14 +108,12 @@ def _ones(number: int, bits: int) -> bytes:
     return struct.pack("B", whole) * (number // per_byte) + (struct.pack("B", rest) if number % per_byte else b"")
 
 
-def new_file(path: str | os.PathLike[str]) -> HostFile:
-    """Open *path* for a new image: a file that may exist, or a block device. Raises DiskImageError."""
-    return _new_file(path)[0]
-
-
 @contextmanager
 def making(path: str | os.PathLike[str]) -> Iterator[HostFile]:
-    """As new_file(), closed at the end; a file that was not there before goes again when its making fails."""
+    """*path* open for a new image: a file that may exist, or a block device. Raises DiskImageError.
+
+    It is closed at the end. A file that was not there before goes again when its making fails.
+    """
     file, made = _new_file(path)
     try:
         with closing(file):

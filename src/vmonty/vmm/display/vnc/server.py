@@ -283,7 +283,9 @@ def same_site(own: str, connection: ServerConnection, request: Request) -> Respo
         return None  # no browser
     hosts = [_host("//" + host) for host in request.headers.get_all("Host")]
     origin = _host(origins[0]) if len(origins) == 1 else None
-    if origin is not None and (_is_loopback(origin) or (hosts == [origin] and (origin == own or _is_literal(origin)))):
+    address = _address(origin)
+    is_here = origin == "localhost" or (address is not None and address.is_loopback)
+    if is_here or (origin is not None and hosts == [origin] and (origin == own or address is not None)):
         return None
     logger.info("a VNC viewer's connection was refused: a page of %s", ", ".join(origins))
     return connection.respond(
@@ -298,19 +300,12 @@ def _host(address: str) -> str | None:
         return None
 
 
-def _is_literal(host: str) -> bool:
+def _address(host: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """What *host* is, where it is no name."""
     try:
-        ipaddress.ip_address(host)
+        return ipaddress.ip_address(host or "")
     except ValueError:
-        return False
-    return True
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        return None
 
 
 def _subprotocol(connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
